@@ -10,6 +10,7 @@ Cost is counted in model calls: a forward pass is 1, a forward pass with its gra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -26,7 +27,10 @@ __all__ = [
     "EventLike",
     "Evidence",
     "Floats",
+    "Meter",
     "Particles",
+    "child_seed",
+    "generator",
 ]
 
 Floats = NDArray[np.float64]
@@ -126,3 +130,57 @@ class Estimator(Protocol):
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
         """Estimate log P within ``budget`` model calls. The same seed gives the same evidence."""
+
+
+class Meter:
+    """Counts the calls an estimator makes, refuses more than the budget, and refuses NaN severities.
+
+    Everything an estimator evaluates goes through here, so that the budget is a hard ceiling everywhere.
+    """
+
+    def __init__(self, event: EventLike, budget: int) -> None:
+        if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
+            raise ValueError(f"budget must be a positive whole number of model calls, got {budget!r}")
+        if event.dim < 1:
+            raise ValueError(f"event.dim must be at least 1, got {event.dim}: the adversary draws nothing at random")
+        self.event = event
+        self.budget = int(budget)
+        self.calls = 0
+        self.started = time.perf_counter()
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.calls
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
+        """The event at z, checked; raises ValueError for a NaN severity or log-weight, or a wrong shape."""
+        n = z.shape[0]
+        cost = n * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
+        if cost > self.left:
+            raise RuntimeError(f"an estimator asked for {cost} calls with {self.left} left of its budget: a bug")
+        self.calls += cost
+        result = self.event.evaluate(z, gradient=gradient)
+        for name, value in (("severity", result.severity), ("log_weight", result.log_weight)):
+            if value.shape != (n,):
+                raise ValueError(f"{name} must have shape ({n},), got {value.shape}")
+            if np.isnan(value).any():
+                row = int(np.flatnonzero(np.isnan(value))[0])
+                raise ValueError(
+                    f"{name} is NaN at {int(np.isnan(value).sum())} of {n} points (the first has |z| = "
+                    f"{float(np.linalg.norm(z[row])):.3g}): return a number, or -inf where there can be no catastrophe"
+                )
+        return result
+
+
+def child_seed(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:
+    """A child of ``seed`` by name. Unlike ``seed.spawn`` it leaves no trace: the same key gives the same child."""
+    return np.random.SeedSequence(entropy=seed.entropy, spawn_key=(*seed.spawn_key, *key), pool_size=seed.pool_size)
+
+
+def generator(seed: np.random.SeedSequence) -> np.random.Generator:
+    """The random numbers of a seed: counter-based (Philox), float64, on the host."""
+    return np.random.Generator(np.random.Philox(seed))
