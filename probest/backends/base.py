@@ -1,0 +1,109 @@
+"""The one seam between probest and an array library.
+
+A problem is a function of one draw (one vector z of standard-normal coordinates). A backend batches such a
+function, compiles it where it can, differentiates it, and moves numbers between host and device. Everything
+that knows torch or jax is behind :class:`Backend`; everything that decides (temperatures, weights, intervals)
+is NumPy float64 on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "load_backend"]
+
+Array = Any
+PyTree = Any
+
+
+class BatchingError(RuntimeError):
+    """A program or model could not be batched; the message says which ``batching`` to ask for."""
+
+
+class Parts(NamedTuple):
+    """What may hold parameters. They travel as arguments, never as constants of a compiled function.
+
+    adversary, model: callables, possibly modules. params: values of ``param`` sites by name; sites that are
+    not named keep the program's own value.
+    """
+
+    adversary: Any
+    model: Any
+    params: dict[str, Array]
+
+
+RowFunction = Callable[[Parts, Array, dict[str, Array]], PyTree]
+"""``fn(parts, z, held) -> pytree`` for one z of shape ``(dim,)`` and held site values without a batch axis."""
+
+
+class Backend(Protocol):
+    """An array library, as far as probest needs one."""
+
+    name: Literal["torch", "jax"]
+    special: ModuleType
+
+    def owns(self, value: Any) -> bool:
+        """Whether ``value`` is an array of this library."""
+
+    def from_host(self, array: np.ndarray) -> Array:
+        """A device array; floating point becomes the library's default float type."""
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """A NumPy copy, detached from any gradient; floating point becomes float64."""
+
+    def leaves(self, tree: PyTree) -> list[Any]: ...
+
+    def tree_map(self, fn: Callable[..., Any], *trees: PyTree) -> PyTree: ...
+
+    def parameters(self, part: Any) -> list[Array]:
+        """The arrays that ``part`` (a module or pytree) can be differentiated in."""
+
+    def foreign(self, part: Any) -> str | None:
+        """Name of the other library if ``part`` belongs to it, else None."""
+
+    def rows(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
+        """``fn`` at every row of z, as a differentiable function of ``parts``; not compiled by itself."""
+
+    def loop(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
+        """As ``rows``, one row after the other: for what cannot be batched."""
+
+    def on_host(
+        self,
+        fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+        parts: Parts,
+        z: np.ndarray,
+        held: dict[str, np.ndarray],
+        *,
+        gradient: bool,
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """A batched ``fn`` (hashable by value) from host to host, compiled once per shape.
+
+        Returns the outputs, each ``(n,)``, and with ``gradient`` the gradient of each in z, ``(n, dim)``.
+        """
+
+    def evaluating(self, *parts: Any) -> AbstractContextManager[None]:
+        """Modules among ``parts`` in evaluation mode inside, and as they were afterwards."""
+
+
+def load_backend(name: str) -> Backend:
+    """The backend called ``name`` (``torch`` or ``jax``), imported only now."""
+    if name == "torch":
+        from probest.backends.torch import TorchBackend
+
+        return TorchBackend()
+    if name == "jax":
+        from probest.backends.jax import JaxBackend
+
+        return JaxBackend()
+    raise ValueError(f"backend={name!r} is not known: choose 'torch' (Pyro) or 'jax' (NumPyro)")
+
+
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``range(total)``, each of at most ``size``."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

@@ -1,0 +1,159 @@
+"""JAX behind the :class:`~probest.backends.base.Backend` protocol.
+
+Compilation is shared between problems: the compiled function takes the arrays of the model and adversary as
+arguments, and everything else about them (structure, functions, Python numbers) as a hashable static key. So a
+training step, or another estimate of the same shape, does not compile again. Batches are padded to a few sizes
+for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probest.backends import special_jax
+from probest.backends.base import Array, BatchingError, Parts, PyTree, RowFunction
+
+__all__ = ["JaxBackend"]
+
+BATCH_SIZES = tuple(4**k for k in range(3, 13))
+
+
+class JaxBackend:
+    """See :class:`~probest.backends.base.Backend`."""
+
+    name: Literal["torch", "jax"] = "jax"
+    special = special_jax
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, jax.Array)
+
+    def from_host(self, array: np.ndarray) -> Array:
+        array = np.asarray(array)
+        return jnp.asarray(array, dtype=jnp.result_type(float) if array.dtype.kind == "f" else None)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        host = np.asarray(array)
+        return host.astype(np.float64) if host.dtype.kind in "fV" else host
+
+    def leaves(self, tree: PyTree) -> list[Any]:
+        return jax.tree.leaves(tree)
+
+    def tree_map(self, fn: Callable[..., Any], *trees: PyTree) -> PyTree:
+        return jax.tree.map(fn, *trees)
+
+    def parameters(self, part: Any) -> list[Array]:
+        return [leaf for leaf in jax.tree.leaves(part) if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def foreign(self, part: Any) -> str | None:
+        return "torch" if any(c.__module__.startswith("torch.") for c in type(part).__mro__) else None
+
+    def rows(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
+        try:
+            return jax.vmap(lambda row, kept: fn(parts, row, kept))(z, held)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise BatchingError(
+                "the program, model or checker cannot be traced by jax.vmap. Replace Python control flow on values by "
+                "jax.numpy.where or jax.lax, and NumPy functions by jax.numpy; or pass batching='loop' to Problem, "
+                f"which runs one case at a time.\n{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def loop(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
+        outputs = [fn(parts, row, {name: value[i] for name, value in held.items()}) for i, row in enumerate(z)]
+        return jax.tree.map(lambda *values: jnp.stack(values), *outputs)
+
+    def on_host(
+        self,
+        fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+        parts: Parts,
+        z: np.ndarray,
+        held: dict[str, np.ndarray],
+        *,
+        gradient: bool,
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        n = len(z)
+        size = next((size for size in BATCH_SIZES if size >= n), n)
+        padded = [self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())]
+        arrays, static = _split(parts)
+        run = _run if getattr(fn, "compiled", True) else _run.__wrapped__
+        values, grads = run(fn, static, gradient, arrays, padded[0], dict(zip(held, padded[1:], strict=True)))
+        trim = [self.to_host(value)[:n] for value in values]
+        return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
+
+    @contextmanager
+    def evaluating(self, *parts: Any) -> Iterator[None]:
+        """Equinox and nnx modules carry their mode as data; it is theirs to set."""
+        yield
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+    static: _Static,
+    gradient: bool,
+    arrays: list[Array],
+    z: Array,
+    held: dict[str, Array],
+) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+    parts = _merge(arrays, static)
+    if not gradient:
+        return fn(parts, z, held), None
+    values, pullback = jax.vjp(lambda z: fn(parts, z, held), z)
+    zeros = tuple(jnp.zeros_like(value) for value in values)
+    # Each output row depends on its own row of z alone, so one pullback of ones per output is the whole gradient.
+    grads = tuple(
+        pullback((*zeros[:i], jnp.ones_like(value), *zeros[i + 1 :]))[0] for i, value in enumerate(values)
+    )
+    return values, grads
+
+
+class _Static(NamedTuple):
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+
+class _Identity:
+    """A static leaf that cannot be hashed, compared by identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _split(tree: PyTree) -> tuple[list[Array], _Static]:
+    leaves, treedef = jax.tree.flatten(tree)
+    rest = tuple(None if _is_array(leaf) else _hashable(leaf) for leaf in leaves)
+    return [leaf for leaf in leaves if _is_array(leaf)], _Static(treedef, rest)
+
+
+def _merge(arrays: list[Array], static: _Static) -> Any:
+    given = iter(arrays)
+    leaves = [next(given) if leaf is None else _plain(leaf) for leaf in static.leaves]
+    return jax.tree.unflatten(static.treedef, leaves)
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return _Identity(leaf)
+    return leaf
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, _Identity) else leaf

@@ -1,0 +1,94 @@
+"""What a program front end gives: one run of a probabilistic program with its randomness supplied from outside.
+
+A front end (``programs/numpyro.py``, ``programs/pyro.py``) is a reparameterising effect handler of its own
+library. Every latent site ``name`` becomes ``name_base ~ Normal(0, 1)`` and a deterministic ``name``; observed
+sites and factors become a log-weight. Nothing else of the program changes, so the library's own samplers and
+guides run on the reparameterised program too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+from probest.backends.base import Array, Backend, PyTree
+
+__all__ = ["BASE", "COMPONENT", "BaseSource", "Frontend", "Recording", "Run", "Site", "SiteError"]
+
+BASE = "_base"
+COMPONENT = "_component"
+
+
+class SiteError(TypeError):
+    """A site of the program that cannot be handled; the message names the site and its distribution."""
+
+
+class Site(NamedTuple):
+    """A latent site as the program declares it.
+
+    base_shape: shape of its standard-normal coordinates. discrete: whether its value is piecewise constant in
+    them. distribution: class name. parent: the mixture site that this site chooses the component of, or None.
+    """
+
+    name: str
+    base_shape: tuple[int, ...]
+    discrete: bool
+    distribution: str
+    parent: str | None = None
+
+    @property
+    def size(self) -> int:
+        return prod(self.base_shape)
+
+
+class Run(NamedTuple):
+    """One run of a program.
+
+    value: what it returned. log_weight: scalar; observed sites, factors and held sites. sites: value of every latent
+    and deterministic site. layout: the latent sites in order. params: value of every ``param`` site. conditioned:
+    names of observed sites and factors.
+    """
+
+    value: PyTree
+    log_weight: Array
+    sites: dict[str, Array]
+    layout: tuple[Site, ...]
+    params: dict[str, Array]
+    conditioned: tuple[str, ...]
+
+
+BaseSource = Callable[[str, tuple[int, ...]], Array]
+"""``source(site name, base shape)`` gives the standard-normal coordinates of a site."""
+
+
+class Recording(Protocol):
+    """Open while the program runs; afterwards ``finish(value)`` gives the :class:`Run`."""
+
+    def finish(self, value: PyTree) -> Run: ...
+
+    @property
+    def layout(self) -> list[Site]: ...
+
+
+class Frontend(Protocol):
+    """A probabilistic-programming library, as far as probest needs one."""
+
+    name: str
+    backend: Backend
+
+    def recording(
+        self, source: BaseSource, held: Mapping[str, Array], params: Mapping[str, Array], *, seeded: bool = False
+    ) -> AbstractContextManager[Recording]:
+        """Handlers under which a program's latent sites take their base from ``source``.
+
+        Sites in ``held`` take that value instead and add their log-density to the log-weight. ``params``
+        overrides ``param`` sites. ``seeded`` allows the program to draw keys (to initialise modules).
+        """
+
+    def deterministic(self, name: str, value: Array) -> None:
+        """Record a deterministic site."""
+
+    def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program with every latent site reparameterised; an ordinary program of the library."""

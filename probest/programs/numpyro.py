@@ -1,0 +1,148 @@
+"""NumPyro programs: see :mod:`probest.programs.base`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.infer.reparam import Reparam
+
+from probest.backends.base import Array, Backend, PyTree, load_backend
+from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
+from probest.programs.gaussianize import UnsupportedDistribution, gaussian_map, mixture_map
+
+__all__ = ["NumPyroFrontend"]
+
+
+class NumPyroFrontend:
+    """See :class:`~probest.programs.base.Frontend`."""
+
+    name = "numpyro"
+
+    def __init__(self) -> None:
+        self.backend: Backend = load_backend("jax")
+
+    @contextmanager
+    def recording(
+        self, source: BaseSource, held: Mapping[str, Array], params: Mapping[str, Array], *, seeded: bool = False
+    ) -> Iterator[NumPyroRecording]:
+        gaussian = _Gaussianize(self.backend, held)
+
+        def supply(message: dict[str, Any]) -> Array | None:
+            if message["type"] == "param":
+                return params.get(message["name"])
+            of = message.get("infer", {}).get("probest_base")
+            return None if of is None else source(of, message["fn"].shape())
+
+        with ExitStack() as stack:
+            trace = stack.enter_context(_Trace())
+            if seeded:
+                stack.enter_context(handlers.seed(rng_seed=0))
+            stack.enter_context(handlers.substitute(substitute_fn=supply))
+            stack.enter_context(handlers.reparam(config=gaussian))
+            yield NumPyroRecording(trace, gaussian.layout)
+
+    def deterministic(self, name: str, value: Array) -> None:
+        numpyro.deterministic(name, value)
+
+    def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        return handlers.reparam(program, config=_Gaussianize(self.backend, {}))
+
+
+class NumPyroRecording:
+    """See :class:`~probest.programs.base.Recording`."""
+
+    def __init__(self, trace: Mapping[str, Any], layout: list[Site]) -> None:
+        self.trace = trace
+        self.layout = layout
+
+    def finish(self, value: PyTree) -> Run:
+        log_weight = jnp.zeros(())
+        sites, params, conditioned = {}, {}, []
+        for name, site in self.trace.items():
+            if site["type"] == "param":
+                params[name] = site["value"]
+            elif site["type"] == "deterministic":
+                sites[name] = site["value"]
+            elif site["type"] == "sample" and site["is_observed"]:
+                term = site["fn"].log_prob(site["value"])
+                log_weight = log_weight + jnp.sum(term if site["scale"] is None else site["scale"] * term)
+                conditioned.append(name)
+        return Run(value, log_weight, sites, tuple(self.layout), params, tuple(conditioned))
+
+
+class _Trace(handlers.trace):
+    """A trace that names the site when a name is used twice."""
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] in {"sample", "deterministic"} and msg.get("name") in self.trace:
+            raise SiteError(f"site {msg['name']!r} is named twice; give every site of the program a name of its own")
+        super().postprocess_message(msg)
+
+
+class _Gaussianize:
+    """``config`` of NumPyro's reparam handler; also keeps the layout in the order of the program."""
+
+    def __init__(self, backend: Backend, held: Mapping[str, Array]) -> None:
+        self.backend = backend
+        self.held = held
+        self.layout: list[Site] = []
+
+    def __call__(self, message: dict[str, Any]) -> Reparam | None:
+        if message["is_observed"] or message.get("infer", {}).get("probest_base") is not None:
+            return None
+        if message["name"] in self.held:
+            return _Hold(self.held[message["name"]])
+        _check(message)
+        if message["value"] is not None:
+            return _Hold(message["value"])
+        return _ToGaussian(self, message)
+
+
+class _Hold(Reparam):
+    def __init__(self, value: Array) -> None:
+        self.value = value
+
+    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+        return fn, self.value
+
+
+class _ToGaussian(Reparam):
+    def __init__(self, owner: _Gaussianize, message: dict[str, Any]) -> None:
+        self.owner = owner
+        self.sample_shape = tuple(message.get("kwargs", {}).get("sample_shape", ()))
+        self.parent = message.get("infer", {}).get("probest_component")
+
+    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+        if self.sample_shape:
+            fn = fn.expand(self.sample_shape + fn.batch_shape)
+        try:
+            mixture = mixture_map(fn, self.owner.backend.special)
+            if mixture is not None:
+                index = numpyro.sample(name + COMPONENT, mixture.index, infer={"probest_component": name})
+                base = self._base(name, fn, mixture.base_shape, mixture.discrete)
+                return None, mixture.transform(index, base)
+            mapped = gaussian_map(fn, self.owner.backend.special)
+        except UnsupportedDistribution as error:
+            raise SiteError(f"site {name!r}: {error}") from error
+        base = self._base(name, fn, mapped.base_shape, mapped.discrete)
+        return None, mapped.transform(base)
+
+    def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
+        normal = dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape))
+        return numpyro.sample(name + BASE, normal, infer={"probest_base": name})
+
+
+def _check(message: dict[str, Any]) -> None:
+    name = message["name"]
+    if message.get("scale") is not None:
+        raise SiteError(
+            f"site {name!r} is scaled or subsampled (handlers.scale, or plate with subsample_size): its law is then not "
+            "a probability distribution. Remove the scale from latent sites"
+        )

@@ -1,0 +1,183 @@
+"""Pyro programs: see :mod:`probest.programs.base`.
+
+Pyro's settings that would break batching (validation) or gradients (``module_local_params`` off) are changed
+inside a context that restores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.reparam.reparam import Reparam
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamMessenger
+
+from probest.backends.base import Array, Backend, PyTree, load_backend
+from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
+from probest.programs.gaussianize import UnsupportedDistribution, gaussian_map, mixture_map
+
+__all__ = ["PyroFrontend"]
+
+
+class PyroFrontend:
+    """See :class:`~probest.programs.base.Frontend`."""
+
+    name = "pyro"
+
+    def __init__(self) -> None:
+        self.backend: Backend = load_backend("torch")
+
+    @contextmanager
+    def recording(
+        self, source: BaseSource, held: Mapping[str, Array], params: Mapping[str, Array], *, seeded: bool = False
+    ) -> Iterator[PyroRecording]:
+        gaussian = _Gaussianize(self.backend, held)
+        with ExitStack() as stack:
+            stack.enter_context(_settings())
+            trace = stack.enter_context(_Record())
+            stack.enter_context(_Supply(source, params))
+            stack.enter_context(ReparamMessenger(gaussian))
+            yield PyroRecording(trace, gaussian.layout)
+
+    def deterministic(self, name: str, value: Array) -> None:
+        pyro.deterministic(name, value)
+
+    def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        return poutine.reparam(program, config=_Gaussianize(self.backend, {}))
+
+
+class PyroRecording:
+    """See :class:`~probest.programs.base.Recording`."""
+
+    def __init__(self, trace: _Record, layout: list[Site]) -> None:
+        self.trace = trace
+        self.layout = layout
+
+    def finish(self, value: PyTree) -> Run:
+        log_weight = torch.zeros(())
+        for term in self.trace.terms.values():
+            log_weight = log_weight + term
+        conditioned = tuple(self.trace.terms)
+        return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, conditioned)
+
+
+class _Record(Messenger):
+    """A light trace: values of sites, log-densities of observed ones, and an error for a name used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, Array] = {}
+        self.terms: dict[str, Array] = {}
+        self.params: dict[str, Array] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.params[msg["name"]] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if type(msg["fn"]).__name__ == "_Subsample" or "probest_base" in msg["infer"]:
+            return
+        if name in self.sites or name in self.terms:
+            raise SiteError(f"site {name!r} is named twice; give every site of the program a name of its own")
+        if msg["infer"].get("_deterministic") or msg["infer"].get("probest_mapped"):
+            self.sites[name] = msg["value"]
+        elif msg["is_observed"]:
+            term = msg["fn"].log_prob(msg["value"])
+            if msg["mask"] is not None:
+                term = torch.where(torch.as_tensor(msg["mask"]), term, torch.zeros_like(term))
+            self.terms[name] = (term * msg["scale"]).sum()
+
+
+class _Supply(Messenger):
+    """Gives base sites their coordinates, and ``param`` sites their overriding values."""
+
+    def __init__(self, source: BaseSource, params: Mapping[str, Array]) -> None:
+        super().__init__()
+        self.source = source
+        self.given = params
+
+    def _pyro_sample(self, msg: Any) -> None:
+        of = msg["infer"].get("probest_base")
+        if of is not None:
+            msg["value"] = self.source(of, tuple(msg["fn"].batch_shape + msg["fn"].event_shape))
+            msg["done"] = True
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.given:
+            msg["value"] = self.given[msg["name"]]
+            msg["done"] = True
+
+
+class _Gaussianize:
+    """``config`` of Pyro's reparam handler; also keeps the layout in the order of the program."""
+
+    def __init__(self, backend: Backend, held: Mapping[str, Array]) -> None:
+        self.backend = backend
+        self.held = held
+        self.layout: list[Site] = []
+
+    def __call__(self, msg: Any) -> Reparam | None:
+        if msg["is_observed"] or "probest_base" in msg["infer"]:
+            return None
+        if msg["name"] in self.held:
+            return _Hold(self.held[msg["name"]])
+        if msg["value"] is not None:
+            return _Hold(msg["value"])
+        if not _is_one(msg["scale"]):
+            raise SiteError(
+                f"site {msg['name']!r} is scaled or subsampled (poutine.scale, or plate with subsample_size): its law is "
+                "then not a probability distribution. Remove the scale from latent sites"
+            )
+        msg["infer"]["probest_mapped"] = True
+        return _ToGaussian(self, msg)
+
+
+class _Hold(Reparam):
+    def __init__(self, value: Array) -> None:
+        self.value = value
+
+    def apply(self, msg: Any) -> Any:
+        return {"fn": msg["fn"], "value": self.value, "is_observed": True}
+
+
+class _ToGaussian(Reparam):
+    def __init__(self, owner: _Gaussianize, msg: Any) -> None:
+        self.owner = owner
+        self.parent = msg["infer"].get("probest_component")
+
+    def apply(self, msg: Any) -> Any:
+        name, fn = msg["name"], msg["fn"]
+        try:
+            mixture = mixture_map(fn, self.owner.backend.special)
+            if mixture is not None:
+                index = pyro.sample(name + COMPONENT, mixture.index, infer={"probest_component": name})
+                value = mixture.transform(index, self._base(name, fn, mixture.base_shape, mixture.discrete))
+            else:
+                mapped = gaussian_map(fn, self.owner.backend.special)
+                value = mapped.transform(self._base(name, fn, mapped.base_shape, mapped.discrete))
+        except UnsupportedDistribution as error:
+            raise SiteError(f"site {name!r}: {error}") from error
+        event_dim = len(fn.event_shape)
+        return {"fn": dist.Delta(value, event_dim=event_dim).mask(False), "value": value, "is_observed": True}
+
+    def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
+        normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
+        return pyro.sample(name + BASE, normal, infer={"probest_base": name})
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Validation off (it breaks vmap), local parameters on (without them gradients of PyroParam are silently 0)."""
+    with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True):
+        yield
+
+
+def _is_one(scale: Any) -> bool:
+    return not isinstance(scale, torch.Tensor) and scale == 1.0
