@@ -86,6 +86,9 @@ class Backend(Protocol):
         Returns the outputs, each ``(n,)``, and with ``gradient`` the gradient of each in z, ``(n, dim)``.
         """
 
+    def no_gradient(self) -> AbstractContextManager[Any]:
+        """No gradient is recorded inside."""
+
     def evaluating(self, *parts: Any) -> AbstractContextManager[None]:
         """Modules among ``parts`` in evaluation mode inside, and as they were afterwards."""
 

@@ -9,7 +9,7 @@ for the same reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +85,9 @@ class JaxBackend:
         values, grads = run(fn, static, gradient, arrays, padded[0], dict(zip(held, padded[1:], strict=True)))
         trim = [self.to_host(value)[:n] for value in values]
         return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
+
+    def no_gradient(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     @contextmanager
     def evaluating(self, *parts: Any) -> Iterator[None]:

@@ -7,7 +7,7 @@ reaches them through whatever is evaluated here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,9 @@ class TorchBackend:
             values = fn(parts, at, kept)
             grads = [_gradient(value, at) for value in values]
         return [self.to_host(value) for value in values], [self.to_host(grad) for grad in grads]
+
+    def no_gradient(self) -> AbstractContextManager[Any]:
+        return torch.no_grad()
 
     @contextmanager
     def evaluating(self, *parts: Any) -> Iterator[None]:

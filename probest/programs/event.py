@@ -222,11 +222,13 @@ class Event:
 
         def case(parts: Parts, row: Array, held: dict[str, Array]) -> tuple[Any, Any, Any]:
             run = self.composition.run(parts, row, held)
-            return run.sites, run.value[0], run.value[1]
+            observation, action, _ = run.value
+            asarray = self.backend.special.xp.asarray
+            return run.sites, self.backend.tree_map(asarray, observation), self.backend.tree_map(asarray, action)
 
         backend = self.backend
         across = backend.rows if self.composition.batching == "vmap" else backend.loop
-        with backend.evaluating(*self.parts[:2], self.composition.checker), _no_gradient(backend):
+        with backend.evaluating(*self.parts[:2], self.composition.checker), backend.no_gradient():
             pieces = [across(case, self.parts, backend.from_host(z[rows]), {}) for rows in chunks(len(z), self.chunk_size)]
         hosted = [backend.tree_map(backend.to_host, piece) for piece in pieces]
         return Cases(*backend.tree_map(lambda *leaves: np.concatenate(leaves), *hosted))
@@ -272,7 +274,7 @@ def compile_event(
     rng = np.random.default_rng(0)
     parts = Parts(adversary, model, {})
     composition = Composition(frontend, checker, closed_loop, batching, ())
-    with frontend.backend.evaluating(adversary, model, checker), _no_gradient(frontend.backend):
+    with frontend.backend.evaluating(adversary, model, checker), frontend.backend.no_gradient():
         first = _rehearse(composition, parts, rng)
         if frontend.name == "numpyro":
             # Parameters become arguments. A second run with them given may draw no key: that would be hidden randomness.
@@ -498,6 +500,3 @@ def _first_nan(backend: Backend, case: Cases) -> str:
             return f"; {label} is NaN in the first of them"
     return ""
 
-
-def _no_gradient(backend: Backend) -> Any:
-    return backend.no_gradient()
