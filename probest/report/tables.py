@@ -1,0 +1,121 @@
+"""An estimate as a table for the terminal.
+
+The ledger has a row for every piece of evidence, in the order in which it was gathered. ``moved`` is by how many
+nats a row differs from the estimate before it: small moves by different methods are what makes a number
+believable. Bounds move nothing, so that column is empty for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from io import StringIO
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from probest.estimators.base import Evidence
+from probest.report.protocols import EstimateLike
+from probest.report.text import format_count, format_interval, format_log, format_prob, format_seconds
+
+__all__ = [
+    "COLUMNS",
+    "LedgerRow",
+    "advice",
+    "comparison_table",
+    "estimate_table",
+    "estimate_text",
+    "ledger_rows",
+    "verdict",
+]
+
+COLUMNS = ("method", "claim", "log P", "P", "95 % interval of P", "calls", "seconds", "moved")
+_BOUNDS = ("lower", "upper")
+
+
+class LedgerRow(NamedTuple):
+    """A row of the ledger: a cell for each of ``COLUMNS``, and what decides how it is shown."""
+
+    cells: tuple[str, ...]
+    converged: bool
+    concludes: bool
+
+
+def ledger_rows(estimate: EstimateLike) -> list[LedgerRow]:
+    """The ledger of ``estimate``, a row for each piece of evidence."""
+    before = math.nan
+    rows = []
+    for evidence in estimate.ledger:
+        is_estimate = evidence.claim not in _BOUNDS and math.isfinite(evidence.log_prob)
+        moved = evidence.log_prob - before if is_estimate else math.nan
+        rows.append(_row(evidence, moved, concludes=evidence is estimate.conclusion))
+        before = evidence.log_prob if is_estimate else before
+    return rows
+
+
+def verdict(estimate: EstimateLike) -> str:
+    """The conclusion in one sentence."""
+    state = "converged" if estimate.converged else "not converged"
+    spent = f"{format_count(estimate.calls)} model calls, {format_seconds(estimate.seconds)}"
+    if estimate.log_prob == -math.inf:
+        return f"No catastrophe seen: P ≤ {format_prob(estimate.upper)} (95 %). {state.capitalize()}; {spent}."
+    interval = format_interval((estimate.lower, estimate.upper))
+    log_prob = _with_error(estimate.log_prob, estimate.std_error)
+    return f"P = {format_prob(estimate.log_prob)} {interval} (95 %), log P = {log_prob}. {state.capitalize()}; {spent}."
+
+
+def advice(estimate: EstimateLike) -> list[str]:
+    """What to do next: the estimate's own advice, or else the notes of the evidence that did not converge."""
+    own = list(estimate.advice)
+    if own or estimate.converged:
+        return own
+    return [f"{row.method}: {note}" for row in estimate.ledger if not row.converged for note in row.notes]
+
+
+def estimate_table(estimate: EstimateLike) -> Group:
+    """A rich renderable: the ledger, the verdict, and advice where there is any."""
+    table = Table(*COLUMNS[:2], box=SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS[2:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in ledger_rows(estimate):
+        style = "bold" if row.concludes else None if row.converged else "dim"
+        table.add_row(*map(Text, row.cells), style=style)
+    lines = [Text(verdict(estimate), style="green" if estimate.converged else "yellow")]
+    lines += [Text(f"• {line}") for line in advice(estimate)]
+    return Group(table, *lines)
+
+
+def estimate_text(estimate: EstimateLike, width: int = 120) -> str:
+    """The same as plain text, for ``str(estimate)`` and for logs."""
+    buffer = StringIO()
+    Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(estimate_table(estimate))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+
+
+def comparison_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    """A table with a name for each row and a column for each thing that is compared."""
+    table = Table("", *columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name, cells in rows:
+        table.add_row(Text(name, style="bold"), *(Text(cell) for cell in cells))
+    return table
+
+
+def _row(evidence: Evidence, moved: float, *, concludes: bool) -> LedgerRow:
+    cells = (
+        evidence.method,
+        evidence.claim,
+        _with_error(evidence.log_prob, evidence.std_error),
+        format_prob(evidence.log_prob),
+        format_interval(evidence.interval),
+        format_count(evidence.calls),
+        format_seconds(evidence.seconds),
+        "" if math.isnan(moved) else f"{'+' if moved >= 0 else ''}{format_log(moved)}",
+    )
+    return LedgerRow(cells, evidence.converged, concludes)
+
+
+def _with_error(log_prob: float, std_error: float) -> str:
+    return format_log(log_prob) if math.isinf(log_prob) else f"{format_log(log_prob)} ± {format_log(std_error)}"

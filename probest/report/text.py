@@ -1,0 +1,57 @@
+"""Numbers as people read them.
+
+A catastrophe probability is often below the smallest float, so everything here starts from its logarithm:
+``format_prob(-1000.0)`` is ``5.1e-435``.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["format_count", "format_interval", "format_log", "format_prob", "format_seconds"]
+
+_LN10 = math.log(10.0)
+
+
+def format_prob(log_prob: float, digits: int = 2) -> str:
+    """``exp(log_prob)`` with ``digits`` significant figures, right however small it is."""
+    if math.isnan(log_prob):
+        return "?"
+    if log_prob == -math.inf:
+        return "0"
+    if log_prob >= 0.0:
+        return "1"
+    if log_prob > math.log(1e-3):
+        return f"{math.exp(log_prob):.{digits}g}"
+    exponent = math.floor(log_prob / _LN10)
+    mantissa = f"{math.exp(log_prob - exponent * _LN10):.{digits - 1}f}"
+    if mantissa.startswith("10"):  # 9.96 rounds to 10.0: carry it into the exponent
+        mantissa, exponent = f"{1.0:.{digits - 1}f}", exponent + 1
+    return f"{mantissa}e{exponent:+03d}"
+
+
+def format_interval(interval: tuple[float, float], digits: int = 2) -> str:
+    """An interval of log P as one of P, ``[2.8e-07, 3.4e-07]``."""
+    lower, upper = interval
+    return f"[{format_prob(lower, digits)}, {format_prob(upper, digits)}]"
+
+
+def format_log(value: float, digits: int = 2) -> str:
+    """A log-probability or a number of nats, with a true minus sign and ``∞`` where it is infinite."""
+    if math.isnan(value):
+        return "?"
+    sign = "−" if value < 0 else ""
+    return sign + ("∞" if math.isinf(value) else f"{abs(value):.{digits}f}")
+
+
+def format_count(count: float) -> str:
+    """``12,500``."""
+    return f"{count:,.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 05 s``."""
+    if seconds < 10.0:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,97 @@
+"""What every test shares: guards against tests that leave global state changed, and the two backends.
+
+Guards look only at libraries that are imported already, so that a test of plain NumPy stays quick.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+TEST_FAILURE_RATE = 1e-5
+"""How often a statistical test may fail by chance. Tolerances follow from it: ``norm.isf(TEST_FAILURE_RATE / 2)``
+standard errors for a mean, and so on. Seeds are fixed, so a test that passes once passes always."""
+
+BACKENDS = {"pyro": ("torch", "pyro"), "numpyro": ("jax", "numpyro")}
+
+
+@pytest.fixture(scope="session")
+def failure_rate() -> float:
+    """``TEST_FAILURE_RATE``, for tests that do not import it."""
+    return TEST_FAILURE_RATE
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for each backend that is installed: ``pyro``, ``numpyro``."""
+    for module in BACKENDS[request.param]:
+        pytest.importorskip(module)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def settings_stay() -> Iterator[None]:
+    """Fails a test after which a library's settings are not as they were before."""
+    before = {name: read() for name, read in _settings().items()}
+    yield
+    after = {name: read() for name, read in _settings().items() if name in before}
+    changed = [f"{name} ({before[name]} to {value})" for name, value in after.items() if value != before[name]]
+    assert not changed, f"the test left global state changed: {', '.join(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def randomness_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that moved a global random state, unless it is marked ``global_rng``; restores it either way."""
+    states = {name: (read(), write) for name, (read, write) in _random_states().items()}
+    yield
+    moved = []
+    for name, (read, write) in _random_states().items():
+        if name in states and _as_bytes(states[name][0]) != _as_bytes(read()):
+            moved.append(name)
+            write(states[name][0])
+    if request.node.get_closest_marker("global_rng") is None:
+        assert not moved, (
+            f"the test, or the code under it, drew from a global random state: {', '.join(moved)}. If it is the test "
+            "that means to (a module's initial weights, say), mark it with pytest.mark.global_rng"
+        )
+
+
+def _settings() -> dict[str, Callable[[], Any]]:
+    """Readers of the settings of every library that is imported."""
+    readers: dict[str, Callable[[], Any]] = {}
+    if torch := sys.modules.get("torch"):
+        readers["torch default dtype"] = torch.get_default_dtype
+        readers["torch gradient mode"] = torch.is_grad_enabled
+        readers["torch deterministic algorithms"] = torch.are_deterministic_algorithms_enabled
+        readers["torch distribution validation"] = lambda: torch.distributions.Distribution._validate_args
+    if pyro := sys.modules.get("pyro"):
+        readers["pyro settings"] = lambda: dict(pyro.settings.get())  # validation is among them
+        readers["pyro parameter store"] = lambda: sorted(pyro.get_param_store().keys())
+    if jax := sys.modules.get("jax"):
+        readers["jax x64"] = lambda: jax.config.jax_enable_x64
+        readers["jax nan debugging"] = lambda: jax.config.jax_debug_nans
+    if numpyro := sys.modules.get("numpyro"):
+        readers["numpyro validation"] = lambda: numpyro.distributions.Distribution._validate_args
+    readers["numpy error handling"] = np.geterr
+    return readers
+
+
+def _random_states() -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """How to read and to write the global random state of every library that is imported."""
+    states: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+        "python": (random.getstate, random.setstate),
+        "numpy": (np.random.get_state, np.random.set_state),
+    }
+    if torch := sys.modules.get("torch"):
+        states["torch"] = (torch.get_rng_state, torch.set_rng_state)
+    return states
+
+
+def _as_bytes(state: Any) -> bytes:
+    return state.numpy().tobytes() if hasattr(state, "numpy") else pickle.dumps(state)
