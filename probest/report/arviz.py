@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from probest.report.protocols import CatastrophesLike, EstimateLike
+from probest.report.record import estimate_record
 
 if TYPE_CHECKING:
     import os
@@ -131,33 +131,16 @@ def _systematic(weights: np.ndarray) -> np.ndarray:
 
 def _attributes(estimate: EstimateLike) -> dict[str, Any]:
     """The numbers of the estimate, as types that netCDF can hold."""
-    ledger = [
-        {
-            "method": row.method,
-            "claim": row.claim,
-            "log_prob": _json_number(row.log_prob),
-            "std_error": _json_number(row.std_error),
-            "interval": [_json_number(end) for end in row.interval],
-            "calls": int(row.calls),
-            "seconds": float(row.seconds),
-            "converged": bool(row.converged),
-            "notes": list(row.notes),
-        }
-        for row in estimate.ledger
-    ]
+    record = estimate_record(estimate)
     return {
         "log_prob": float(estimate.log_prob),
         "std_error": float(estimate.std_error),
         "lower": float(estimate.lower),
         "upper": float(estimate.upper),
         "converged": int(estimate.converged),
-        "calls": int(estimate.calls),
-        "seconds": float(estimate.seconds),
-        "ledger": json.dumps(ledger),
+        "calls": record["calls"],
+        "seconds": record["seconds"],
+        "advice": json.dumps(record["advice"]),
+        "ledger": json.dumps(record["ledger"]),
         "inference_library": "probest",
     }
-
-
-def _json_number(value: float) -> float | str:
-    """JSON has no infinities: they travel as the strings ``inf`` and ``-inf``."""
-    return float(value) if math.isfinite(value) else str(float(value))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import StringIO
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +27,6 @@ __all__ = [
     "COLUMNS",
     "LedgerRow",
     "advice",
-    "comparison_table",
     "estimate_table",
     "estimate_text",
     "ledger_rows",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 COLUMNS = ("method", "claim", "log P", "P", "95 % interval of P", "calls", "seconds", "moved")
+_EXPENDABLE = ("P", "seconds", "moved", "claim", "calls")
 _BOUNDS = ("lower", "upper")
 
 
@@ -77,15 +79,9 @@ def advice(estimate: EstimateLike) -> list[str]:
 
 def estimate_table(estimate: EstimateLike) -> Group:
     """A rich renderable: the ledger, the verdict, and advice where there is any."""
-    table = Table(*COLUMNS[:2], box=SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS[2:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in ledger_rows(estimate):
-        style = "bold" if row.concludes else None if row.converged else "dim"
-        table.add_row(*map(Text, row.cells), style=style)
     lines = [Text(verdict(estimate), style="green" if estimate.converged else "yellow")]
     lines += [Text(f"• {line}") for line in advice(estimate)]
-    return Group(table, *lines)
+    return Group(_Ledger(ledger_rows(estimate)), *lines)
 
 
 def estimate_text(estimate: EstimateLike, width: int = 120) -> str:
@@ -95,12 +91,29 @@ def estimate_text(estimate: EstimateLike, width: int = 120) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
 
 
-def comparison_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
-    """A table with a name for each row and a column for each thing that is compared."""
-    table = Table("", *columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name, cells in rows:
-        table.add_row(Text(name, style="bold"), *(Text(cell) for cell in cells))
-    return table
+@dataclass(frozen=True)
+class _Ledger:
+    """The rows as a table. Where the terminal is narrow, columns that others imply are left out."""
+
+    rows: list[LedgerRow]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(max_width=10_000)
+        for left_out in range(len(_EXPENDABLE) + 1):
+            columns = [name for name in COLUMNS if name not in _EXPENDABLE[:left_out]]
+            table = self._table(columns)
+            if Measurement.get(console, unbounded, table).maximum <= options.max_width:
+                break
+        yield table
+
+    def _table(self, columns: Sequence[str]) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for name in columns:
+            table.add_column(name, justify="left" if name in ("method", "claim") else "right", no_wrap=True)
+        for row in self.rows:
+            cells = [Text(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in columns]
+            table.add_row(*cells, style="bold" if row.concludes else None if row.converged else "dim")
+        return table
 
 
 def _row(evidence: Evidence, moved: float, *, concludes: bool) -> LedgerRow:
