@@ -49,12 +49,15 @@ def settings_stay() -> Iterator[None]:
 def randomness_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that moved a global random state, unless it is marked ``global_rng``; restores it either way."""
     states = {name: (read(), write) for name, (read, write) in _random_states().items()}
+    imported = len(sys.modules)
     yield
     moved = []
     for name, (read, write) in _random_states().items():
         if name in states and _as_bytes(states[name][0]) != _as_bytes(read()):
             moved.append(name)
             write(states[name][0])
+    if moved == ["python"] and len(sys.modules) > imported:
+        return  # some libraries draw from it when they are imported first
     if request.node.get_closest_marker("global_rng") is None:
         assert not moved, (
             f"the test, or the code under it, drew from a global random state: {', '.join(moved)}. If it is the test "

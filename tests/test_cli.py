@@ -1,0 +1,159 @@
+"""The command line on small files: what it prints, and its exit codes 0, 2 and 3."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import probest
+from probest import cli
+
+pytest.importorskip("numpyro")
+
+HALFSPACE = """
+import numpyro
+import numpyro.distributions as dist
+from probest import Problem
+
+LIMIT = 4.0
+
+def adversary():
+    return numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
+def checker(x, y):
+    return y - LIMIT
+
+problem = Problem(adversary, lambda x: x.sum() / 3**0.5, checker)
+
+def make():
+    return Problem(adversary, lambda x: x[0], checker)
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_the_file() -> Iterator[None]:
+    """The command line runs once in a process; a test runs it many times."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and "pytest-of" in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def halfspace(tmp_path: Path) -> Path:
+    path = tmp_path / "halfspace_problem.py"
+    path.write_text(HALFSPACE)
+    return path
+
+
+@pytest.mark.parametrize("name", ["problem", "make"])
+def test_estimate_prints_json(halfspace: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["estimate", f"{halfspace}:{name}", "--json", "--budget", "20000", "--precision", "0.2"])
+    record = json.loads(capsys.readouterr().out)
+    exact = math.log(0.5 * math.erfc(4.0 / math.sqrt(2.0)))
+    assert code == 0
+    assert record["converged"]
+    assert abs(record["log_prob"] - exact) < 0.5
+    assert record["calls"] <= 20_000
+
+
+def test_estimate_prints_the_ledger_and_saves(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    netcdf = halfspace.with_name("catastrophes.nc")
+    assert cli.main(["estimate", str(halfspace), "--precision", "0.2", "--netcdf", str(netcdf)]) == 0
+    assert "Converged" in capsys.readouterr().out
+    assert netcdf.stat().st_size > 0
+
+
+def test_a_result_that_did_not_converge_is_exit_code_3(halfspace: Path) -> None:
+    halfspace.write_text(HALFSPACE.replace("y - LIMIT", "y > 30.0"))
+    assert cli.main(["estimate", str(halfspace), "--budget", "500"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("nothing", {}, "has no 'nothing': it has the problem problem"),
+        ("number", {}, "'number' in .* is a int: expected a probest.Problem"),
+        ("problem", {"number = 3": "number = 1 / 0"}, r"halfspace_problem.py:20: ZeroDivisionError: division by zero"),
+        ("problem", {"number = 3": "number = = 3"}, r"halfspace_problem.py:20: SyntaxError"),
+        ("problem", {"number = 3": "import nowhere_to_be_found"}, "ModuleNotFoundError"),
+        ("problem", {"Problem(adversary,": "Problem(3,"}, "adversary is a int"),
+        ("problem", {"return y - LIMIT": "return x"}, "severity|scalar"),
+    ],
+)
+def test_bad_files(
+    halfspace: Path, name: str, change: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = HALFSPACE
+    for old, new in change.items():
+        text = text.replace(old, new)
+    halfspace.write_text(text)
+    assert cli.main(["estimate", f"{halfspace}:{name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("probest estimate: ")
+    import re
+
+    assert re.search(message, error)
+    assert "Traceback" not in error
+
+
+def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", f"{tmp_path / 'nowhere.py'}:problem"]) == 2
+    assert "is not a file: expected FILE.py:problem" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("")
+    assert cli.main(["estimate", f"{tmp_path / 'notes.txt'}:problem"]) == 2
+    assert "is not a Python file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["guess"],
+        ["estimate"],
+        ["estimate", "f.py", "--budget", "0"],
+        ["estimate", "f.py", "--precision", "-1"],
+        ["train", "f.py"],
+    ],
+)
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: probest" in capsys.readouterr().err
+
+
+def test_train_says_what_the_file_must_have(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(halfspace), "--until", "-20"]) == 2
+    assert "has no 'task'" in capsys.readouterr().err
+    halfspace.write_text(HALFSPACE + "\ndef task(model, batch): return 0.0\n")
+    assert cli.main(["train", str(halfspace), "--until", "-20"]) == 2
+    assert "has no 'data'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("converged", "code"), [(True, 0), (False, 3)])
+def test_train_passes_everything_on(
+    halfspace: Path, converged: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(problem: Any, **options: Any) -> Any:
+        seen.update(options)
+        return SimpleNamespace(converged=converged, audit=SimpleNamespace(converged=True))
+
+    monkeypatch.setattr(probest, "train", train)
+    halfspace.write_text(HALFSPACE + "\ntask = len\ndata = (1, 2)\n")
+    assert cli.main(["train", str(halfspace), "--until", "-20", "--steps", "7", "--seed", "3"]) == code
+    expected = {"task": len, "data": (1, 2), "until_log_prob": -20.0, "steps": 7, "seed": 3, "checkpoint": None}
+    assert expected.items() <= seen.items()
+    assert "converged" in capsys.readouterr().out
