@@ -1,0 +1,146 @@
+"""The special functions of `special` for torch: differentiable (twice, too), and at home under `torch.func` transforms."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+
+from probest.backends import special
+
+Array = Any
+
+clip, maximum, lgamma, digamma, erfinv = torch.clamp, torch.maximum, torch.lgamma, torch.digamma, torch.erfinv
+_here = sys.modules[__name__]
+
+
+def constant(values: Any, like: Array) -> Array:
+    """`values` as an array of the dtype and device of `like`."""
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+
+def stop_gradient(x: Array) -> Array:
+    return x.detach()
+
+
+def repeat(times: int, body: Callable[[Any], Any], state: Any) -> Any:
+    """`body` applied `times` times."""
+    for _ in range(times):
+        state = body(state)
+    return state
+
+
+def cumulative_logsumexp(x: Array) -> Array:
+    """Along the last axis."""
+    return torch.logcumsumexp(x, dim=-1)
+
+
+def one_hot(index: Array, size: int) -> Array:
+    """(...) of integers -> bool (..., size)."""
+    return index[..., None] == torch.arange(size, device=index.device)
+
+
+def sample_dtype(fn: Any) -> torch.dtype | None:
+    """The dtype that `fn.sample()` has, where it is not that of its parameters."""
+    return torch.int64 if isinstance(fn, torch.distributions.Categorical) else parameter_dtype(fn)
+
+
+def parameter_dtype(fn: Any) -> torch.dtype | None:
+    """The floating dtype of the distribution's parameters."""
+    arrays = [value for value in vars(fn).values() if torch.is_tensor(value) and value.is_floating_point()]
+    inner = [dtype for value in vars(fn).values() if hasattr(value, "log_prob") for dtype in [parameter_dtype(value)]]
+    dtypes = [array.dtype for array in arrays] + [dtype for dtype in inner if dtype is not None]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=None)
+
+
+class _Elementwise(torch.autograd.Function):
+    """A function of arrays that broadcast: batching is broadcasting, with the batch axes in front and ranks aligned."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Array) -> tuple[Array, int]:
+        rank = max(x.ndim - (dim is not None) for x, dim in zip(args, in_dims, strict=True))
+        aligned = []
+        for x, dim in zip(args, in_dims, strict=True):
+            if dim is not None:
+                x = torch.movedim(x, dim, 0)
+                x = x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.ndim) + x.shape[1:])
+            aligned.append(x)
+        return cls.apply(*aligned), 0
+
+
+class _LogNdtr(_Elementwise):
+    @staticmethod
+    def forward(z: Array) -> Array:
+        return torch.special.log_ndtr(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Array], output: Array) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Array) -> Array:
+        return grad * special.log_ndtr_slope(_here, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Array) -> Array:
+        return tangent * special.log_ndtr_slope(_here, *ctx.saved_tensors)
+
+
+class _NdtriExp(_Elementwise):
+    @staticmethod
+    def forward(log_p: Array) -> Array:
+        return special.ndtri_exp(_here, log_p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Array], output: Array) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Array) -> Array:
+        (w,) = ctx.saved_tensors
+        return grad / special.log_ndtr_slope(_here, w, log_ndtr(w))
+
+    jvp = backward
+
+
+class _GammaLogQuantile(_Elementwise):
+    @staticmethod
+    def forward(concentration: Array, z: Array) -> Array:
+        return special.gamma_log_quantile(_here, *torch.broadcast_tensors(concentration, z))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Array, Array], output: Array) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Array) -> tuple[Array, Array]:
+        concentration, z, log_x = ctx.saved_tensors
+        by_concentration, by_z = special.gamma_log_quantile_slopes(
+            _here, *torch.broadcast_tensors(concentration, z, log_x)
+        )
+        return (grad * by_concentration).sum_to_size(concentration.shape), (grad * by_z).sum_to_size(z.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, by_concentration: Array | None, by_z: Array | None) -> Array:
+        slopes = special.gamma_log_quantile_slopes(_here, *torch.broadcast_tensors(*ctx.saved_tensors))
+        return sum(slope * by for slope, by in zip(slopes, (by_concentration, by_z), strict=True) if by is not None)
+
+
+def log_ndtr(z: Array) -> Array:
+    """log Φ(z)."""
+    return _LogNdtr.apply(z)
+
+
+def ndtri_exp(log_p: Array) -> Array:
+    """The w <= 0 with log Φ(w) = log_p, for log_p <= log ½."""
+    return _NdtriExp.apply(log_p)
+
+
+def gamma_log_quantile(concentration: Array, z: Array) -> Array:
+    """log of the quantile of Gamma(concentration, 1) at Φ(z); arguments broadcast."""
+    return _GammaLogQuantile.apply(*torch.broadcast_tensors(concentration, z))
