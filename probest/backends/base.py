@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "load_backend"]
+__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "Trainer", "chunks", "load_backend"]
 
 Array = Any
 PyTree = Any
@@ -91,6 +91,35 @@ class Backend(Protocol):
 
     def evaluating(self, *parts: Any) -> AbstractContextManager[None]:
         """Modules among ``parts`` in evaluation mode inside, and as they were afterwards."""
+
+    def trainer(
+        self,
+        parts: Parts,
+        scores: Callable[..., Any],
+        task: Callable[..., Any],
+        *,
+        optimizer: Any,
+        learning_rate: float,
+        max_norm: float,
+    ) -> Trainer:
+        """A :class:`Trainer` of ``parts.model``. ``scores(parts, z, held)`` gives severities and log-weights."""
+
+
+class Trainer(Protocol):
+    """A model being trained: the task loss plus ``weight`` times the particles' mean log-probability of catastrophe."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def task_loss(self, batch: PyTree) -> float: ...
+
+    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float) -> tuple[float, float]:
+        """One step; returns the task loss and the mean of log Φ(severity / noise) over the particles z, before it."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything a checkpoint needs, by name."""
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None: ...
 
 
 def load_backend(name: str) -> Backend:

@@ -19,6 +19,7 @@ import numpy as np
 
 from probest.backends import special_jax
 from probest.backends.base import Array, BatchingError, Parts, PyTree, RowFunction
+from probest.backends.training_jax import JaxTrainer
 
 __all__ = ["JaxBackend"]
 
@@ -85,6 +86,11 @@ class JaxBackend:
         values, grads = run(fn, static, gradient, arrays, padded[0], dict(zip(held, padded[1:], strict=True)))
         trim = [self.to_host(value)[:n] for value in values]
         return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
+
+    def trainer(
+        self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any
+    ) -> JaxTrainer:
+        return JaxTrainer(self, parts, scores, task, **options)
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from probest.backends import special_torch
 from probest.backends.base import Array, BatchingError, Parts, PyTree, RowFunction
+from probest.backends.training_torch import TorchTrainer
 
 __all__ = ["TorchBackend"]
 
@@ -88,6 +89,11 @@ class TorchBackend:
             values = fn(parts, at, kept)
             grads = [_gradient(value, at) for value in values]
         return [self.to_host(value) for value in values], [self.to_host(grad) for grad in grads]
+
+    def trainer(
+        self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any
+    ) -> TorchTrainer:
+        return TorchTrainer(self, parts, scores, task, **options)
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         return torch.no_grad()

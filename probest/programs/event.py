@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -146,7 +146,8 @@ def compose(frontend: Frontend, closed_loop: bool, adversary: Any, model: Any, c
 class Event:
     """A problem in standard-normal coordinates; satisfies :class:`~probest.estimators.base.EventLike`.
 
-    ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls).
+    ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
+    ``on_calls`` is told after each chunk.
     """
 
     composition: Composition
@@ -157,7 +158,7 @@ class Event:
     chunk_size: int
     model_calls: int = 0
     checker_calls: int = 0
-    notes: tuple[str, ...] = field(default=())
+    on_calls: Callable[[int], None] | None = None
 
     @property
     def dim(self) -> int:
@@ -200,6 +201,8 @@ class Event:
                 values, gradients = self.backend.on_host(self.composition, self.parts, z[rows], kept, gradient=gradient)
                 self.model_calls += len(z[rows]) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
                 self.checker_calls += len(z[rows])
+                if self.on_calls is not None:
+                    self.on_calls(self.model_calls)
                 outputs.append(self._checked(values, z[rows]))
                 grads.append(gradients)
         severity, log_weight = (np.concatenate(column) for column in zip(*outputs, strict=True)) if outputs else (np.empty(0),) * 2

@@ -1,0 +1,30 @@
+"""How likely is a model to do something catastrophic, and how to train it until that is vanishingly unlikely."""
+
+from probest.estimate import Catastrophes, Estimate, GradientError, estimate
+from probest.estimators.base import Evidence
+from probest.estimators.combined import Combined
+from probest.estimators.importance import Importance
+from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.tempering import Tempering
+from probest.problem import Problem
+from probest.programs.base import SiteError
+from probest.programs.event import ProblemError, SeverityError
+from probest.train import TrainingRun, train
+
+__all__ = [
+    "Catastrophes",
+    "Combined",
+    "Estimate",
+    "Evidence",
+    "GradientError",
+    "Importance",
+    "MonteCarlo",
+    "Problem",
+    "ProblemError",
+    "SeverityError",
+    "SiteError",
+    "Tempering",
+    "TrainingRun",
+    "estimate",
+    "train",
+]

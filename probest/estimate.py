@@ -1,0 +1,298 @@
+"""``estimate()``: the one verb, and :class:`Estimate`, what it returns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import ndtri
+
+from probest.backends.base import Array, PyTree
+from probest.estimators.base import Estimator, Evidence, Floats
+from probest.estimators.combined import Combined
+from probest.estimators.weigh import GradientError, Weigher
+from probest.problem import Problem
+from probest.programs.event import Event
+from probest.report.progress import Progress
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+__all__ = ["Catastrophes", "Estimate", "GradientError", "estimate"]
+
+MAX_DECODED = 4_000
+GRADIENT_LINES = 400
+
+
+def estimate(
+    problem: Problem,
+    *,
+    budget: int = 50_000,
+    precision: float = 0.05,
+    seed: int = 0,
+    estimator: Estimator | None = None,
+    progress: bool = True,
+) -> Estimate:
+    """Estimate log P, the log-probability of a catastrophe.
+
+    Args:
+        problem: the adversary, the model and the checker.
+        budget: model calls to spend at most (a forward pass is 1, a forward pass with its gradient 3).
+        precision: standard error of log P, in nats, at which to stop early.
+        seed: the same seed gives the same estimate.
+        estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
+        progress: show a progress line (only ever in a terminal or notebook).
+
+    Returns:
+        The estimate. Look at ``converged`` and ``advice`` before believing ``log_prob``. Interrupted by Ctrl-C, it
+        holds the evidence gathered until then and is not converged.
+
+    Raises:
+        ProblemError, SiteError, SeverityError: the problem cannot be estimated as written.
+        ValueError: an argument is out of range.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}: expected Problem(adversary, model, checker)")
+    if isinstance(budget, bool) or not (isinstance(budget, int | np.integer) or float(budget).is_integer()) or budget < 1:
+        raise ValueError(f"budget={budget!r}: expected a positive whole number of model calls")
+    if not (math.isfinite(precision) and precision > 0):
+        raise ValueError(f"precision={precision!r}: expected a positive number of nats, such as 0.05")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed={seed!r}: expected a whole number, 0 or more")
+    event = problem.event.replaced()
+    method = Combined(precision=precision) if estimator is None else estimator
+    start = time.perf_counter()
+    ledger: list[Evidence] = []
+    with Progress("estimate", enabled=progress) as line:
+        event.on_calls = lambda calls: line.update(calls, int(budget), ledger[-1].method if ledger else "")
+        try:
+            for evidence in _evidences(method, event, int(budget), np.random.SeedSequence(int(seed))):
+                ledger.append(evidence)
+        except KeyboardInterrupt:
+            if not ledger:
+                raise
+            note = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
+            ledger.append(replace(ledger[-1], converged=False, notes=(*ledger[-1].notes, note)))
+    event.on_calls = None
+    return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
+
+
+def _evidences(method: Any, event: Event, budget: int, seed: np.random.SeedSequence) -> Iterator[Evidence]:
+    """Evidence as it comes, the conclusion last."""
+    if hasattr(method, "evidences"):
+        yield from method.evidences(event, budget=budget, seed=seed)
+    else:
+        yield method.run(event, budget=budget, seed=seed)
+
+
+class Estimate:
+    """How likely a catastrophe is, and how far to believe it.
+
+    The ledger holds the evidence in the order in which it was gathered; the last line is the conclusion. All
+    log-probabilities are natural logarithms; intervals are intervals of log P.
+    """
+
+    def __init__(self, problem: Problem, event: Event, ledger: tuple[Evidence, ...], *, seed: int, seconds: float) -> None:
+        self.problem = problem
+        self.ledger = ledger
+        self.seed = seed
+        self.seconds = seconds
+        self.calls = event.model_calls
+        self.checker_calls = event.checker_calls
+        self._event = event
+
+    @property
+    def conclusion(self) -> Evidence:
+        """The last line of the ledger."""
+        return self.ledger[-1]
+
+    @property
+    def log_prob(self) -> float:
+        """log P; ``-inf`` when no catastrophe was found (then ``upper`` says how likely it can still be)."""
+        return self.conclusion.log_prob
+
+    @property
+    def prob(self) -> float:
+        """P; 0 if it underflows."""
+        return math.exp(self.log_prob)
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of ``log_prob`` in nats (about the relative error of P)."""
+        return self.conclusion.std_error
+
+    @property
+    def converged(self) -> bool:
+        """Whether the methods agree and their diagnostics hold. If not, ``advice`` says what to do."""
+        return self.conclusion.converged
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What was wrong and what to do about it; empty when there is nothing to say."""
+        return self.conclusion.notes
+
+    @property
+    def lower(self) -> float:
+        """Lower end of the 95 % interval of log P; ``-inf`` when nothing bounds it from below."""
+        return self.conclusion.interval[0]
+
+    @property
+    def upper(self) -> float:
+        """Upper end of the 95 % interval of log P."""
+        return self.conclusion.interval[1]
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Interval of log P at a confidence ``level`` in (0, 1), rescaled from the 95 % one."""
+        if not 0 < level < 1:
+            raise ValueError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+        lower, upper = self.conclusion.interval
+        if not math.isfinite(self.log_prob):
+            # No hits: (1 - u)^n = alpha at the exact binomial bound u.
+            miss = -math.expm1(upper) if upper < 0 else 0.0
+            power = math.log1p(-level) / math.log(0.05)
+            return lower, math.log(-math.expm1(power * math.log(miss))) if 0 < miss < 1 else upper
+        factor = float(ndtri(0.5 + level / 2) / ndtri(0.975))
+        return self.log_prob + factor * (lower - self.log_prob), min(self.log_prob + factor * (upper - self.log_prob), 0.0)
+
+    @cached_property
+    def catastrophes(self) -> Catastrophes | None:
+        """A weighted sample of catastrophes with their named sites, or None if none was found."""
+        particles = self.conclusion.particles
+        if particles is None or not len(particles.z):
+            return None
+        best = np.sort(np.argsort(-particles.log_weight, kind="stable")[:MAX_DECODED])
+        cases = self._event.decode(particles.z[best])
+        weights = np.exp(particles.log_weight[best] - particles.log_weight.max())
+        return Catastrophes(
+            cases.sites, weights / weights.sum(), particles.severity[best], cases.observation, cases.action
+        )
+
+    def worst_case(self, kl: float) -> float:
+        """The largest probability of a catastrophe under any adversary q with KL(q ‖ D) ≤ ``kl`` nats.
+
+        Closed form: it solves kl_bin(q ‖ P) = kl, by the data-processing inequality; tilting D towards the catastrophes
+        attains it. 1 when ``kl`` ≥ −log P.
+        """
+        if not kl >= 0:
+            raise ValueError(f"kl={kl!r}: expected a number of nats, 0 or more")
+        log_p = self.log_prob
+        if not math.isfinite(log_p):
+            raise ValueError("no catastrophe was found, so only a bound is known: estimate again with a larger budget")
+        if kl >= -log_p:
+            return 1.0
+        log_safe = math.log1p(-math.exp(log_p))
+
+        def excess(log_q: float) -> float:
+            q = math.exp(log_q)
+            rest = 0.0 if q >= 1 else (1 - q) * (math.log1p(-q) - log_safe)
+            return q * (log_q - log_p) + rest - kl
+
+        return 1.0 if excess(0.0) < 0 else math.exp(float(brentq(excess, log_p, 0.0, xtol=1e-14)))
+
+    def log_prob_at(
+        self,
+        *,
+        model: Any = None,
+        adversary: Any = None,
+        params: Mapping[str, Array] | None = None,
+    ) -> Array:
+        """log P as a function of the parameters: a scalar of torch or jax to differentiate.
+
+        With torch, call it and ``backward()``: gradients reach the parameters of ``model`` and ``adversary`` (by default
+        those of the problem) and whatever tensors they close over. With jax, differentiate a function that passes a
+        ``model``, an ``adversary`` (a pytree such as ``Partial(program, params)``, or a closure), or values of
+        ``numpyro.param`` sites in ``params``. Parts must have the structure of the problem's own.
+
+        The value at the problem's own parameters is ``log_prob``; the gradient there has no smoothing bias. The value
+        elsewhere is a reweighting of the same particles: trust it for changes of a nat or so.
+
+        Raises GradientError if there is no gradient: no catastrophes found; a boolean checker and a ``model``.
+        """
+        if not self._event.differentiable and model is not None:
+            reason = "the checker returns a bool" if self._event.boolean else "the severity is piecewise constant"
+            raise GradientError(
+                f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real severity "
+                "(how far the case is from a catastrophe). Gradients in the adversary's parameters exist"
+            )
+        event = self._weigher.event
+        return self._weigher(event.replaced(model=model, adversary=adversary, params=params).parts)
+
+    @cached_property
+    def _weigher(self) -> Weigher:
+        seed = np.random.SeedSequence([self.seed, 0x6772_6164])
+        return Weigher.at(self._event.replaced(), self.conclusion, lines=GRADIENT_LINES, seed=seed)
+
+    def to_arviz(self) -> Any:
+        """Catastrophes as ArviZ data: equally weighted draws in ``posterior``, weighted ones in ``catastrophes``."""
+        from probest.report.arviz import to_arviz
+
+        return to_arviz(self)
+
+    def to_netcdf(self, path: str | os.PathLike[str]) -> Path:
+        """Write the catastrophes and the numbers of the estimate to a netCDF file."""
+        from probest.report.arviz import to_netcdf
+
+        return to_netcdf(self, path)
+
+    def plot(self, **options: Any) -> Any:
+        """The ledger as a forest plot (a matplotlib Axes)."""
+        from probest.report.plots import plot_estimate
+
+        return plot_estimate(self, **options)
+
+    def __rich__(self) -> Any:
+        from probest.report.tables import estimate_table
+
+        return estimate_table(self)
+
+    def __str__(self) -> str:
+        from probest.report.tables import estimate_text
+
+        return estimate_text(self)
+
+    def _repr_html_(self) -> str:
+        from probest.report.html import estimate_html
+
+        return estimate_html(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Estimate(log_prob={self.log_prob:.4g}, std_error={self.std_error:.2g}, "
+            f"interval=({self.lower:.4g}, {self.upper:.4g}), converged={self.converged}, calls={self.calls})"
+        )
+
+
+class Catastrophes(Mapping[str, np.ndarray]):
+    """Weighted catastrophes: a mapping from site names to arrays ``(n, ...)``.
+
+    weights: ``(n,)``, summing to 1. severity: ``(n,)``, at least 0. observation, action: pytrees of ``(n, ...)`` arrays.
+    """
+
+    def __init__(
+        self, sites: dict[str, np.ndarray], weights: Floats, severity: Floats, observation: PyTree, action: PyTree
+    ) -> None:
+        self._sites = sites
+        self.weights = weights
+        self.severity = severity
+        self.observation = observation
+        self.action = action
+
+    def __getitem__(self, name: str, /) -> np.ndarray:
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __repr__(self) -> str:
+        return f"Catastrophes({len(self.weights)} cases of {', '.join(self._sites)})"
+

@@ -1,0 +1,380 @@
+"""``train()``: step a model down the gradient of log P until catastrophes are vanishingly unlikely, then audit it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from probest.backends.base import Backend, PyTree, Trainer
+from probest.estimate import Estimate, estimate
+from probest.estimators.base import Estimator, child_seed, generator
+from probest.estimators.tempering import Tempering
+from probest.estimators.warm import Walkers
+from probest.problem import Problem
+from probest.report.progress import Progress
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["Step", "TrainingRun", "train"]
+
+BEFORE, CHECK, AFTER, AUDIT, WALK, BATCH = range(6)
+AGREEMENT = 3.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded step. task_loss: on its minibatch. log_prob: the last fresh estimate of log P, in nats.
+
+    pressure: mean of log Φ(severity / noise) over the warm particles, what was stepped down. calls: model calls so far.
+    """
+
+    step: int
+    task_loss: float
+    log_prob: float
+    pressure: float
+    noise: float
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A trained model and the evidence about it.
+
+    model: the trained model (the problem's own is unchanged). adversary: that of the problem. problem: the problem with
+    the trained model. before, after: estimates by the same method. audit: an estimate by another method and seed, None if
+    training was interrupted. converged: log P is below the target, audited. advice: what is missing. calls: model calls of
+    everything together, the calls on the task's own data apart (``task_calls``).
+    """
+
+    model: Any
+    adversary: Any
+    problem: Problem
+    history: tuple[Step, ...]
+    before: Estimate
+    after: Estimate
+    audit: Estimate | None
+    converged: bool
+    advice: tuple[str, ...]
+    calls: int
+    task_calls: int
+    seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainingRun(log P {self.before.log_prob:.4g} -> {self.after.log_prob:.4g}, steps={len(self.history)}, "
+            f"converged={self.converged}, calls={self.calls})"
+        )
+
+    def plot(self, **options: Any) -> Any:
+        """Task loss and log P over the steps (a matplotlib Axes)."""
+        from probest.report.plots import plot_history
+
+        return plot_history(self, **options)
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside the trainer's arrays and the particles."""
+
+    step: int = 0
+    calls: int = 0
+    task_calls: int = 0
+    seconds: float = 0.0
+    log_prob: float = math.nan
+    history: list[Step] = field(default_factory=list)
+
+
+def train(
+    problem: Problem,
+    *,
+    task: Callable[[Any, PyTree], Any],
+    data: PyTree,
+    until_log_prob: float = -25.0,
+    steps: int = 1_000,
+    weight: float = 1.0,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    optimizer: Any = None,
+    max_norm: float = 10.0,
+    particles: int = 128,
+    check_every: int = 50,
+    budget: int = 50_000,
+    check_budget: int = 20_000,
+    audit: Estimator | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> TrainingRun:
+    """Train the model on ``task(model, batch) + weight · log P`` and audit the result.
+
+    Each step moves a population of warm particles on the catastrophes of the present model and steps down the
+    gradient of their log-probability (smoothed by a noise that shrinks with them). Every ``check_every`` steps a fresh
+    tempering run looks for catastrophes anew, wherever they are by then; training ends when that falls below the
+    target, or after ``steps``. Then log P is estimated afresh, and audited by another method from another seed.
+
+    Args:
+        problem: its model is trained: a torch ``nn.Module`` or a jax pytree with floating-point arrays.
+        task: ``task(model, batch) -> scalar`` loss to keep low.
+        data: pytree of arrays with a common leading axis; minibatches are rows of it.
+        until_log_prob: stop when log P is below this (natural logarithm).
+        steps: optimisation steps at most.
+        weight: nats of task loss that one nat of log P is worth.
+        batch_size: rows of ``data`` a step.
+        learning_rate: of Adam, unless ``optimizer`` is given.
+        optimizer: torch: a function of the parameters to a ``torch.optim.Optimizer``; jax: an optax transformation.
+        max_norm: the gradient's norm is clipped to this.
+        particles: size of the warm population.
+        check_every: steps between fresh looks.
+        budget: model calls of each full estimate (before, after). check_budget: of each fresh look.
+        audit: method of the audit; by default tempering with more particles than the checks use.
+        seed: the same seed gives the same run.
+        checkpoint: a file to write at every check, and to resume from if it exists.
+        progress: show a progress line (only ever in a terminal or notebook).
+
+    Returns:
+        The run. After Ctrl-C it holds the model and history so far, without an audit, and is not converged.
+
+    Raises:
+        ValueError: an argument is out of range, the data are empty or ragged, the task loss is not a finite scalar, or the
+            checker gives no gradient (a bool).
+    """
+    _check_arguments(
+        steps=steps, batch_size=batch_size, particles=particles, check_every=check_every,
+        budget=budget, check_budget=check_budget,
+    )  # fmt: skip
+    if not until_log_prob < 0:
+        raise ValueError(f"until_log_prob={until_log_prob!r}: it is the log of a probability, so it must be below 0")
+    for name, value in (("weight", weight), ("learning_rate", learning_rate), ("max_norm", max_norm)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: expected a positive number")
+    event = problem.event
+    if not event.differentiable:
+        raise ValueError("checker: training needs a real severity with a gradient, and this checker returns a bool or integer")
+    backend = event.backend
+    if not backend.parameters(problem.model):
+        raise ValueError(
+            "model has no parameters to train: pass a torch nn.Module, an equinox or nnx module, or "
+            "jax.tree_util.Partial(fn, params)"
+        )
+    rows = _count_rows(backend, data)
+    data = backend.tree_map(lambda leaf: leaf if backend.owns(leaf) else backend.from_host(np.asarray(leaf)), data)
+    composition = event.composition
+    trainer = backend.trainer(
+        event.parts, composition, task, optimizer=optimizer, learning_rate=learning_rate, max_norm=max_norm
+    )
+    loss = trainer.task_loss(_batch(backend, data, np.arange(min(batch_size, rows))))
+    if not math.isfinite(loss):
+        raise ValueError(f"task: the loss of the untrained model is {loss}: expected a finite scalar")
+
+    root = np.random.SeedSequence(seed)
+    options = {"progress": False}
+    start = time.perf_counter()
+    with Progress("train", enabled=progress) as line:
+        line.update(0, steps, "estimating log P before training")
+        before = estimate(problem, budget=budget, seed=_number(root, BEFORE), **options)
+        state = _Progress(calls=before.calls, log_prob=before.log_prob)
+        walkers = _walkers(before, particles, generator(child_seed(root, WALK)))
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and path.exists():
+            state, walkers = _resume(path, trainer)
+        began = time.perf_counter() - state.seconds
+        interrupted = False
+        try:
+            while state.step < steps and not state.log_prob < until_log_prob:
+                rng = generator(child_seed(root, WALK, state.step + 1))
+                present = event.replaced(model=trainer.model)
+                if walkers is not None:
+                    state.calls += walkers.advance(present, rng)
+                chosen = generator(child_seed(root, BATCH, state.step)).choice(rows, min(batch_size, rows), replace=False)
+                z = walkers.z if walkers is not None else np.empty((0, event.dim))
+                noise = walkers.noise if walkers is not None else 1.0
+                loss, pressure = trainer.step(_batch(backend, data, chosen), z, noise, weight)
+                if not math.isfinite(loss + pressure):
+                    raise FloatingPointError(f"the loss is not finite at step {state.step}: lower learning_rate or weight")
+                state.calls += 3 * len(z)
+                state.task_calls += 3 * len(chosen)
+                state.step += 1
+                state.seconds = time.perf_counter() - began
+                if state.step % check_every == 0 or state.step == steps:
+                    walkers = _check(problem, trainer, state, walkers, check_budget, particles, root)
+                record = Step(
+                    state.step, loss, state.log_prob, pressure, noise, state.calls, time.perf_counter() - began
+                )
+                state.history.append(record)
+                line.update(state.step, steps, f"log P {state.log_prob:.1f}, task loss {loss:.3g}")
+                if path is not None and state.step % check_every == 0:
+                    _save(path, trainer, walkers, state)
+        except KeyboardInterrupt:
+            interrupted = True
+            if path is not None:
+                _save(path, trainer, walkers, state)
+        trained = problem.replaced(model=trainer.model)
+        line.update(state.step, steps, "estimating log P after training")
+        after = estimate(trained, budget=check_budget if interrupted else budget, seed=_number(root, AFTER), **options)
+        checked = None
+        if not interrupted:
+            line.update(state.step, steps, "auditing")
+            method = audit or Tempering(particles=1024)
+            checked = estimate(trained, budget=4 * budget, estimator=method, seed=_number(root, AUDIT), **options)
+    advice = _verdict(after, checked, until_log_prob)
+    return TrainingRun(
+        model=trainer.model,
+        adversary=problem.adversary,
+        problem=trained,
+        history=tuple(state.history),
+        before=before,
+        after=after,
+        audit=checked,
+        converged=not advice,
+        advice=advice,
+        calls=state.calls + after.calls + (checked.calls if checked else 0),
+        task_calls=state.task_calls,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def agree(one: Estimate, other: Estimate) -> bool:
+    """Whether two estimates tell the same story: their difference is within 3 of its standard errors."""
+    if not (math.isfinite(one.log_prob) and math.isfinite(other.log_prob)):
+        return one.lower <= other.upper and other.lower <= one.upper
+    error = math.hypot(one.std_error, other.std_error)
+    return abs(one.log_prob - other.log_prob) <= AGREEMENT * error or (
+        one.lower <= other.upper and other.lower <= one.upper
+    )
+
+
+def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[str, ...]:
+    """What stands between the run and its promise; empty when it is kept."""
+    advice = []
+    if after.upper > target:
+        advice.append(
+            f"log P is not known to be below {target:g} (upper end {after.upper:.4g}): train for more steps, raise weight or "
+            "learning_rate, or give the estimate a larger budget"
+        )
+    if not after.converged:
+        advice.append("the estimate after training has not converged: " + "; ".join(after.advice))
+    if audit is None:
+        advice.append("training was interrupted before the audit: resume from the checkpoint, or audit run.problem yourself")
+    elif not agree(after, audit):
+        advice.append(
+            f"the audit disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, {audit.upper:.4g}] against {after.log_prob:.4g} "
+            f"[{after.lower:.4g}, {after.upper:.4g}]. Believe neither; estimate again with larger budgets"
+        )
+    elif not audit.converged:
+        advice.append("the audit has not converged: " + "; ".join(audit.advice))
+    return tuple(advice)
+
+
+def _check(
+    problem: Problem,
+    trainer: Trainer,
+    state: _Progress,
+    walkers: Walkers | None,
+    budget: int,
+    particles: int,
+    root: np.random.SeedSequence,
+) -> Walkers | None:
+    """A fresh look for catastrophes; its particles replace the warm ones."""
+    look = estimate(
+        problem.replaced(model=trainer.model),
+        budget=budget,
+        estimator=Tempering(particles=256),
+        seed=_number(root, CHECK, state.step),
+        progress=False,
+    )
+    state.calls += look.calls
+    state.log_prob = look.log_prob if math.isfinite(look.log_prob) else look.upper
+    found = look.conclusion.particles
+    if found is None or not math.isfinite(look.log_prob):
+        return walkers
+    rng = generator(child_seed(root, WALK, state.step, CHECK))
+    if walkers is None:
+        return Walkers.seeded(found, look.log_prob, particles, rng)
+    walkers.reseed(found, look.log_prob, rng)
+    return walkers
+
+
+def _walkers(found: Estimate, count: int, rng: np.random.Generator) -> Walkers | None:
+    """Warm particles from an estimate; None if it found no catastrophe (the checks may find some later)."""
+    particles = found.conclusion.particles
+    if particles is None or not len(particles.z):
+        return None
+    return Walkers.seeded(particles, found.log_prob, count, rng)
+
+
+class _Saved(NamedTuple):
+    noise: float
+    log_prob: float
+    angle: float
+    scale: float
+
+
+def _save(path: Path, trainer: Trainer, walkers: Walkers | None, state: _Progress) -> None:
+    """Arrays as safetensors, the rest as its metadata; written beside and moved, so a crash leaves the old file."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(value) for name, value in trainer.arrays().items()}
+    metadata = {"state": json.dumps(asdict(state))}
+    if walkers is not None:
+        arrays["walkers"] = walkers.z
+        saved = _Saved(walkers.noise, walkers.log_prob, walkers.angle, walkers.scale)
+        metadata["walkers"] = json.dumps(saved._asdict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    save_file(arrays, beside, metadata=metadata)
+    beside.replace(path)
+
+
+def _resume(path: Path, trainer: Trainer) -> tuple[_Progress, Walkers | None]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        walkers_z = arrays.pop("walkers", None)
+        trainer.restore(arrays)
+        record = json.loads(metadata["state"])
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint={str(path)!r} is not a checkpoint of this model and optimizer ({type(error).__name__}: {error}). "
+            "Name another file, or remove it to start again"
+        ) from error
+    state = _Progress(**{**record, "history": [Step(**step) for step in record["history"]]})
+    if walkers_z is None:
+        return state, None
+    return state, Walkers(walkers_z.astype(np.float64), **json.loads(metadata["walkers"]))
+
+
+def _batch(backend: Backend, data: PyTree, rows: np.ndarray) -> PyTree:
+    return backend.tree_map(lambda leaf: leaf[rows], data)
+
+
+def _count_rows(backend: Backend, data: PyTree) -> int:
+    leaves = backend.leaves(data)
+    sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}
+    if not leaves or sizes == {0}:
+        raise ValueError("data is empty: expected a pytree of arrays with a common leading axis, such as (inputs, targets)")
+    if len(sizes) > 1:
+        raise ValueError(f"data: the arrays have different lengths {sorted(sizes)}; they need a common leading axis")
+    return sizes.pop()
+
+
+def _check_arguments(**counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive whole number")
+
+
+def _number(root: np.random.SeedSequence, *key: int) -> int:
+    """A seed for estimate() from a key, different for each purpose and step."""
+    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))
