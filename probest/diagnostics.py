@@ -65,19 +65,24 @@ def log_mean_exp(log_w: Floats) -> tuple[float, float]:
 
 def effective_sample_size(log_w: Floats) -> float:
     """(Σw)² / Σw², Kong's effective sample size; 0 when every weight is zero."""
-    total = log_sum_exp(log_w)
-    if not math.isfinite(total):
+    top = float(np.max(log_w, initial=-math.inf))
+    if not math.isfinite(top):
         return 0.0
-    return math.exp(2.0 * total - log_sum_exp(2.0 * log_w))
+    w = np.exp(log_w - top)
+    return float(np.sum(w) ** 2 / np.sum(w * w))
 
 
 def conditional_ess(log_w: Floats, log_increment: Floats) -> float:
     """Share (0 to 1) of the sample that survives an increment: (Σ W v)² / Σ W v², with W normalised."""
+    top = float(np.max(log_increment, initial=-math.inf))
     total = log_sum_exp(log_w)
-    first = log_sum_exp(log_w + log_increment)
+    if not math.isfinite(top):
+        return 0.0
+    increment = log_increment - top  # before any sum: differences of huge increments would cancel
+    first = log_sum_exp(log_w + increment)
     if not math.isfinite(first):
         return 0.0
-    return min(1.0, math.exp(2.0 * first - total - log_sum_exp(log_w + 2.0 * log_increment)))
+    return min(1.0, math.exp(2.0 * first - total - log_sum_exp(log_w + 2.0 * increment)))
 
 
 def next_temperature(

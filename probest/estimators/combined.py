@@ -1,0 +1,217 @@
+"""The default strategy: look, climb, aim, check.
+
+1. *Look*: a small crude sample. If P is large enough, crude sampling finishes the job.
+2. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
+   replaces it: those are exact).
+3. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
+4. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
+   where the guide samples. If not, more particles and a new guide; if that fails too, tempering with all that
+   is left of the budget concludes, or the answer is "not converged". Disagreement is never averaged away.
+
+It fails where tempering fails: a mode that no particle found, in a place that no fresh sample reached.
+
+Reference: for the parts see :mod:`probest.estimators.tempering` and :mod:`probest.estimators.importance`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
+from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
+from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.tempering import Prior, State, Tempering, temper
+
+__all__ = ["Combined"]
+
+_ENOUGH_HITS = 60  # crude hits that make a guide without tempering
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Crude sample, tempering, importance sampling, and the checks between them.
+
+    precision: wanted standard error of log P; stops there. None spends the budget.
+    pilot: size of the first crude sample.
+    particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    """
+
+    precision: float | None = 0.05
+    pilot: int = 500
+    particles: int = 256
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and not self.precision > 0.0:
+            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
+        for name, least in (("pilot", 10), ("particles", 64)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        return "combined"
+
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
+        """The conclusion alone; :meth:`run_ledger` has the evidence it rests on."""
+        return self.run_ledger(event, budget=budget, seed=seed)[-1]
+
+    def run_ledger(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> tuple[Evidence, ...]:
+        """All evidence in the order it was found; the last is the conclusion, whose ``calls`` are the sum."""
+        Meter(event, budget)  # checks the budget
+        started = time.perf_counter()
+        ledger = _Ledger(budget)
+        conclusion = self._conclude(event, ledger, seed)
+        total = replace(
+            conclusion, method=self.name, calls=budget - ledger.left, seconds=time.perf_counter() - started
+        )
+        return (*ledger.lines, total)
+
+    def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
+        aim = self.precision or 0.02
+        crude = ledger.add(
+            MonteCarlo(max_samples=self.pilot).run(event, budget=min(self.pilot, ledger.left), seed=child_seed(seed, 0))
+        )
+        p = math.exp(crude.log_prob)
+        if not event.weighted and p > 0.0 and (1.0 - p) / (p * aim**2) <= min(0.8 * ledger.left, 4000.0):
+            return self._finish_crude(event, ledger, seed, crude)
+        if event.boolean:
+            return self._conclude_boolean(event, ledger, seed, crude)
+        if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
+            weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
+            if weighed.converged and _agree(weighed, crude):
+                return weighed
+        found, state, prior = self._temper(event, ledger, child_seed(seed, 3), self.particles, 0.6)
+        for attempt in range(2):
+            if state is None:
+                break
+            weighed = self._weigh(
+                event, ledger, child_seed(seed, 4, attempt), population_of(state), prior_population_of(prior)
+            )
+            if weighed.converged and _agree(weighed, found):
+                return _with_prior(weighed, found)
+            per_particle = found.calls / max(1, len(state.z))
+            more = int(min(0.8 * ledger.left / per_particle, 4.0 * self.particles if attempt == 0 else math.inf))
+            if more < self.particles:
+                break
+            found, state, prior = self._temper(event, ledger, child_seed(seed, 5, attempt), more, 0.95)
+        return _judge(ledger, crude)
+
+    def _finish_crude(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
+    ) -> Evidence:
+        """A fresh crude sample to the precision: the pilot decided on it, so the pilot is left out."""
+        method = MonteCarlo(precision=self.precision, first_batch=self.pilot)
+        if ledger.left < 1:
+            return crude
+        more = method.run(event, budget=ledger.left, seed=child_seed(seed, 1))
+        return ledger.add(more)
+
+    def _conclude_boolean(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
+    ) -> Evidence:
+        """Nothing to climb: crude sampling until there are hits enough to aim at, then a guide."""
+        size = self.pilot
+        best = crude
+        stage = 0
+        while ledger.left > 0:
+            enough = best.diagnostics["hits"] >= _ENOUGH_HITS and best.particles is not None
+            if enough and not event.weighted and ledger.left >= 2000 and best.particles is not None:
+                weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(best.particles), None)
+                if weighed.converged and _agree(weighed, best):
+                    return weighed
+                size = ledger.left
+            size = min(ledger.left, 4 * size)
+            if 4 * size > ledger.left:
+                size = ledger.left if best.diagnostics["hits"] * (1 + size / 500) < _ENOUGH_HITS else size
+            best = ledger.add(
+                MonteCarlo(max_samples=size, precision=self.precision).run(
+                    event, budget=size, seed=child_seed(seed, 6, stage)
+                )
+            )
+            stage += 1
+            if best.std_error <= (self.precision or 0.0):
+                break
+        return best
+
+    def _temper(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
+    ) -> tuple[Evidence, State | None, Prior | None]:
+        method = Tempering(particles=max(64, particles), max_moves=6)
+        evidence, state, prior = temper(method, event, budget=max(1, int(share * ledger.left)), seed=seed)
+        ledger.add(evidence)
+        return evidence, state, prior
+
+    def _weigh(
+        self,
+        event: EventLike,
+        ledger: _Ledger,
+        seed: np.random.SeedSequence,
+        population: Population,
+        prior: Population | None,
+    ) -> Evidence:
+        method = Importance(precision=self.precision)
+        budget = ledger.left if self.precision is None else max(1, int(0.5 * ledger.left))
+        return ledger.add(weigh(method, event, population, prior, budget=budget, seed=seed))
+
+
+class _Ledger:
+    """The evidence so far and what is left of the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+        self.lines: list[Evidence] = []
+
+    def add(self, evidence: Evidence) -> Evidence:
+        self.left -= evidence.calls
+        self.lines.append(evidence)
+        return evidence
+
+
+def _crude_population(particles: Particles) -> Population:
+    n = len(particles.z)
+    return Population(particles.z, particles.log_weight, np.zeros(n), None, None, float(n))
+
+
+def _agree(a: Evidence, b: Evidence) -> bool:
+    """Within three standard errors of their difference (and 0.1 for what the errors leave out)."""
+    if not (math.isfinite(a.log_prob) and math.isfinite(b.log_prob)):
+        return False
+    error = min(math.hypot(a.std_error, b.std_error), 1.0)
+    return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
+
+
+def _with_prior(weighed: Evidence, found: Evidence) -> Evidence:
+    return replace(weighed, prior_particles=found.prior_particles)
+
+
+def _judge(ledger: _Ledger, crude: Evidence) -> Evidence:
+    """No importance sample passed its checks: the best tempering concludes if all agree with it."""
+    tempered = [line for line in ledger.lines if line.method == "tempering"]
+    finite = [line for line in tempered if math.isfinite(line.log_prob)]
+    weighed = [line for line in ledger.lines if line.method == "importance sampling" and math.isfinite(line.log_prob)]
+    upper = crude.interval[1]
+    if not finite:
+        if math.isfinite(crude.log_prob):
+            return replace(crude, converged=False, notes=(*crude.notes, *(n for line in tempered for n in line.notes)))
+        last = tempered[-1] if tempered else crude
+        return replace(last, interval=(-math.inf, upper), claim="upper", converged=False)
+    best = min(finite, key=lambda line: line.std_error)
+    notes = list(best.notes)
+    lower, top = best.interval
+    others = [line for line in (*finite, *weighed) if line is not best]
+    agree = all(_agree(best, line) for line in others if line.converged) and best.interval[0] <= upper
+    if not agree:
+        notes.append("the methods disagree beyond their errors: raise the budget, or look at the ledger's particles.")
+        seen = [line.log_prob for line in (*finite, *weighed)]
+        lower, top = min(lower, *seen), max(top, *seen)
+    if weighed and agree:
+        notes.append("the guide did not pass its checks (see the ledger): this is tempering's own estimate.")
+    enough = len(finite) >= 2 or best.diagnostics.get("island_ess", 0.0) > 4.0
+    converged = best.converged and agree and enough and best.std_error <= 0.3
+    return replace(best, interval=(lower, top), converged=converged, notes=tuple(notes))
+
+

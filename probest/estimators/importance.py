@@ -1,0 +1,396 @@
+r"""Importance sampling from a fitted guide: fresh, independent samples, one forward call each.
+
+With q a guide fixed before its samples are drawn, and w the weight of observed sites (1 when there are none),
+
+.. math:: \hat P = \frac1n \sum_i \mathbf 1_C(z_i)\, \frac{\varphi(z_i)}{q(z_i)}\, w(z_i),
+
+is unbiased and its error is that of a mean of independent numbers. The guide comes from weighted particles of
+the target (:mod:`probest.guides.fit`), is tried on a small batch, refitted to the union of particles and weighted
+hits (cross-entropy), and then fixed; the concluding samples are fresh. For a conditioned adversary the evidence
+of its observed sites is estimated the same way with a guide of its own, and subtracted.
+
+It fails when the guide is too thin somewhere in the event: the estimate is then too low and *its own error does
+not show it*. Two checks do. The weights' Pareto shape k̂ says whether their variance exists. The particles that
+the guide was fitted to have mean weight E[w | C] = P (1 + relative variance): particles whose weights are far
+above anything that was sampled lie where the guide does not go (``coverage`` and ``unseen`` in the diagnostics).
+
+References: Kahn & Marshall (1953); Rubinstein & Kroese (2004), The cross-entropy method; Hesterberg (1995),
+Weighted average importance sampling and defensive mixture distributions; Vehtari et al. (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from probest import diagnostics
+from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, child_seed, generator
+from probest.estimators.tempering import Prior, State, Tempering, temper
+from probest.guides.base import Guide
+from probest.guides.fit import Fitted, fit_guide, refit_guide
+
+__all__ = ["Importance", "Population", "population_of", "prior_population_of", "weigh"]
+
+_BLOCK = 2_000_000  # numbers of z alive at once
+
+
+class Population(NamedTuple):
+    """Weighted particles of a target, with what a guide can learn from them.
+
+    z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; gradients ``(n, dim)`` or None;
+    effective: how many independent particles they are worth.
+    """
+
+    z: Floats
+    log_w: Floats
+    log_weight: Floats
+    severity_grad: Floats | None
+    weight_grad: Floats | None
+    effective: float
+
+
+class Batch(NamedTuple):
+    """Fresh samples of a fixed guide: log-weights of all (−inf off target), and the points on target."""
+
+    log_w: Floats
+    z: Floats
+    severity: Floats
+
+
+class Weighed(NamedTuple):
+    """What importance sampling of one target came to."""
+
+    log_w: Floats
+    hits: Batch
+    fitted: Fitted
+    log_mean: float
+    error: float
+    interval: tuple[float, float]
+    khat: float
+    ess: float
+    coverage: float
+    unseen: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance sampling from a guide.
+
+    precision: wanted standard error of log P; None spends the budget.
+    first_batch: samples that try out a guide. rounds: at most this many refits of it.
+    max_samples: at most this many concluding samples.
+    guide: a fixed proposal to use as it is; None finds particles by ``find`` and fits one.
+    find: the tempering that finds particles, with at most half of the budget.
+    """
+
+    precision: float | None = 0.05
+    first_batch: int = 500
+    rounds: int = 4
+    max_samples: int = 1_000_000
+    guide: Guide | None = None
+    find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and not self.precision > 0.0:
+            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
+        for name in ("first_batch", "max_samples"):
+            if getattr(self, name) < 10:
+                raise ValueError(f"{name} must be at least 10, got {getattr(self, name)}")
+        if self.rounds < 0:
+            raise ValueError(f"rounds must not be negative, got {self.rounds}")
+
+    @property
+    def name(self) -> str:
+        return "importance sampling"
+
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
+        """Find particles (unless a guide is given), fit, sample afresh."""
+        meter = Meter(event, budget)
+        if self.guide is not None:
+            fitted = Fitted(self.guide, "given", None, 1)
+            return weigh(self, event, None, None, budget=budget, seed=child_seed(seed, 1), fitted=fitted)
+        found, state, prior = temper(self.find, event, budget=max(1, budget // 2), seed=child_seed(seed, 0))
+        if state is None:
+            return replace(found, method=self.name, seconds=meter.seconds)
+        left = budget - found.calls
+        evidence = weigh(
+            self, event, population_of(state), prior_population_of(prior), budget=left, seed=child_seed(seed, 1)
+        )
+        return replace(evidence, calls=evidence.calls + found.calls, seconds=meter.seconds)
+
+
+def population_of(state: State) -> Population:
+    """The particles that tempering ended with."""
+    each = len(state.z) // len(state.log_z)
+    log_w = np.repeat(state.log_z, each)
+    alive = np.isfinite(log_w)
+    if alive.all():
+        return _population(state.z, log_w, state.log_weight, state.severity_grad, state.weight_grad)
+    return _population(
+        state.z[alive],
+        log_w[alive],
+        state.log_weight[alive],
+        None if state.severity_grad is None else state.severity_grad[alive],
+        None if state.weight_grad is None else state.weight_grad[alive],
+    )
+
+
+def prior_population_of(prior: Prior | None) -> Population | None:
+    """The particles of the conditioned adversary that tempering passed through."""
+    if prior is None:
+        return None
+    log_w = np.repeat(prior.log_z, len(prior.z) // len(prior.log_z))
+    return _population(prior.z, log_w, prior.log_weight, None, prior.weight_grad)
+
+
+def _population(
+    z: Floats, log_w: Floats, log_weight: Floats, severity_grad: Floats | None, weight_grad: Floats | None
+) -> Population:
+    # resampled particles are related: count them as a third
+    return Population(
+        z, log_w, log_weight, severity_grad, weight_grad, diagnostics.effective_sample_size(log_w) / 3.0
+    )
+
+
+def weigh(
+    method: Importance,
+    event: EventLike,
+    population: Population | None,
+    prior: Population | None,
+    *,
+    budget: int,
+    seed: np.random.SeedSequence,
+    fitted: Fitted | None = None,
+) -> Evidence:
+    """Fit a guide to the population (and, for a conditioned adversary, one to ``prior``) and sample afresh."""
+    meter = Meter(event, budget)
+    precision = method.precision
+    reserve = 0
+    if event.weighted:
+        precision = None if precision is None else precision / math.sqrt(2.0)
+        reserve = meter.budget // 2
+    joint = _weigh_target(method, meter, population, fitted, precision, reserve, child_seed(seed, 0), True)
+    below: Weighed | None = None
+    if event.weighted:
+        if prior is not None:
+            below = _weigh_target(method, meter, prior, None, precision, 0, child_seed(seed, 1), False)
+        else:
+            given = None if fitted is None else fitted
+            below = _weigh_target(method, meter, None, given, precision, 0, child_seed(seed, 1), False)
+    return _evidence(method, meter, joint, below)
+
+
+def _draw(meter: Meter, guide: Guide, n: int, rng: np.random.Generator, inside: bool) -> Batch:
+    """``n`` fresh samples, in blocks of rows; keeps z only of those on target (at most 20,000 for a refit)."""
+    rows = max(1, _BLOCK // guide.dim)
+    log_w, kept, severity = [], [], []
+    for start in range(0, n, rows):
+        z = guide.sample(min(rows, n - start), rng)
+        result = meter.evaluate(z)
+        part = guide.log_ratio(z) + result.log_weight
+        if inside:
+            part = np.where(result.severity >= 0.0, part, -np.inf)
+        at = np.isfinite(part)
+        log_w.append(part)
+        kept.append(z[at])
+        severity.append(result.severity[at])
+    return Batch(np.concatenate(log_w), np.concatenate(kept), np.concatenate(severity))
+
+
+def _join(a: Batch, b: Batch) -> Batch:
+    return Batch(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
+
+
+def _second_moment(log_w: Floats) -> float:
+    """log of n Σw² / (Σw)² = 1 + relative variance; inf when nothing was on target."""
+    ess = diagnostics.effective_sample_size(log_w)
+    return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
+
+
+def _seen(population: Population | None, guide: Guide, batch: Floats) -> tuple[float, float, float]:
+    """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
+
+    coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
+    unseen: the particles' mass at weights above the largest that was sampled, beyond what chance explains.
+    """
+    if population is None:
+        return 1.0, 0.0, -math.inf
+    mean = diagnostics.log_mean_exp(batch)[0]
+    if not math.isfinite(mean):
+        return 0.0, 1.0, math.inf
+    weights = guide.log_ratio(population.z) + population.log_weight
+    share = population.log_w - diagnostics.log_sum_exp(population.log_w)
+    theirs = diagnostics.log_sum_exp(share + weights) - mean
+    largest = float(np.max(batch))
+    above = weights > largest + math.log(1.5)
+    unseen = math.exp(diagnostics.log_sum_exp(share[above])) if above.any() else 0.0
+    return math.exp(min(0.0, _second_moment(batch) - theirs)), unseen, theirs
+
+
+def _weigh_target(
+    method: Importance,
+    meter: Meter,
+    population: Population | None,
+    fitted: Fitted | None,
+    precision: float | None,
+    reserve: int,
+    seed: np.random.SeedSequence,
+    inside: bool,
+) -> Weighed:
+    """Fit, try, refit, fix, sample. Only samples drawn after the guide was chosen enter the estimate."""
+    rng = generator(child_seed(seed, 0))
+    left = meter.left - reserve
+    adapt = fitted is None
+    if fitted is None:
+        assert population is not None
+        fitted = fit_guide(
+            population.z,
+            population.log_w,
+            rng,
+            severity_grad=population.severity_grad,
+            weight_grad=population.weight_grad,
+            effective=population.effective,
+        )
+    size = max(1, min(method.first_batch, left // 4 if adapt else left, method.max_samples))
+    batch = _draw(meter, fitted.guide, size, rng, inside)
+    best, best_batch, fresh = fitted, batch, True
+    cost = _cost(population, fitted.guide, batch.log_w)
+    pool: list[tuple[Floats, Floats]] = []
+    for _ in range(method.rounds if adapt else 0):
+        left = meter.left - reserve
+        enough = cost <= math.log(4.0) or (precision is not None and math.exp(cost) / precision**2 < 2.0 * size)
+        if enough or left < 3 * size or population is None:
+            break
+        moments = population.severity_grad is None and population.weight_grad is None
+        z, log_w = _union(population, pool, batch)
+        if len(z) < 16:
+            break
+        fitted = refit_guide(fitted, z, log_w, rng, moments=moments)
+        batch = _draw(meter, fitted.guide, size, rng, inside)
+        pool.append((batch.z, batch.log_w[np.isfinite(batch.log_w)]))
+        new = _cost(population, fitted.guide, batch.log_w)
+        gain = cost - new
+        if new < cost:
+            best, best_batch, cost, fresh = fitted, batch, new, False
+        if gain < 0.2:
+            break
+    # a guide that was picked among several by its own batch gets a fresh sample; the first one keeps its batch
+    total = best_batch if fresh else None
+    for _ in range(4):
+        left = min(meter.left - reserve, method.max_samples - (0 if total is None else len(total.log_w)))
+        if left < 1:
+            break
+        have = 0 if total is None else len(total.log_w)
+        if precision is None:
+            more = left
+        else:
+            relative = max(0.0, math.expm1(cost)) if total is None else have * _safe_square(total.log_w)
+            wanted = 1.1 * max(relative, 0.25) / precision**2 if math.isfinite(relative) else math.inf
+            if total is not None and have >= wanted / 1.1 and have >= method.first_batch:
+                break
+            more = int(min(left, max(wanted - have, method.first_batch)))
+            more = min(more, max(4 * max(have, method.first_batch), method.first_batch * 8))
+        extra = _draw(meter, best.guide, more, rng, inside)
+        total = extra if total is None else _join(total, extra)
+    total = best_batch if total is None else total
+    log_mean, error = diagnostics.log_mean_exp(total.log_w)
+    coverage, unseen, _ = _seen(population, best.guide, total.log_w)
+    return Weighed(
+        total.log_w,
+        total,
+        best,
+        log_mean,
+        error,
+        diagnostics.mean_interval(total.log_w),
+        diagnostics.pareto_khat(total.log_w),
+        diagnostics.effective_sample_size(total.log_w),
+        coverage,
+        unseen,
+    )
+
+
+def _safe_square(log_w: Floats) -> float:
+    return diagnostics.log_mean_exp(log_w)[1] ** 2
+
+
+def _cost(population: Population | None, guide: Guide, log_w: Floats) -> float:
+    """log of 1 + relative variance: the larger of what the samples and what the particles say."""
+    return max(_second_moment(log_w), _seen(population, guide, log_w)[2])
+
+
+def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Batch) -> tuple[Floats, Floats]:
+    """Particles and weighted hits, each worth its effective sample size; weights clipped as far as variance asks."""
+    own = population.log_w - diagnostics.log_sum_exp(population.log_w) + math.log(max(population.effective, 1.0))
+    parts, logs = [population.z], [own]
+    finite = batch.log_w[np.isfinite(batch.log_w)]
+    sets = pool if pool else [(batch.z, finite)]
+    for z, log_w in sets:
+        if len(z) == 0:
+            continue
+        clipped = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
+        ess = diagnostics.effective_sample_size(clipped)
+        parts.append(z)
+        logs.append(clipped - diagnostics.log_sum_exp(clipped) + math.log(ess))
+    return np.concatenate(parts), np.concatenate(logs)
+
+
+def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed | None) -> Evidence:
+    log_prob, error = joint.log_mean, joint.error
+    lower, upper = joint.interval
+    hits = len(joint.hits.z)
+    if below is not None:
+        log_prob -= below.log_mean
+        width = 1.96 * below.error
+        low = math.hypot(joint.log_mean - lower, width) if math.isfinite(lower) else math.inf
+        high = math.hypot(upper - joint.log_mean, width) if math.isfinite(upper) else math.inf
+        error = math.hypot(error, below.error)
+        lower, upper = log_prob - low, log_prob + high
+    targets = [joint] if below is None else [joint, below]
+    khat = max(t.khat for t in targets)
+    ess = min(t.ess for t in targets)
+    coverage = min(t.coverage for t in targets)
+    unseen = max(t.unseen for t in targets)
+    notes = []
+    if hits == 0:
+        notes.append("no fresh sample of the guide was a catastrophe: use tempering, or raise the budget.")
+        log_prob, error, lower, upper = -math.inf, math.inf, -math.inf, 0.0
+    if khat > 0.7 and hits:
+        notes.append(f"the weights are heavy-tailed (k̂ = {khat:.2f}): the guide is thin somewhere; use tempering.")
+    if ess < 50.0 and hits:
+        notes.append(f"only {ess:.0f} effective samples: raise the budget.")
+    if unseen > 0.05 or coverage < 0.2:
+        notes.append("the particles show catastrophes where the guide does not sample: the estimate is likely too low.")
+    wanted = max(0.1, 2.0 * (method.precision or 0.05))
+    if error > wanted and hits:
+        notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
+    particles = None
+    if hits:
+        log_w = joint.log_w[np.isfinite(joint.log_w)]
+        particles = Particles(joint.hits.z, log_w - diagnostics.log_sum_exp(log_w), joint.hits.severity)
+    return Evidence(
+        method=method.name,
+        log_prob=log_prob,
+        std_error=error,
+        interval=(lower, min(upper, 0.0) if math.isfinite(upper) else 0.0),
+        claim="unbiased" if below is None else "consistent",
+        calls=meter.calls,
+        seconds=meter.seconds,
+        converged=not notes,
+        particles=particles,
+        log_evidence=0.0 if below is None else below.log_mean,
+        diagnostics={
+            "khat": khat,
+            "ess": ess,
+            "hits": float(hits),
+            "samples": float(sum(len(t.log_w) for t in targets)),
+            "coverage": coverage,
+            "unseen": unseen,
+            "rank": 0.0 if joint.fitted.basis is None else float(joint.fitted.basis.shape[1]),
+            "components": float(joint.fitted.components),
+        },
+        notes=tuple(notes),
+    )
+

@@ -1,0 +1,210 @@
+r"""A Gaussian mixture in the few directions that matter, the standard normal in all others.
+
+With B the ``(dim, r)`` orthonormal basis of the failure-informed subspace and u = Bᵀz,
+
+.. math:: \frac{q(z)}{\varphi(z)} = \frac{\sum_k \pi_k N(u; m_k, S_k)}{N(u; 0, I_r)},
+
+so the density relative to the adversary costs O(dim · r) a point and nothing is lost in the other directions.
+B comes from gradients: eigenvectors of Σ w (β² g gᵀ + ∇ℓ ∇ℓᵀ), with g the unit severity gradient, β = z·g and
+ℓ the log-weight of observed sites. Without gradients it comes from the particles' second moments, as far as
+those stand out from noise. The mixture is fitted by EM with weights, regularised, from several starts; the
+number of components by BIC.
+
+It fails where catastrophes surround the origin in many directions (a shell: see :mod:`probest.guides.radial`)
+and where modes are many and curved; the weights then show a large k̂.
+
+References: Uribe, Papaioannou, Marzouk & Straub (2021), Cross-entropy-based importance sampling with
+failure-informed dimension reduction; El Masri, Morio & Simatos (2021), Improvement of the cross-entropy method
+in high dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg
+
+from probest import diagnostics
+from probest.estimators.base import Floats
+
+__all__ = ["Mixture", "fit_mixture", "informed_basis"]
+
+_MAX_RANK = 24
+_MAX_ROWS = 2000
+_LOG2PI = math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """basis ``(dim, r)``; weights ``(k,)``; means ``(k, r)``; factors ``(k, r, r)`` lower Cholesky."""
+
+    basis: Floats
+    weights: Floats
+    means: Floats
+    factors: Floats
+
+    @property
+    def dim(self) -> int:
+        return int(self.basis.shape[0])
+
+    def sample(self, n: int, rng: np.random.Generator) -> Floats:
+        z = rng.standard_normal((n, self.dim))
+        inside = z @ self.basis
+        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        u = np.empty_like(inside)
+        for k in range(len(self.weights)):
+            at = kind == k
+            u[at] = self.means[k] + inside[at] @ self.factors[k].T
+        z += (u - inside) @ self.basis.T
+        return z
+
+    def log_ratio(self, z: Floats) -> Floats:
+        u = z @ self.basis
+        parts = _log_parts(u, self.weights, self.means, self.factors)
+        top = parts.max(axis=1)
+        log_q = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
+        reference = -0.5 * np.einsum("ij,ij->i", u, u) - 0.5 * u.shape[1] * _LOG2PI
+        return np.asarray(reference - log_q, dtype=np.float64)
+
+    def widened(self, factor: float) -> Mixture:
+        """The same mixture with every standard deviation multiplied by ``factor``."""
+        return Mixture(self.basis, self.weights, self.means, self.factors * factor)
+
+
+def informed_basis(
+    z: Floats,
+    log_w: Floats,
+    severity_grad: Floats | None = None,
+    weight_grad: Floats | None = None,
+    *,
+    threshold: float = 0.2,
+) -> Floats:
+    """The ``(dim, r)`` basis of directions that a sample of the target differs from the prior in, r ≥ 1.
+
+    threshold: least eigenvalue kept, in units of the prior's variance.
+    """
+    n, dim = z.shape
+    w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
+    effective = diagnostics.effective_sample_size(log_w)
+    most = int(max(1, min(dim, _MAX_RANK, effective / 6.0)))
+    if dim <= 2:
+        return np.eye(dim)
+    if n > _MAX_ROWS:
+        keep = np.argsort(-w, kind="stable")[:_MAX_ROWS]
+        z, w = z[keep], w[keep] / w[keep].sum()
+        severity_grad = None if severity_grad is None else severity_grad[keep]
+        weight_grad = None if weight_grad is None else weight_grad[keep]
+    rows = []
+    if severity_grad is not None:
+        norm = np.linalg.norm(severity_grad, axis=1)
+        good = np.isfinite(norm) & (norm > 0.0)
+        unit = severity_grad[good] / norm[good, None]
+        reach = np.maximum(1.0, np.abs(np.einsum("ij,ij->i", unit, z[good])))
+        rows.append(unit * (np.sqrt(w[good]) * reach)[:, None])
+    if weight_grad is not None:
+        good = np.isfinite(weight_grad).all(axis=1)
+        rows.append(weight_grad[good] * np.sqrt(w[good])[:, None])
+    if rows and sum(len(r) for r in rows) > 0:
+        _, singular, vt = linalg.svd(np.concatenate(rows), full_matrices=False, check_finite=False)
+        rank = int(np.clip(np.count_nonzero(singular**2 >= threshold), 1, most))
+        return np.ascontiguousarray(vt[:rank].T)
+    return _moment_basis(z, w, effective, most)
+
+
+def _moment_basis(z: Floats, w: Floats, effective: float, most: int) -> Floats:
+    """Leading directions of Σ w z zᵀ that exceed what noise in ``effective`` samples would give."""
+    n, dim = z.shape
+    _, singular, vt = linalg.svd(z * np.sqrt(w)[:, None], full_matrices=False, check_finite=False)
+    value = singular**2
+    edge = (1.0 + math.sqrt(dim / max(effective, 1.0))) ** 2
+    information = 0.5 * (value - 1.0 - np.log(np.maximum(value, 1e-12)))
+    below = (1.0 - math.sqrt(dim / effective)) ** 2 if effective > dim else -1.0
+    matters = (value > edge) | ((value < 0.8 * below) & (n > dim))
+    order = np.argsort(-np.where(matters, information, -1.0), kind="stable")
+    rank = int(np.clip(np.count_nonzero(matters), 1, most))
+    return np.ascontiguousarray(vt[order[:rank]].T)
+
+
+def fit_mixture(
+    z: Floats, log_w: Floats, basis: Floats, rng: np.random.Generator, *, most: int = 8, effective: float | None = None
+) -> Mixture:
+    """The mixture in ``basis`` with the least BIC among 1 to ``most`` components, by weighted EM.
+
+    effective: how many independent points the sample is worth, where less than its effective sample size.
+    """
+    u = z @ basis
+    w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
+    n_eff = min(effective or math.inf, diagnostics.effective_sample_size(log_w))
+    r = u.shape[1]
+    best: tuple[float, Mixture] | None = None
+    worse = 0
+    for k in range(1, most + 1):
+        if k > 1 and n_eff / k < 2.0 * (r + 1):
+            break
+        fits = [_em(u, w, k, n_eff, basis, rng) for _ in range(1 if k == 1 else 2)]
+        value, fit = max(fits, key=lambda pair: pair[0])
+        size = k * (1.0 + r + 0.5 * r * (r + 1)) - 1.0
+        bic = -2.0 * n_eff * value + size * math.log(max(n_eff, 2.0))
+        if best is None or bic < best[0]:
+            best, worse = (bic, fit), 0
+        else:
+            worse += 1
+            if worse >= 2:  # two modes a direction: one more component may not help where two would
+                break
+    assert best is not None
+    return best[1]
+
+
+def _log_parts(u: Floats, weights: Floats, means: Floats, factors: Floats) -> Floats:
+    out = np.empty((len(u), len(weights)))
+    for k in range(len(weights)):
+        y = (u - means[k]) @ np.linalg.inv(factors[k]).T
+        out[:, k] = -0.5 * np.einsum("ij,ij->i", y, y) - np.sum(np.log(np.diag(factors[k])))
+    return out + np.log(weights) - 0.5 * u.shape[1] * _LOG2PI
+
+
+def _em(
+    u: Floats, w: Floats, k: int, n_eff: float, basis: Floats, rng: np.random.Generator
+) -> tuple[float, Mixture]:
+    """Weighted EM from a k-means++ start; returns the mean log-likelihood and the fit."""
+    n, r = u.shape
+    overall = np.cov(u.T, aweights=w + 1e-300, bias=True).reshape(r, r)
+    floor = 1e-6 * np.trace(overall) / r + 1e-12
+    means = np.empty((k, r))
+    means[0] = u[rng.choice(n, p=w)]
+    distance = np.sum((u - means[0]) ** 2, axis=1)
+    for j in range(1, k):
+        p = w * distance
+        means[j] = u[rng.choice(n, p=p / p.sum())] if p.sum() > 0.0 else u[rng.choice(n, p=w)]
+        distance = np.minimum(distance, np.sum((u - means[j]) ** 2, axis=1))
+    share = np.zeros((n, k))
+    nearest = np.argmin([np.sum((u - m) ** 2, axis=1) for m in means], axis=0)
+    share[np.arange(n), nearest] = 1.0
+    weights, factors = np.full(k, 1.0 / k), np.empty((k, r, r))
+    last = -math.inf
+    for _ in range(40):
+        mass = (w[:, None] * share).sum(axis=0)
+        mass = np.maximum(mass, 1e-12)
+        weights = np.maximum(mass / mass.sum(), 1e-9)
+        weights /= weights.sum()
+        for j in range(k):
+            wj = w * share[:, j] / mass[j]
+            means[j] = wj @ u
+            centred = u - means[j]
+            scatter = (centred * wj[:, None]).T @ centred
+            # shrink to the diagonal as if r + 1 more points had been seen there
+            count = mass[j] * n_eff
+            pull = (r + 1.0) / (count + r + 1.0)
+            scatter = (1.0 - pull) * scatter + pull * np.diag(np.diag(scatter)) + floor * np.eye(r)
+            factors[j] = np.linalg.cholesky(scatter)
+        parts = _log_parts(u, weights, means, factors)
+        top = parts.max(axis=1)
+        density = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
+        value = float(w @ density)
+        share = np.exp(parts - density[:, None])
+        if value - last < 1e-4 * max(1.0, abs(value)):
+            break
+        last = value
+    return value, Mixture(basis, weights, means.copy(), factors.copy())
