@@ -163,9 +163,8 @@ def _file_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.resolve())
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path.resolve())]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{path}:{line}" if line else str(path)
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
@@ -188,7 +187,7 @@ def _problem_errors(spec: str) -> Iterator[None]:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Train a model the ordinary way, by sampled adversarial examples, and with probest; show the three side by side."""
+    """Train M the ordinary way, on sampled adversarial examples, and with probest: the three side by side."""
     from probest import estimate, train
 
     console = Console()
@@ -236,7 +235,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _save_demo(module: ModuleType, before: Estimate, run: TrainingRun, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
-    from probest.report.plots import plot_catastrophes, plot_estimate, plot_history
+    from probest.report.plots import plot_catastrophes, plot_history, plot_ledger
 
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(15.0, 4.5), layout="constrained")
@@ -244,7 +243,7 @@ def _save_demo(module: ModuleType, before: Estimate, run: TrainingRun, folder: P
     side = getattr(module, "SIDE", None)
     if before.catastrophes is not None and len(before.catastrophes.weights):
         plot_catastrophes(before.catastrophes, catastrophes, shape=(side, side) if side else None)
-    plot_estimate(before, ledger)
+    plot_ledger(before, ledger)
     plot_history(run, history)
     picture = folder / f"{module.__name__.rpartition('.')[2]}.png"
     figure.savefig(picture, dpi=120)

@@ -17,13 +17,13 @@ from probest.report.protocols import CatastrophesLike, EstimateLike, RunLike
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_catastrophes", "plot_estimate", "plot_history"]
+__all__ = ["plot_catastrophes", "plot_history", "plot_ledger"]
 
 _LN10 = math.log(10.0)
 _COLOURS = {"unbiased": "C0", "consistent": "C0", "lower": "C2", "upper": "C3", "heuristic": "C7"}
 
 
-def plot_estimate(estimate: EstimateLike, ax: Axes | None = None) -> Axes:
+def plot_ledger(estimate: EstimateLike, ax: Axes | None = None) -> Axes:
     """The ledger as a forest plot: a row for each method, its 95 % interval, and the conclusion as a band."""
     ax = ax or _new_axes(figsize=(7.0, 1.2 + 0.4 * len(estimate.ledger)))
     ends = [x / _LN10 for row in estimate.ledger for x in (*row.interval, row.log_prob) if math.isfinite(x)]
