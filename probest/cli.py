@@ -78,12 +78,18 @@ def _train(options: argparse.Namespace) -> int:
             data=data,
             until_log_prob=options.until,
             steps=options.steps,
+            budget=options.budget,
+            weight=options.weight,
+            learning_rate=options.learning_rate,
             seed=options.seed,
             checkpoint=options.checkpoint,
         )
-    _show(run.audit, as_json=options.json)
-    _save(run.audit, options.netcdf)
-    return CONVERGED if run.converged and run.audit.converged else NOT_CONVERGED
+    result = run.audit or run.after  # no audit where training was interrupted
+    _show(result, as_json=options.json)
+    for line in run.advice:
+        Console(stderr=True).print(f"• {line}", markup=False, soft_wrap=True)
+    _save(result, options.netcdf)
+    return CONVERGED if run.converged else NOT_CONVERGED
 
 
 def _show(result: Estimate, *, as_json: bool) -> None:
@@ -172,14 +178,13 @@ def _file_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _problem_errors(spec: str) -> Iterator[None]:
-    """Errors that name what is wrong with a problem need no traceback; any other keeps its own."""
-    from probest.backends.base import BatchingError
-    from probest.programs.base import SiteError
-    from probest.programs.event import ProblemError, SeverityError
-
+    """Errors that probest raises say what to change and need no traceback; those of other code keep theirs."""
     try:
         yield
-    except (BatchingError, ProblemError, SeverityError, SiteError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if Path(__file__).resolve().parent not in raised_in.parents:
+            raise
         raise InputError(f"{spec}: {error}") from error
 
 
@@ -235,7 +240,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _save_demo(module: ModuleType, before: Estimate, run: TrainingRun, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
-    from probest.report.plots import plot_catastrophes, plot_history, plot_ledger
+    from probest.report.plots import plot_catastrophes, plot_estimate, plot_history
 
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(15.0, 4.5), layout="constrained")
@@ -243,7 +248,7 @@ def _save_demo(module: ModuleType, before: Estimate, run: TrainingRun, folder: P
     side = getattr(module, "SIDE", None)
     if before.catastrophes is not None and len(before.catastrophes.weights):
         plot_catastrophes(before.catastrophes, catastrophes, shape=(side, side) if side else None)
-    plot_ledger(before, ledger)
+    plot_estimate(before, ledger)
     plot_history(run, history)
     picture = folder / f"{module.__name__.rpartition('.')[2]}.png"
     figure.savefig(picture, dpi=120)
@@ -306,7 +311,10 @@ def _parser() -> argparse.ArgumentParser:
         "train", parents=[shared], help="train M until log P is low enough; FILE.py must have problem, task and data"
     )
     train.add_argument("--until", type=float, required=True, metavar="LOG_P", help="stop when log P is below this")
-    train.add_argument("--steps", type=_at_least(1), default=200)
+    train.add_argument("--steps", type=_at_least(1), default=1_000, help="at most (1,000)")
+    train.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="of each estimate (50,000)")
+    train.add_argument("--weight", type=_positive, default=1.0, help="task loss that a nat of log P is worth (1)")
+    train.add_argument("--learning-rate", type=_positive, default=1e-3, help="of Adam (0.001)")
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="where to save, and to resume from")
     train.set_defaults(run=_train)
     return parser

@@ -220,14 +220,14 @@ def test_plots(estimate: Estimate, nothing_found: Estimate) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    from probest.report.plots import plot_catastrophes, plot_history, plot_ledger
+    from probest.report.plots import plot_catastrophes, plot_estimate, plot_history
 
     history = [SimpleNamespace(step=i, task_loss=0.1, log_prob=-5.0 - i) for i in range(5)]
     run = SimpleNamespace(history=history, before=estimate, after=estimate, audit=nothing_found)
     figure = Figure()
     forest, empty, training, images, lines = figure.subplots(1, 5)
-    assert len(plot_ledger(estimate, forest).get_yticklabels()) == 4
-    plot_ledger(nothing_found, empty)
+    assert len(plot_estimate(estimate, forest).get_yticklabels()) == 4
+    plot_estimate(nothing_found, empty)
     plot_history(run, training)
     assert plot_catastrophes(Catastrophes(), images, rows=2, columns=2).get_images()[0].get_array().shape == (9, 9)
     assert len(plot_catastrophes(SimpleNamespace(weights=np.ones(3), observation=np.ones((3, 40))), lines).lines) == 3

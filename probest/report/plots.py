@@ -17,13 +17,13 @@ from probest.report.protocols import CatastrophesLike, EstimateLike, RunLike
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_catastrophes", "plot_history", "plot_ledger"]
+__all__ = ["plot_catastrophes", "plot_estimate", "plot_history"]
 
 _LN10 = math.log(10.0)
 _COLOURS = {"unbiased": "C0", "consistent": "C0", "lower": "C2", "upper": "C3", "heuristic": "C7"}
 
 
-def plot_ledger(estimate: EstimateLike, ax: Axes | None = None) -> Axes:
+def plot_estimate(estimate: EstimateLike, ax: Axes | None = None) -> Axes:
     """The ledger as a forest plot: a row for each method, its 95 % interval, and the conclusion as a band."""
     ax = ax or _new_axes(figsize=(7.0, 1.2 + 0.4 * len(estimate.ledger)))
     ends = [x / _LN10 for row in estimate.ledger for x in (*row.interval, row.log_prob) if math.isfinite(x)]
@@ -55,12 +55,8 @@ def plot_history(run: RunLike, ax: Axes | None = None) -> Axes:
     steps = [record.step for record in run.history]
     last = steps[-1] if steps else 0
     ax.plot(steps, [record.log_prob / _LN10 for record in run.history], color="C0", label="log P in training")
-    audit = run.audit
-    centre = audit.log_prob if math.isfinite(audit.log_prob) else audit.upper
-    below = max(centre - audit.lower, 0.0) if math.isfinite(audit.lower) else 0.0
-    above = max(audit.upper - centre, 0.0) if math.isfinite(audit.upper) else 0.0
-    error = np.array([[below], [above]]) / _LN10
-    ax.errorbar([last], [centre / _LN10], error, fmt="o", color="C3", capsize=4, label="audit")
+    if run.audit is not None:
+        _point(ax, last, run.audit)
     ax.set_xlabel("step")
     ax.set_ylabel(r"$\log_{10} P$")
     loss = ax.twinx()
@@ -100,6 +96,15 @@ def plot_catastrophes(
         ax.plot(seen.reshape(len(seen), -1).T, color="C3", alpha=0.4, linewidth=0.8)
     ax.set_title("catastrophes, as the model sees them", loc="left")
     return ax
+
+
+def _point(ax: Axes, step: int, audit: EstimateLike) -> None:
+    """The audit with its interval; an upper bound where it found nothing."""
+    centre = audit.log_prob if math.isfinite(audit.log_prob) else audit.upper
+    below = max(centre - audit.lower, 0.0) if math.isfinite(audit.lower) else 0.0
+    above = max(audit.upper - centre, 0.0)
+    error = np.array([[below], [above]]) / _LN10
+    ax.errorbar([step], [centre / _LN10], error, fmt="o", color="C3", capsize=4, label="audit")
 
 
 def _grid(images: np.ndarray, rows: int, columns: int) -> np.ndarray:
