@@ -33,8 +33,8 @@ def log_ndtr_slope(s: Any, z: Array, log_cdf: Array) -> Array:
 
 def log_neg_log_ndtr(s: Any, z: Array) -> Array:
     """log(-log Φ(z)), finite where Φ(z) has long been rounded to 1."""
-    upper = s.log_ndtr(-z)
-    return s.xp.where(z > 5.0, upper + 0.5 * s.xp.exp(upper), s.xp.log(-s.log_ndtr(s.clip(z, None, 5.0))))
+    far, upper = z > 5.0, s.log_ndtr(-z)
+    return s.xp.where(far, upper + 0.5 * s.xp.exp(upper), s.xp.log(-s.log_ndtr(s.xp.where(far, 0.0, z))))
 
 
 def log1mexp(s: Any, y: Array) -> Array:
@@ -63,12 +63,13 @@ def ndtri_exp(s: Any, log_p: Array) -> Array:
 
 def log_half_normal(s: Any, z: Array) -> Array:
     """log |x| for x standard normal, at the level Φ(z): log √2 erf⁻¹(Φ(z)), which is -ndtri_exp(log Φ(-z) - log 2)."""
-    lower, upper = s.log_ndtr(z), s.log_ndtr(-z)
-    p = s.xp.exp(s.clip(lower, -9.0, -LOG_2))
-    series = lower + 0.5 * math.log(math.pi / 2) + math.pi / 12 * s.xp.exp(2 * s.clip(lower, None, -9.0))
-    bulk = s.xp.log(math.sqrt(2.0) * s.erfinv(p))
-    tail = s.xp.log(-s.ndtri_exp(s.xp.where(z > 0, upper, -LOG_2) - LOG_2))
-    return s.xp.where(z > 0, tail, s.xp.where(lower < -9.0, series, bulk))
+    xp = s.xp
+    lower = s.log_ndtr(z)
+    near, high = lower < -9.0, z > 0
+    series = lower + 0.5 * math.log(math.pi / 2) + math.pi / 12 * xp.exp(2 * xp.where(near, lower, -9.0))
+    middle = xp.log(math.sqrt(2.0) * s.erfinv(xp.exp(xp.where(near | high, -LOG_2, lower))))
+    tail = xp.log(-s.ndtri_exp(xp.where(high, s.log_ndtr(-z), -LOG_2) - LOG_2))
+    return xp.where(high, tail, xp.where(near, series, middle))
 
 
 class GammaTail(NamedTuple):
@@ -87,8 +88,8 @@ def gamma_tail(s: Any, a: Array, mu: Array) -> GammaTail:
     x = a * xp.exp(mu)
     low = x <= s.clip(a, 1.0, None)
     # P is taken at a + 1, P's integral being (1 + x · the integral at a + 1) / a, so that a small a is not singular.
-    slope = s.clip(xp.where(low, 1.0, 0.0) - xp.where(low, a, -a) * xp.expm1(mu), 0.0, None)
-    side = xp.where(low, -1.0, 1.0) + 0.0 * x
+    side = 1 - 2 * xp.astype(low, mu.dtype)
+    slope = s.clip(0.5 * (1 - side) + side * a * xp.expm1(mu), 0.0, None)
 
     def exponent(t: Array, slope: Array, x: Array, side: Array) -> Array:
         return slope * t + x * (xp.expm1(side * t) - side * t)
@@ -99,8 +100,8 @@ def gamma_tail(s: Any, a: Array, mu: Array) -> GammaTail:
     end = 2 * depth / (b + xp.sqrt(b * b + 4 * c * depth))
     for _ in range(3):
         end = end - (exponent(end, slope, x, side) - depth) / (slope + x * side * xp.expm1(side * end))
-    t = end[..., None] * s.constant(nodes, end)
-    mass = end[..., None] * s.constant(weights, end) * xp.exp(-exponent(t, slope[..., None], x[..., None], side[..., None]))
+    t = end[..., None] * s.array(nodes, end)
+    mass = end[..., None] * s.array(weights, end) * xp.exp(-exponent(t, slope[..., None], x[..., None], side[..., None]))
     integral, moment = xp.sum(mass, axis=-1), xp.sum(mass * t, axis=-1)
 
     peak = -a * (xp.expm1(mu) - mu) - _log_stirling(s, a)  # log of x^a e^-x / Γ(a + 1)
@@ -121,7 +122,7 @@ def gamma_log_quantile(s: Any, a: Array, z: Array) -> Array:
 
     def halley(mu: Array) -> Array:
         tail = gamma_tail(s, a, mu)
-        sign = xp.where(tail.low, 1.0, -1.0)
+        sign = 2 * xp.astype(tail.low, mu.dtype) - 1
         newton = sign * tail.width * (tail.log_tail - xp.where(tail.low, lower, upper))
         bend = 1 - 0.5 * newton * (-a * xp.expm1(mu) - sign / tail.width)
         return mu - newton / s.clip(bend, 0.5, 2.0)
@@ -131,7 +132,7 @@ def gamma_log_quantile(s: Any, a: Array, z: Array) -> Array:
     cube = 1 - 1 / (9 * a) + z / (3 * xp.sqrt(a))
     body = xp.where(a >= 0.5, 3 * xp.log(s.clip(cube, 0.02, None)), xp.log(s.clip(log_a - upper, 0.3, None)) - log_a)
     start = xp.where((a < 0.5) & (power < -1.0), power - log_a, s.maximum(body, power - log_a))
-    return log_a + s.repeat(6, halley, start)
+    return log_a + s.repeat(4, halley, start)
 
 
 def gamma_log_quantile_slopes(s: Any, a: Array, z: Array, log_x: Array) -> tuple[Array, Array]:
@@ -156,7 +157,7 @@ def poisson_quantile(s: Any, rate: Array, z: Array) -> Array:
     Bisection between Chernoff's bounds, exact up to the rounding of log P and log Q; counts up to 2^26 from the mean.
     """
     xp = s.xp
-    rate = s.clip(rate, float(xp.finfo(z.dtype).tiny), None)
+    rate, z = xp.broadcast_arrays(s.clip(rate, float(xp.finfo(z.dtype).tiny), None), z)
     lower, upper = s.log_ndtr(z), s.log_ndtr(-z)
 
     def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:

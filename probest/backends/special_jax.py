@@ -21,9 +21,19 @@ clip, maximum, stop_gradient = jnp.clip, jnp.maximum, jax.lax.stop_gradient
 _here = sys.modules[__name__]
 
 
-def constant(values: Any, like: Array) -> Array:
-    """`values` as an array of the dtype of `like`."""
-    return jnp.asarray(values, jnp.asarray(like).dtype)
+def array(values: Any, like: Array) -> Array:
+    """`values`, which may be Python numbers, as an array of the dtype of `like`."""
+    return jnp.asarray(values, like.dtype)
+
+
+def pick(x: Array, indices: Any) -> Array:
+    """x[..., indices] for constant indices."""
+    return x[..., indices]
+
+
+def below(x: Array) -> Array:
+    """The next smaller float."""
+    return jnp.nextafter(x, -jnp.inf)
 
 
 def repeat(times: int, body: Callable[[Any], Any], state: Any) -> Any:
@@ -91,3 +101,8 @@ def _gamma_log_quantile_jvp(primals: tuple[Array, Array], tangents: tuple[Array,
     log_x = _gamma_log_quantile(*primals)
     by_concentration, by_z = special.gamma_log_quantile_slopes(_here, *primals, log_x)
     return log_x, by_concentration * tangents[0] + by_z * tangents[1]
+
+
+def poisson_quantile(rate: Array, z: Array) -> Array:
+    """The smallest k with P(X <= k) >= Φ(z), X ~ Poisson(rate); has no gradient."""
+    return special.poisson_quantile(_here, stop_gradient(rate), stop_gradient(z))

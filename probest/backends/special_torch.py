@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch as xp
-import numpy as np
 import torch
 
 from probest.backends import special
@@ -16,9 +15,19 @@ clip, maximum, lgamma, digamma, erfinv = torch.clamp, torch.maximum, torch.lgamm
 _here = sys.modules[__name__]
 
 
-def constant(values: Any, like: Array) -> Array:
-    """`values` as an array of the dtype and device of `like`."""
+def array(values: Any, like: Array) -> Array:
+    """`values`, which may be Python numbers, as an array of the dtype and device of `like`."""
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+
+def pick(x: Array, indices: Any) -> Array:
+    """x[..., indices] for constant indices."""
+    return torch.index_select(x, -1, torch.as_tensor(indices, device=x.device))
+
+
+def below(x: Array) -> Array:
+    """The next smaller float."""
+    return torch.nextafter(x, torch.full_like(x, -torch.inf))
 
 
 def stop_gradient(x: Array) -> Array:
@@ -67,7 +76,7 @@ class _Elementwise(torch.autograd.Function):
                 x = torch.movedim(x, dim, 0)
                 x = x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.ndim) + x.shape[1:])
             aligned.append(x)
-        return cls.apply(*aligned), 0
+        return cls.apply(*torch.broadcast_tensors(*aligned)), 0
 
 
 class _LogNdtr(_Elementwise):
@@ -110,7 +119,7 @@ class _NdtriExp(_Elementwise):
 class _GammaLogQuantile(_Elementwise):
     @staticmethod
     def forward(concentration: Array, z: Array) -> Array:
-        return special.gamma_log_quantile(_here, *torch.broadcast_tensors(concentration, z))
+        return special.gamma_log_quantile(_here, concentration, z)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Array, Array], output: Array) -> None:
@@ -119,15 +128,12 @@ class _GammaLogQuantile(_Elementwise):
 
     @staticmethod
     def backward(ctx: Any, grad: Array) -> tuple[Array, Array]:
-        concentration, z, log_x = ctx.saved_tensors
-        by_concentration, by_z = special.gamma_log_quantile_slopes(
-            _here, *torch.broadcast_tensors(concentration, z, log_x)
-        )
-        return (grad * by_concentration).sum_to_size(concentration.shape), (grad * by_z).sum_to_size(z.shape)
+        by_concentration, by_z = special.gamma_log_quantile_slopes(_here, *ctx.saved_tensors)
+        return grad * by_concentration, grad * by_z
 
     @staticmethod
     def jvp(ctx: Any, by_concentration: Array | None, by_z: Array | None) -> Array:
-        slopes = special.gamma_log_quantile_slopes(_here, *torch.broadcast_tensors(*ctx.saved_tensors))
+        slopes = special.gamma_log_quantile_slopes(_here, *ctx.saved_tensors)
         return sum(slope * by for slope, by in zip(slopes, (by_concentration, by_z), strict=True) if by is not None)
 
 
@@ -144,3 +150,8 @@ def ndtri_exp(log_p: Array) -> Array:
 def gamma_log_quantile(concentration: Array, z: Array) -> Array:
     """log of the quantile of Gamma(concentration, 1) at Φ(z); arguments broadcast."""
     return _GammaLogQuantile.apply(*torch.broadcast_tensors(concentration, z))
+
+
+def poisson_quantile(rate: Array, z: Array) -> Array:
+    """The smallest k with P(X <= k) >= Φ(z), X ~ Poisson(rate); has no gradient."""
+    return special.poisson_quantile(_here, rate.detach(), z.detach())
