@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
 from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
 from probest.estimators.monte_carlo import MonteCarlo
@@ -29,6 +30,7 @@ from probest.estimators.tempering import Prior, State, Tempering, temper
 __all__ = ["Combined"]
 
 _ENOUGH_HITS = 60  # crude hits that make a guide without tempering
+_BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 
 
 @dataclass(frozen=True)
@@ -114,28 +116,24 @@ class Combined:
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
     ) -> Evidence:
         """Nothing to climb: crude sampling until there are hits enough to aim at, then a guide."""
-        size = self.pilot
-        best = crude
-        stage = 0
-        while ledger.left > 0:
-            enough = best.diagnostics["hits"] >= _ENOUGH_HITS and best.particles is not None
-            if enough and not event.weighted and ledger.left >= 2000 and best.particles is not None:
-                weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(best.particles), None)
-                if weighed.converged and _agree(weighed, best):
-                    return weighed
-                size = ledger.left
-            size = min(ledger.left, 4 * size)
-            if 4 * size > ledger.left:
-                size = ledger.left if best.diagnostics["hits"] * (1 + size / 500) < _ENOUGH_HITS else size
-            best = ledger.add(
-                MonteCarlo(max_samples=size, precision=self.precision).run(
-                    event, budget=size, seed=child_seed(seed, 6, stage)
-                )
-            )
-            stage += 1
-            if best.std_error <= (self.precision or 0.0):
-                break
-        return best
+        if ledger.left < 1:
+            return crude
+        first = crude
+        if crude.diagnostics["hits"] < _BOOLEAN_HITS:
+            size = max(1, int(0.6 * ledger.left))
+            method = MonteCarlo(max_samples=size, hits=_BOOLEAN_HITS, precision=self.precision)
+            first = ledger.add(method.run(event, budget=size, seed=child_seed(seed, 6)))
+        if first.particles is not None and first.diagnostics["hits"] >= _BOOLEAN_HITS and not event.weighted:
+            weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(first.particles), None)
+            if weighed.converged and _agree(weighed, first):
+                return weighed
+        if ledger.left < 1:
+            return first
+        rest = MonteCarlo(precision=self.precision).run(event, budget=ledger.left, seed=child_seed(seed, 7))
+        ledger.add(rest)
+        # the first sample ran to its fixed size when it found few hits: then both count as one
+        whole = not event.weighted and first.diagnostics["hits"] < _BOOLEAN_HITS
+        return _pool(first, rest) if whole and first is not crude else rest
 
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
@@ -173,7 +171,7 @@ class _Ledger:
 
 def _crude_population(particles: Particles) -> Population:
     n = len(particles.z)
-    return Population(particles.z, particles.log_weight, np.zeros(n), None, None, float(n))
+    return Population(particles.z, particles.log_weight, np.zeros(n), None, float(n))
 
 
 def _agree(a: Evidence, b: Evidence) -> bool:
@@ -182,6 +180,20 @@ def _agree(a: Evidence, b: Evidence) -> bool:
         return False
     error = min(math.hypot(a.std_error, b.std_error), 1.0)
     return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
+
+
+def _pool(a: Evidence, b: Evidence) -> Evidence:
+    """Two crude samples as one."""
+    hits, n = (int(a.diagnostics[key] + b.diagnostics[key]) for key in ("hits", "samples"))
+    error = math.sqrt((1.0 - hits / n) / hits) if hits else math.inf
+    return replace(
+        b,
+        log_prob=math.log(hits / n) if hits else -math.inf,
+        std_error=error,
+        interval=diagnostics.binomial_interval(hits, n),
+        converged=error <= 0.2,
+        diagnostics={"hits": float(hits), "samples": float(n)},
+    )
 
 
 def _with_prior(weighed: Evidence, found: Evidence) -> Evidence:

@@ -40,15 +40,14 @@ _BLOCK = 2_000_000  # numbers of z alive at once
 class Population(NamedTuple):
     """Weighted particles of a target, with what a guide can learn from them.
 
-    z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; gradients ``(n, dim)`` or None;
-    effective: how many independent particles they are worth.
+    z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; rows: gradient information
+    (:func:`probest.guides.mixture.gradient_rows`) or None; effective: how many independent particles they are worth.
     """
 
     z: Floats
     log_w: Floats
     log_weight: Floats
-    severity_grad: Floats | None
-    weight_grad: Floats | None
+    rows: Floats | None
     effective: float
 
 
@@ -124,18 +123,11 @@ class Importance:
 
 def population_of(state: State) -> Population:
     """The particles that tempering ended with."""
-    each = len(state.z) // len(state.log_z)
-    log_w = np.repeat(state.log_z, each)
+    log_w = np.repeat(state.log_z, len(state.z) // len(state.log_z))
     alive = np.isfinite(log_w)
     if alive.all():
-        return _population(state.z, log_w, state.log_weight, state.severity_grad, state.weight_grad)
-    return _population(
-        state.z[alive],
-        log_w[alive],
-        state.log_weight[alive],
-        None if state.severity_grad is None else state.severity_grad[alive],
-        None if state.weight_grad is None else state.weight_grad[alive],
-    )
+        return _population(state.z, log_w, state.log_weight, state.rows)
+    return _population(state.z[alive], log_w[alive], state.log_weight[alive], state.rows)
 
 
 def prior_population_of(prior: Prior | None) -> Population | None:
@@ -143,16 +135,12 @@ def prior_population_of(prior: Prior | None) -> Population | None:
     if prior is None:
         return None
     log_w = np.repeat(prior.log_z, len(prior.z) // len(prior.log_z))
-    return _population(prior.z, log_w, prior.log_weight, None, prior.weight_grad)
+    return _population(prior.z, log_w, prior.log_weight, prior.rows)
 
 
-def _population(
-    z: Floats, log_w: Floats, log_weight: Floats, severity_grad: Floats | None, weight_grad: Floats | None
-) -> Population:
-    # resampled particles are related: count them as a third
-    return Population(
-        z, log_w, log_weight, severity_grad, weight_grad, diagnostics.effective_sample_size(log_w) / 3.0
-    )
+def _population(z: Floats, log_w: Floats, log_weight: Floats, rows: Floats | None) -> Population:
+    # resampled particles are related: count them as half
+    return Population(z, log_w, log_weight, rows, diagnostics.effective_sample_size(log_w) / 2.0)
 
 
 def weigh(
@@ -250,8 +238,7 @@ def _weigh_target(
             population.z,
             population.log_w,
             rng,
-            severity_grad=population.severity_grad,
-            weight_grad=population.weight_grad,
+            rows=population.rows,
             effective=population.effective,
         )
     size = max(1, min(method.first_batch, left // 4 if adapt else left, method.max_samples))
@@ -264,7 +251,7 @@ def _weigh_target(
         enough = cost <= math.log(4.0) or (precision is not None and math.exp(cost) / precision**2 < 2.0 * size)
         if enough or left < 3 * size or population is None:
             break
-        moments = population.severity_grad is None and population.weight_grad is None
+        moments = population.rows is None
         z, log_w = _union(population, pool, batch)
         if len(z) < 16:
             break
@@ -357,7 +344,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
     if hits == 0:
         notes.append("no fresh sample of the guide was a catastrophe: use tempering, or raise the budget.")
         log_prob, error, lower, upper = -math.inf, math.inf, -math.inf, 0.0
-    if khat > 0.7 and hits:
+    if khat > 0.7 and ess < 0.4 * hits:  # nearly constant weights have no tail whose shape could matter
         notes.append(f"the weights are heavy-tailed (k̂ = {khat:.2f}): the guide is thin somewhere; use tempering.")
     if ess < 50.0 and hits:
         notes.append(f"only {ess:.0f} effective samples: raise the budget.")

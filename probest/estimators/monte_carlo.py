@@ -46,12 +46,14 @@ class MonteCarlo:
     max_samples: at most this many draws (the budget is a ceiling in any case).
     precision: stop when the standard error of log P is below this; None draws ``max_samples``.
     first_batch: size of the first batch; each further batch doubles the draws, so stopping looks are few.
+    hits: stop once this many catastrophes were seen; None does not look.
     keep: at most this many catastrophes are kept as particles.
     """
 
     max_samples: int = 1_000_000
     precision: float | None = None
     first_batch: int = 500
+    hits: int | None = None
     keep: int = 10_000
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class MonteCarlo:
         while state.n < total:
             state = step(state, meter, rng, min(max(self.first_batch, state.n), total - state.n), self.keep)
             if self.precision is not None and _log_error(state, event.weighted) <= self.precision:
+                break
+            if self.hits is not None and state.hits >= self.hits:
                 break
         return _weighted(self, state, meter) if event.weighted else _binomial(self, state, meter)
 

@@ -44,6 +44,7 @@ from probest.estimators.base import (
     Particles,
     generator,
 )
+from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
 
 __all__ = ["State", "Tempering", "temper"]
 
@@ -57,7 +58,8 @@ _LOG2 = math.log(2.0)
 class State:
     """The population: equal weights inside an island, ``log_z`` the running log-evidence of each island.
 
-    z ``(n, dim)``; gradients ``(n, dim)`` or None; ``inverse_noise`` = 1/σ, 0 at the start and inf in the event.
+    z ``(n, dim)``; gradients ``(n, dim)`` or None (not known now); rows: gradient information for a subspace;
+    ``inverse_noise`` = 1/σ, 0 at the start and inf in the event; rest: levels until guided moves are tried again.
     """
 
     z: Floats
@@ -70,6 +72,10 @@ class State:
     inverse_noise: float = 0.0
     drift_noise: float = 0.0
     angle: float = 1.0
+    side_angle: float = 1.2
+    rows: Floats | None = None
+    rest: int = 0
+    first_hits: int = 0
     levels: int = 0
     moves: int = 0
     acceptance: float = 1.0
@@ -82,7 +88,7 @@ class Prior(NamedTuple):
     z: Floats
     severity: Floats
     log_weight: Floats
-    weight_grad: Floats | None
+    rows: Floats | None
     log_z: Floats
 
 
@@ -96,6 +102,7 @@ class Tempering:
     max_moves: at most this many moves of every particle a level.
     decorrelation: moves stop once the severities' rank correlation with the level's start is below this.
     gradient: use the severity's gradient in moves where the event has one.
+    guided: try independent moves from a mixture fitted to the population first.
     """
 
     particles: int = 512
@@ -104,6 +111,7 @@ class Tempering:
     max_moves: int = 8
     decorrelation: float = 0.5
     gradient: bool = True
+    guided: bool = True
 
     def __post_init__(self) -> None:
         if self.islands < 2:
@@ -142,7 +150,6 @@ def temper(
             if not _reweight(state, power, 0.0, rng, method):
                 note = "no particle is compatible with the observed sites: check them, or raise the budget."
                 return _unfinished(method, meter, state, None, drawn, note), None, None
-            gradient = _ensure_gradient(state, meter, gradient)
             if not _move_level(state, method, meter, rng, gradient):
                 note = "the budget ran out while conditioning the adversary on its observed sites: raise it."
                 return _unfinished(method, meter, state, None, drawn, note), None, None
@@ -150,7 +157,7 @@ def temper(
             state.z.copy(),
             state.severity.copy(),
             state.log_weight.copy(),
-            _copy(state.weight_grad),
+            state.rows,
             state.log_z.copy(),
         )
     while True:
@@ -172,12 +179,11 @@ def temper(
             return _unfinished(method, meter, state, prior, drawn, note), None, prior
         if math.isinf(noise):
             break
-        gradient = _ensure_gradient(state, meter, gradient)
         if not _move_level(state, method, meter, rng, gradient):
             note = "the budget ran out before the particles were catastrophes: raise it (or lower particles)."
             return _unfinished(method, meter, state, prior, drawn, note), None, prior
-    gradient = _ensure_gradient(state, meter, gradient)
     _move_level(state, method, meter, rng, gradient)
+    _probe(state, meter, gradient, 128)
     return _finished(method, meter, state, prior), state, prior
 
 
@@ -204,7 +210,8 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
             drawn += k * more
             if len(z) * meter.event.dim > 60_000_000:
                 break
-    return State(z, severity, log_weight, None, None, log_z), drawn
+    hits = int(np.count_nonzero(severity >= 0.0))
+    return State(z, severity, log_weight, None, None, log_z, first_hits=hits), drawn
 
 
 def _mostly_equal(severity: Floats) -> bool:
@@ -217,10 +224,6 @@ def _interleave(old: Floats, new: Floats, k: int) -> Floats:
     shape = old.shape[1:]
     joined = np.concatenate([old.reshape(k, -1, *shape), new.reshape(k, -1, *shape)], axis=1)
     return joined.reshape(-1, *shape)
-
-
-def _copy(x: Floats | None) -> Floats | None:
-    return None if x is None else x.copy()
 
 
 def _soft(severity: Floats, inverse_noise: float) -> Floats:
@@ -408,11 +411,149 @@ def _move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool) 
     return accepted / n
 
 
+def _probe(state: State, meter: Meter, gradient: bool, count: int) -> None:
+    """Renew the gradient information, from at most ``count`` evenly spaced particles where none is at hand."""
+    n = len(state.z)
+    if not gradient:
+        state.rows = None
+        if state.inverse_noise > 0.0 and not meter.event.weighted and not meter.event.boolean:
+            state.rows = _regression_rows(state)
+        return
+    grad, weight_grad = state.severity_grad, state.weight_grad
+    at = np.arange(n)
+    if grad is None or n > 2000:
+        at = np.linspace(0, n - 1, min(n, count if grad is None else 2000)).astype(np.intp)
+    if grad is None:
+        if meter.left < GRADIENT_CALLS * len(at) + 2 * n:
+            return
+        result = meter.evaluate(state.z[at], gradient=True)
+        grad, weight_grad = result.severity_grad, result.log_weight_grad
+    else:
+        grad, weight_grad = grad[at], None if weight_grad is None else weight_grad[at]
+    if state.inverse_noise == 0.0:
+        grad = None
+    state.rows = gradient_rows(state.z[at], np.zeros(len(at)), grad, weight_grad)
+
+
+def _regression_rows(state: State) -> Floats | None:
+    """Without gradients: the direction of a linear regression of the severity, if it predicts held-out particles."""
+    n, dim = state.z.shape
+    at = np.linspace(0, n - 1, min(n, 4000)).astype(np.intp)
+    at = at[np.isfinite(state.severity[at])]
+    middle = len(at) // 2
+    if middle < 1.2 * dim + 8 or dim <= 2:
+        return None
+    s = state.severity[at]
+    slopes = []
+    for train, test in ((at[:middle], at[middle:]), (at[middle:], at[:middle])):
+        centre, level = state.z[train].mean(axis=0), state.severity[train].mean()
+        slope = np.linalg.lstsq(state.z[train] - centre, state.severity[train] - level, rcond=1e-6)[0]
+        residual = state.severity[test] - level - (state.z[test] - centre) @ slope
+        if not float(np.var(residual)) < 0.3 * float(np.var(s)):
+            return None
+        slopes.append(slope / max(float(np.linalg.norm(slope)), 1e-300))
+    directions = np.array(slopes)
+    reach = np.maximum(1.0, np.abs((state.z[at] @ directions.T).mean(axis=0)))
+    return directions * (reach / math.sqrt(2.0))[:, None]
+
+
+def _fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture, Mixture] | None:
+    """Mixtures for independent moves, one from each half of the islands; None where no few directions matter.
+
+    Each half is moved by the other half's mixture: a kernel fitted to the particles that it moves would be biased.
+    """
+    n, dim = state.z.shape
+    if state.rows is None and dim > max(2, n // 40):
+        return None  # directions found from moments alone would be noise
+    fits = []
+    middle = _middle(state)
+    for low, high in ((0, middle), (middle, n)):
+        at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
+        z, equal = state.z[at], np.zeros(len(at))
+        rows = state.rows if state.rows is None else state.rows[(at[0] * len(state.rows)) // n :][: len(state.rows) // 2]
+        basis = informed_basis(z, equal, rows, threshold=0.07, rank=12)
+        if rows is not None and dim > 8:
+            caught = float(np.sum((rows @ basis) ** 2)) / max(float(np.sum(rows**2)), 1e-300)
+            if caught < 0.5:
+                return None
+        fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
+        fits.append(fit.with_wide_tails(0.4, 2.0))
+    return fits[1], fits[0]
+
+
+def _middle(state: State) -> int:
+    k = len(state.log_z)
+    return (k // 2) * (len(state.z) // k)
+
+
+def _guided_sweep(
+    state: State, meter: Meter, rng: np.random.Generator, mixtures: tuple[Mixture, Mixture]
+) -> float:
+    """One move of every particle: independent in the mixture's subspace, pCN in all other directions. 1 call each.
+
+    The mixture is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
+    (φ/q)(z') / (φ/q)(z) in the subspace.
+    """
+    n, dim = state.z.shape
+    rows = max(1, _BLOCK // dim)
+    rho, sigma = math.cos(state.side_angle), math.sin(state.side_angle)
+    accepted = 0.0
+    middle = _middle(state)
+    blocks = [(i, min(i + rows, middle), mixtures[0]) for i in range(0, middle, rows)]
+    blocks += [(i, min(i + rows, n), mixtures[1]) for i in range(middle, n, rows)]
+    for start, stop, mixture in blocks:
+        at = slice(start, stop)
+        z = state.z[at]
+        inside = z @ mixture.basis
+        u = mixture.sample_inside(len(z), rng)
+        proposal = rng.standard_normal(z.shape)
+        log_u = np.log(rng.random(len(z)))
+        proposal *= sigma
+        proposal += rho * z
+        proposal += (u - proposal @ mixture.basis) @ mixture.basis.T
+        result = meter.evaluate(proposal)
+        log_ratio = _log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
+        before = _log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
+        log_ratio -= np.where(before > -np.inf, before, 0.0)
+        log_ratio += mixture.log_density_ratio(u) - mixture.log_density_ratio(inside)
+        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
+        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
+        taken = np.flatnonzero(log_u < log_ratio)
+        state.z[taken + start] = proposal[taken]
+        state.severity[taken + start] = result.severity[taken]
+        state.log_weight[taken + start] = result.log_weight[taken]
+    return accepted / n
+
+
 def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> bool:
     """Move until severities are decorrelated from the level's start. False when the budget did not allow one move."""
+    start = _slow(state).copy()
+    if method.guided and state.rest == 0:
+        _probe(state, meter, gradient, 64)
+        mixtures = _fit_moves(state, rng)
+        if mixtures is None:
+            state.rest = 3
+        unmoved = 1.0
+        while mixtures is not None and unmoved > 0.35:
+            if meter.left < len(state.z):
+                return unmoved < 1.0
+            acceptance = _guided_sweep(state, meter, rng, mixtures)
+            state.severity_grad = state.weight_grad = None
+            state.moves += 1
+            state.acceptance = acceptance
+            unmoved *= 1.0 - acceptance
+            factor = 1.2 if acceptance > 0.35 else 0.7 if acceptance < 0.2 else 1.0
+            state.side_angle = min(1.5, factor * state.side_angle)
+            if acceptance < 0.12:
+                state.rest = 1
+                break
+        state.correlation = _rank_correlation(start, _slow(state))
+        if unmoved <= 0.35:
+            return True
+    state.rest = max(0, state.rest - 1)
+    gradient = _ensure_gradient(state, meter, gradient)
     cost = len(state.z) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
     aim = 0.55 if gradient else 0.35
-    start = state.severity.copy() if state.inverse_noise > 0.0 else state.log_weight.copy()
     most = method.max_moves if gradient else 2 * method.max_moves
     for i in range(most):
         if meter.left < cost:
@@ -420,11 +561,15 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
         state.acceptance = _move(state, meter, rng, gradient)
         state.moves += 1
         state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
-        now = state.severity if state.inverse_noise > 0.0 else state.log_weight
-        state.correlation = _rank_correlation(start, now)
+        state.correlation = _rank_correlation(start, _slow(state))
         if state.correlation <= method.decorrelation and state.acceptance > 0.15:
             break
     return True
+
+
+def _slow(state: State) -> Floats:
+    """What moves have to decorrelate: the severity, or the log-weight while conditioning."""
+    return state.severity if state.inverse_noise > 0.0 else state.log_weight
 
 
 def _rank_correlation(a: Floats, b: Floats) -> float:
@@ -516,30 +661,27 @@ def _finished(method: Tempering, meter: Meter, state: State, prior: Prior | None
 def _unfinished(
     method: Tempering, meter: Meter, state: State | None, prior: Prior | None, drawn: int, note: str
 ) -> Evidence:
-    """No population of catastrophes: an upper bound. On the event Φ(s/σ) ≥ ½, hence P ≤ 2 E[Φ(s/σ)]."""
+    """No population of catastrophes: only the first draws bound P without an assumption (exact binomial).
+
+    On the event Φ(s/σ) ≥ ½, so P ≤ 2 E[Φ(s/σ)] too; that bound trusts the population, and is a diagnostic only.
+    """
     upper = 0.0
     log_evidence = 0.0
     info: dict[str, float] = {}
     if state is not None:
-        conditioned = meter.event.weighted
-        if drawn and not conditioned and state.levels == 0:
-            hits = int(np.count_nonzero(state.severity >= 0.0))
-            upper = diagnostics.binomial_interval(hits, drawn)[1]
-        elif math.isfinite(state.inverse_noise) and state.inverse_noise > 0.0:
-            soft, error, spread = _combine(state.log_z, None if prior is None else prior.log_z)
-            width = max(error, spread / math.sqrt(method.islands))
-            upper = min(0.0, soft + _LOG2 + 3.0 * width) if math.isfinite(width) else 0.0
-            if math.isnan(upper):
-                upper = 0.0
+        if drawn and not meter.event.weighted:
+            upper = diagnostics.binomial_interval(state.first_hits, drawn)[1]
+        if 0.0 < state.inverse_noise < math.inf:
+            info["soft_upper"] = _combine(state.log_z, None if prior is None else prior.log_z)[0] + _LOG2
         if prior is not None:
             log_evidence = diagnostics.log_sum_exp(prior.log_z) - math.log(method.islands)
-        info = {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
+        info |= {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
     return Evidence(
         method=method.name,
         log_prob=-math.inf,
         std_error=math.inf,
         interval=(-math.inf, upper),
-        claim="heuristic",
+        claim="upper",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=False,

@@ -34,37 +34,52 @@ def fit_guide(
     log_w: Floats,
     rng: np.random.Generator,
     *,
-    severity_grad: Floats | None = None,
-    weight_grad: Floats | None = None,
+    rows: Floats | None = None,
     effective: float | None = None,
 ) -> Fitted:
     """The candidate (mixtures in subspaces of several sizes, radial) that predicts held-out particles best."""
     n, dim = z.shape
-    bases: list[Floats] = []
-    for threshold in (1.0, 0.15):
-        basis = informed_basis(z, log_w, severity_grad, weight_grad, threshold=threshold)
-        if not any(basis.shape == other.shape for other in bases):
-            bases.append(basis)
-    if 2 < dim <= 12 and n > 12 * dim:
-        bases.append(np.eye(dim))
-    fits: list[tuple[str, Floats | None]] = [("mixture", basis) for basis in bases]
-    if dim >= 3:
-        fits.append(("radial", None))
-    scores = []
-    half = np.arange(n) < n // 2
     alive = np.isfinite(log_w)
-    for kind, basis in fits:
-        score = 0.0
-        for train in (half & alive, ~half & alive):
-            test = alive & ~train
-            if train.sum() < 8 or test.sum() < 1:
-                continue
-            part = _one(z[train], log_w[train], kind, basis, rng, None if effective is None else 0.5 * effective)
-            w = np.exp(log_w[test] - diagnostics.log_sum_exp(log_w[test]))
-            score -= float(w @ _defend(part).log_ratio(z[test]))
-        scores.append(score)
-    kind, basis = fits[int(np.argmax(scores))]
-    return _fitted(_one(z[alive], log_w[alive], kind, basis, rng, effective), kind, basis)
+    half = np.arange(n) < n // 2
+    kinds: list[tuple[str, float]] = [("mixture", 1.0), ("mixture", 0.15)]
+    if 2 < dim <= 12 and n > 12 * dim:
+        kinds.append(("mixture", 0.0))
+    if dim >= 3:
+        kinds.append(("radial", 0.0))
+    else:
+        kinds = kinds[:1]
+    scores = np.zeros(len(kinds))
+    for first in (True, False):
+        # the subspace is part of the fit: found from the training half alone, or it would recognise the other
+        train = (half if first else ~half) & alive
+        test = alive & ~train
+        if train.sum() < 8 or test.sum() < 1:
+            continue
+        middle = 0 if rows is None else len(rows) // 2
+        part_rows = None if rows is None else rows[:middle] if first else rows[middle:]
+        if part_rows is not None:
+            part_rows = part_rows * np.sqrt(2.0)
+        w = np.exp(log_w[test] - diagnostics.log_sum_exp(log_w[test]))
+        known: dict[int, float] = {}
+        for i, (kind, threshold) in enumerate(kinds):
+            basis = _basis(kind, threshold, z[train], log_w[train], part_rows)
+            rank = -1 if basis is None else basis.shape[1]
+            if rank not in known:
+                enough = None if effective is None else 0.5 * effective
+                part = _one(z[train], log_w[train], basis, rng, enough)
+                known[rank] = float(w @ _defend(part).log_ratio(z[test]))
+            scores[i] -= known[rank]
+    kind, threshold = kinds[int(np.argmax(scores))]
+    basis = _basis(kind, threshold, z[alive], log_w[alive], rows)
+    return _fitted(_one(z[alive], log_w[alive], basis, rng, effective), kind, basis)
+
+
+def _basis(kind: str, threshold: float, z: Floats, log_w: Floats, rows: Floats | None) -> Floats | None:
+    if kind == "radial":
+        return None
+    if threshold == 0.0:
+        return np.eye(z.shape[1])
+    return informed_basis(z, log_w, rows, threshold=threshold)
 
 
 def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generator, *, moments: bool = False) -> Fitted:
@@ -75,11 +90,11 @@ def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generat
     basis = fitted.basis
     if moments and basis is not None and z.shape[1] > 2:
         basis = informed_basis(z, log_w)
-    return _fitted(_one(z, log_w, fitted.kind, basis, rng, None), fitted.kind, basis)
+    return _fitted(_one(z, log_w, basis, rng, None), fitted.kind, basis)
 
 
 def _one(
-    z: Floats, log_w: Floats, kind: str, basis: Floats | None, rng: np.random.Generator, effective: float | None
+    z: Floats, log_w: Floats, basis: Floats | None, rng: np.random.Generator, effective: float | None
 ) -> Mixture | Radial:
     if basis is None:
         return fit_radial(z, log_w)

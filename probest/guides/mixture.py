@@ -29,7 +29,7 @@ from scipy import linalg
 from probest import diagnostics
 from probest.estimators.base import Floats
 
-__all__ = ["Mixture", "fit_mixture", "informed_basis"]
+__all__ = ["Mixture", "fit_mixture", "gradient_rows", "informed_basis"]
 
 _MAX_RANK = 24
 _MAX_ROWS = 2000
@@ -51,66 +51,97 @@ class Mixture:
 
     def sample(self, n: int, rng: np.random.Generator) -> Floats:
         z = rng.standard_normal((n, self.dim))
-        inside = z @ self.basis
-        kind = rng.choice(len(self.weights), size=n, p=self.weights)
-        u = np.empty_like(inside)
-        for k in range(len(self.weights)):
-            at = kind == k
-            u[at] = self.means[k] + inside[at] @ self.factors[k].T
-        z += (u - inside) @ self.basis.T
+        z += (self.sample_inside(n, rng) - z @ self.basis) @ self.basis.T
         return z
 
     def log_ratio(self, z: Floats) -> Floats:
-        u = z @ self.basis
+        return self.log_density_ratio(z @ self.basis)
+
+    def log_density_ratio(self, u: Floats) -> Floats:
+        """log φ − log q at subspace coordinates u ``(n, r)``."""
         parts = _log_parts(u, self.weights, self.means, self.factors)
         top = parts.max(axis=1)
         log_q = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
         reference = -0.5 * np.einsum("ij,ij->i", u, u) - 0.5 * u.shape[1] * _LOG2PI
         return np.asarray(reference - log_q, dtype=np.float64)
 
+    def sample_inside(self, n: int, rng: np.random.Generator) -> Floats:
+        """``(n, r)`` draws of the subspace coordinates alone."""
+        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        u = rng.standard_normal((n, self.means.shape[1]))
+        for k in range(len(self.weights)):
+            at = kind == k
+            u[at] = self.means[k] + u[at] @ self.factors[k].T
+        return u
+
+    def with_wide_tails(self, share: float, factor: float) -> Mixture:
+        """This mixture with probability ``1 - share``, its copy widened by ``factor`` with the rest."""
+        return Mixture(
+            self.basis,
+            np.concatenate([(1.0 - share) * self.weights, share * self.weights]),
+            np.concatenate([self.means, self.means]),
+            np.concatenate([self.factors, factor * self.factors]),
+        )
+
     def widened(self, factor: float) -> Mixture:
         """The same mixture with every standard deviation multiplied by ``factor``."""
         return Mixture(self.basis, self.weights, self.means, self.factors * factor)
 
 
-def informed_basis(
-    z: Floats,
-    log_w: Floats,
-    severity_grad: Floats | None = None,
-    weight_grad: Floats | None = None,
-    *,
-    threshold: float = 0.2,
-) -> Floats:
-    """The ``(dim, r)`` basis of directions that a sample of the target differs from the prior in, r ≥ 1.
-
-    threshold: least eigenvalue kept, in units of the prior's variance.
-    """
-    n, dim = z.shape
+def gradient_rows(
+    z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None
+) -> Floats | None:
+    """Rows R, at most two a point, with RᵀR = Σ w (β² g gᵀ + ∇ℓ ∇ℓᵀ); None where no gradient says anything."""
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
-    effective = diagnostics.effective_sample_size(log_w)
-    most = int(max(1, min(dim, _MAX_RANK, effective / 6.0)))
-    if dim <= 2:
-        return np.eye(dim)
-    if n > _MAX_ROWS:
-        keep = np.argsort(-w, kind="stable")[:_MAX_ROWS]
-        z, w = z[keep], w[keep] / w[keep].sum()
-        severity_grad = None if severity_grad is None else severity_grad[keep]
-        weight_grad = None if weight_grad is None else weight_grad[keep]
     rows = []
     if severity_grad is not None:
         norm = np.linalg.norm(severity_grad, axis=1)
         good = np.isfinite(norm) & (norm > 0.0)
-        unit = severity_grad[good] / norm[good, None]
-        reach = np.maximum(1.0, np.abs(np.einsum("ij,ij->i", unit, z[good])))
-        rows.append(unit * (np.sqrt(w[good]) * reach)[:, None])
+        if good.mean() > 0.5:
+            unit = severity_grad[good] / norm[good, None]
+            reach = np.maximum(1.0, np.abs(np.einsum("ij,ij->i", unit, z[good])))
+            rows.append(unit * (np.sqrt(w[good]) * reach)[:, None])
     if weight_grad is not None:
         good = np.isfinite(weight_grad).all(axis=1)
         rows.append(weight_grad[good] * np.sqrt(w[good])[:, None])
-    if rows and sum(len(r) for r in rows) > 0:
-        _, singular, vt = linalg.svd(np.concatenate(rows), full_matrices=False, check_finite=False)
-        rank = int(np.clip(np.count_nonzero(singular**2 >= threshold), 1, most))
-        return np.ascontiguousarray(vt[:rank].T)
+    return np.concatenate(rows) if rows and sum(map(len, rows)) > 0 else None
+
+
+def informed_basis(
+    z: Floats, log_w: Floats, rows: Floats | None = None, *, threshold: float = 0.2, rank: int = _MAX_RANK
+) -> Floats:
+    """The ``(dim, r)`` basis of directions that a sample of the target differs from the prior in, r ≥ 1.
+
+    rows: from :func:`gradient_rows`, at these points or at some of them; None goes by second moments.
+    threshold: least eigenvalue kept, in units of the prior's variance. rank: the most directions.
+    """
+    n, dim = z.shape
+    effective = diagnostics.effective_sample_size(log_w)
+    most = int(max(1, min(dim, rank, effective / 6.0)))
+    if dim <= 2:
+        return np.eye(dim)
+    if rows is not None:
+        value, vectors = _row_space(rows)
+        kept = int(np.clip(np.count_nonzero(value >= threshold), 1, most))
+        return np.ascontiguousarray(vectors[:, :kept])
+    w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
+    if n > _MAX_ROWS:
+        keep = np.argsort(-w, kind="stable")[:_MAX_ROWS]
+        z, w = z[keep], w[keep] / w[keep].sum()
     return _moment_basis(z, w, effective, most)
+
+
+def _row_space(rows: Floats) -> tuple[Floats, Floats]:
+    """Eigenvalues of RᵀR, largest first, and orthonormal eigenvectors as columns, by the smaller Gram matrix."""
+    m, dim = rows.shape
+    if m >= dim:
+        value, vectors = np.linalg.eigh(rows.T @ rows)
+        return value[::-1], vectors[:, ::-1]
+    value, left = np.linalg.eigh(rows @ rows.T)
+    value, left = value[::-1], left[:, ::-1]
+    rank = max(1, int(np.count_nonzero(value > 1e-10 * max(value[0], 1e-300))))
+    vectors = np.linalg.qr(rows.T @ left[:, :rank])[0]
+    return value[:rank], vectors
 
 
 def _moment_basis(z: Floats, w: Floats, effective: float, most: int) -> Floats:
@@ -128,11 +159,20 @@ def _moment_basis(z: Floats, w: Floats, effective: float, most: int) -> Floats:
 
 
 def fit_mixture(
-    z: Floats, log_w: Floats, basis: Floats, rng: np.random.Generator, *, most: int = 8, effective: float | None = None
+    z: Floats,
+    log_w: Floats,
+    basis: Floats,
+    rng: np.random.Generator,
+    *,
+    most: int = 8,
+    effective: float | None = None,
+    starts: int = 2,
+    steps: int = 40,
 ) -> Mixture:
     """The mixture in ``basis`` with the least BIC among 1 to ``most`` components, by weighted EM.
 
     effective: how many independent points the sample is worth, where less than its effective sample size.
+    starts: EM runs for each number of components, of at most ``steps`` steps.
     """
     u = z @ basis
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
@@ -143,7 +183,7 @@ def fit_mixture(
     for k in range(1, most + 1):
         if k > 1 and n_eff / k < 2.0 * (r + 1):
             break
-        fits = [_em(u, w, k, n_eff, basis, rng) for _ in range(1 if k == 1 else 2)]
+        fits = [_em(u, w, k, n_eff, basis, rng, steps) for _ in range(1 if k == 1 else starts)]
         value, fit = max(fits, key=lambda pair: pair[0])
         size = k * (1.0 + r + 0.5 * r * (r + 1)) - 1.0
         bic = -2.0 * n_eff * value + size * math.log(max(n_eff, 2.0))
@@ -166,7 +206,7 @@ def _log_parts(u: Floats, weights: Floats, means: Floats, factors: Floats) -> Fl
 
 
 def _em(
-    u: Floats, w: Floats, k: int, n_eff: float, basis: Floats, rng: np.random.Generator
+    u: Floats, w: Floats, k: int, n_eff: float, basis: Floats, rng: np.random.Generator, steps: int
 ) -> tuple[float, Mixture]:
     """Weighted EM from a k-means++ start; returns the mean log-likelihood and the fit."""
     n, r = u.shape
@@ -184,7 +224,7 @@ def _em(
     share[np.arange(n), nearest] = 1.0
     weights, factors = np.full(k, 1.0 / k), np.empty((k, r, r))
     last = -math.inf
-    for _ in range(40):
+    for _ in range(steps):
         mass = (w[:, None] * share).sum(axis=0)
         mass = np.maximum(mass, 1e-12)
         weights = np.maximum(mass / mass.sum(), 1e-9)
@@ -204,7 +244,7 @@ def _em(
         density = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
         value = float(w @ density)
         share = np.exp(parts - density[:, None])
-        if value - last < 1e-4 * max(1.0, abs(value)):
+        if value - last < 3e-4 * max(1.0, abs(value)):
             break
         last = value
     return value, Mixture(basis, weights, means.copy(), factors.copy())
