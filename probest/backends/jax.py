@@ -80,10 +80,12 @@ class JaxBackend:
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         n = len(z)
         size = next((size for size in BATCH_SIZES if size >= n), n)
-        padded = [self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())]
-        arrays, static = _split(parts)
         run = _run if getattr(fn, "compiled", True) else _run.__wrapped__
-        values, grads = run(fn, static, gradient, arrays, padded[0], dict(zip(held, padded[1:], strict=True)))
+        arrays, static = _split(parts)
+        # Under somebody's jit or grad, what happens on the host still happens now.
+        with jax.ensure_compile_time_eval():
+            rows = [self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())]
+            values, grads = run(fn, static, gradient, arrays, rows[0], dict(zip(held, rows[1:], strict=True)))
         trim = [self.to_host(value)[:n] for value in values]
         return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
 

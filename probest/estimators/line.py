@@ -12,7 +12,7 @@ the severity, and an end contributes :math:`\varphi(r^*)\,\partial_\theta s / |a
 relative change :math:`\partial_\theta \log P`.
 
 *Several modes.* Directions are unit gradients of a few particles, and rays from the origin. Each surface point belongs to
-direction k with weight :math:`h_k = (n \cdot a_k)^2 / \sum_j (n \cdot a_j)^2` (n its unit normal): the weights sum to 1, and lines that
+direction k with weight :math:`h_k \propto |n \cdot a_k|^8` (n its unit normal): the weights sum to 1, and lines that
 graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle.
 
 *Antithetic lines.* The line through :math:`-z_\perp` has the same prior density. Averaging over the pair is exact
@@ -44,6 +44,7 @@ DIRECTIONS = 32
 GRID = 17
 MARGIN = 2.5
 NODES = 8
+SHARPNESS = 8
 
 
 class Surface(NamedTuple):
@@ -88,10 +89,9 @@ def sample_surface(event: Event, particles: Particles, *, lines: int, seed: np.r
     """
     rng = np.random.Generator(np.random.Philox(seed))
     n = max(lines // 2, 1)
-    z = particles.z[systematic_resample(particles.log_weight, n, rng)]
-    held = event.site_values(z, event.discrete_sites) if event.discrete_sites else {}
-    normal = _unit(_gradient(event, z, held))
-    directions = normal[rng.permutation(n)[:DIRECTIONS]]
+    guiding, z = _split(particles, n, rng)
+    held, normal = _normals(event, z)
+    directions = _normals(event, guiding)[1]
     share = _share(normal, z, directions)
     choice = np.array([rng.choice(len(row), p=row) for row in share]) if n else np.empty(0, int)
     probability = share[np.arange(n), choice]
@@ -246,13 +246,32 @@ def _chi_between(t: Floats, a: Floats, b: Floats, dim: int) -> Floats:
 def _share(normal: Floats, z: Floats, directions: Floats) -> Floats:
     """``(n, k + 1)`` partition of unity over the directions, the ray last."""
     cosines = np.concatenate([normal @ directions.T, np.sum(normal * _unit(z), axis=1, keepdims=True)], axis=1)
-    squares = cosines**2 + 1e-12
-    result: Floats = squares / squares.sum(axis=1, keepdims=True)
+    powers = np.abs(cosines) ** SHARPNESS + 1e-12
+    result: Floats = powers / powers.sum(axis=1, keepdims=True)
     return result
 
 
-def _gradient(event: Event, z: Floats, held: dict[str, np.ndarray]) -> Floats:
-    return _continuous(event, event.evaluate(z, gradient=True, held=held).severity_grad)
+def _split(particles: Particles, n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Particles that give the directions, and ``n`` that give the lines.
+
+    A line must not choose its own direction, nor may a relative of its particle; relatives of tempering lie in the
+    same island, and islands lie one after the other. So the first rows guide and the others are followed.
+    """
+    count = len(particles.z)
+    first = min(max(count // 4, 1), count - 1) if count > 1 else 0
+    rows = np.arange(count)
+    followed = rows[first:]
+    guides = rows[:first] if first and logsumexp(particles.log_weight[:first]) > -np.inf else rows
+    if logsumexp(particles.log_weight[followed]) == -np.inf:
+        followed = rows
+    chosen = guides[systematic_resample(particles.log_weight[guides], min(DIRECTIONS, len(guides)), rng)]
+    return particles.z[chosen], particles.z[followed[systematic_resample(particles.log_weight[followed], n, rng)]]
+
+
+def _normals(event: Event, z: Floats) -> tuple[dict[str, np.ndarray], Floats]:
+    """Values of the discrete sites at z, and the unit gradient of the severity with these held."""
+    held = event.site_values(z, event.discrete_sites) if event.discrete_sites else {}
+    return held, _unit(_continuous(event, event.evaluate(z, gradient=True, held=held).severity_grad))
 
 
 def _continuous(event: Event, grad: Floats | None) -> Floats:

@@ -168,7 +168,7 @@ class _ToGaussian(Reparam):
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
         self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
-        normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
+        normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return pyro.sample(name + BASE, normal, infer={"probest_base": name})
 
 
