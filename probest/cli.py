@@ -28,11 +28,14 @@ from probest.report.record import estimate_record
 
 if TYPE_CHECKING:
     from probest import Estimate, Problem, TrainingRun
+    from probest.report.protocols import EstimateLike
 
 __all__ = ["InputError", "main"]
 
 CONVERGED, BAD_INPUT, NOT_CONVERGED = 0, 2, 3
 DEMOS = ("digits", "pendulum")
+DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
+DEMO_STEPS, DEMO_QUICK_STEPS = 400, 50
 
 
 class InputError(Exception):
@@ -193,66 +196,71 @@ def _problem_errors(spec: str) -> Iterator[None]:
 
 def _demo(options: argparse.Namespace) -> int:
     """Train M the ordinary way, on sampled adversarial examples, and with probest: the three side by side."""
-    from probest import estimate, train
+    from probest import Tempering, estimate, train
 
     console = Console()
     module = _ready_problem(options.model)
-    train_data, _ = module.load_data()
     budget = 10_000 if options.quick else 50_000
 
-    console.print(f"[bold]{options.model}[/bold]: training M the ordinary way")
-    ordinary, ordinary_seconds = _timed(module.train_model)
-    before = estimate(module.problem(ordinary), budget=budget, seed=1)
-    console.print(before)
+    def judged(name: str, model: Any, calls: int, seconds: float) -> Candidate:
+        """An estimate of ``model``, and an audit of it by the method and budget that train() uses for its own."""
+        problem = module.problem(model)
+        found = estimate(problem, budget=budget, seed=1)
+        audit = estimate(problem, budget=4 * budget, estimator=Tempering(particles=1024), seed=2)
+        return Candidate(name, module.accuracy(model), found, audit, calls, seconds)
+
+    console.print(f"Training M ({options.model}) the ordinary way")
+    model, seconds = _timed(module.train_model)
+    ordinary = judged("ordinary", model, 0, seconds)
+    console.print(ordinary.estimate)
 
     console.print("Training M against its catastrophes")
-    run, run_seconds = _timed(
-        lambda: train(
-            module.problem(ordinary),
-            task=module.task_loss,
-            data=train_data,
-            until_log_prob=before.log_prob - 12.0,
-            steps=20 if options.quick else 150,
-            seed=2,
-        )
+    run: TrainingRun = train(
+        module.problem(model),
+        task=module.task_loss,
+        data=module.load_data()[0],
+        until_log_prob=ordinary.estimate.log_prob - DEMO_NATS,
+        steps=DEMO_QUICK_STEPS if options.quick else DEMO_STEPS,
+        budget=budget,
+        seed=3,
+        **getattr(module, "TRAINING", {}),
     )
     console.print(run.after)
+    audit = run.audit or run.after
+    trained = Candidate("probest", module.accuracy(run.model), run.after, audit, run.calls, run.seconds)
 
-    console.print("Training M on adversarial examples found by sampling, for the same number of model calls")
-    sampled, sampled_seconds = _timed(lambda: module.adversarial_baseline(ordinary, run.calls, 3))
+    console.print("Training M on catastrophes found by sampling, for as many model calls")
+    sampled, seconds = _timed(lambda: module.adversarial_baseline(model, run.calls, 4))
+    baseline = judged("sampled adversarial", sampled, run.calls, seconds)
 
-    def judged(name: str, model: Any, calls: int, seconds: float, first: Estimate | None = None) -> Candidate:
-        problem = module.problem(model)
-        first = first or estimate(problem, budget=budget, seed=4)
-        return Candidate(name, module.accuracy(model), first, estimate(problem, budget=budget, seed=5), calls, seconds)
-
-    candidates = [
-        judged("ordinary", ordinary, 0, ordinary_seconds, before),
-        judged("sampled adversarial", sampled, run.calls, sampled_seconds),
-        Candidate("probest", module.accuracy(run.model), run.after, run.audit, run.calls, run_seconds),
-    ]
-    console.print(comparison_table(f"{options.model}: before and after", candidates))
-    for path in _save_demo(module, before, run, options.out):
+    console.print(comparison_table(f"{options.model}, before and after", [ordinary, baseline, trained]))
+    for line in run.advice:
+        console.print(f"• {line}", markup=False, soft_wrap=True)
+    for path in _save_demo(module, ordinary.estimate, run, options.out):
         console.print(f"wrote {path}")
-    return CONVERGED if run.audit.converged else NOT_CONVERGED
+    return CONVERGED if run.converged else NOT_CONVERGED
 
 
-def _save_demo(module: ModuleType, before: Estimate, run: TrainingRun, folder: Path) -> list[Path]:
+def _save_demo(module: ModuleType, before: EstimateLike, run: TrainingRun, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
+    from probest.report.arviz import to_netcdf
     from probest.report.plots import plot_catastrophes, plot_estimate, plot_history
 
+    name = module.__name__.rpartition(".")[2]
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(15.0, 4.5), layout="constrained")
     catastrophes, ledger, history = figure.subplots(1, 3, width_ratios=(1.2, 1.0, 1.0))
     side = getattr(module, "SIDE", None)
-    if before.catastrophes is not None and len(before.catastrophes.weights):
+    netcdf = []
+    if before.catastrophes is not None:
         plot_catastrophes(before.catastrophes, catastrophes, shape=(side, side) if side else None)
+        netcdf.append(to_netcdf(before, folder / f"{name}.nc"))
     plot_estimate(before, ledger)
     plot_history(run, history)
-    picture = folder / f"{module.__name__.rpartition('.')[2]}.png"
+    picture = folder / f"{name}.png"
     figure.savefig(picture, dpi=120)
-    return [picture, before.to_netcdf(picture.with_suffix(".nc"))]
+    return [picture, *netcdf]
 
 
 def _ready_problem(name: str) -> ModuleType:
