@@ -181,10 +181,15 @@ def _file_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _problem_errors(spec: str) -> Iterator[None]:
-    """Errors that probest raises say what to change and need no traceback; those of other code keep theirs."""
+    """What probest refuses, it says what to change about, without a traceback; errors of other code keep theirs."""
+    from probest import SiteError
+    from probest.backends.base import BatchingError
+
     try:
         yield
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (BatchingError, SiteError) as error:
+        raise InputError(f"{spec}: {error}") from error
+    except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parent not in raised_in.parents:
             raise

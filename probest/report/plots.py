@@ -54,7 +54,13 @@ def plot_history(run: RunLike, ax: Axes | None = None) -> Axes:
     ax = ax or _new_axes(figsize=(7.0, 4.0))
     steps = [record.step for record in run.history]
     last = steps[-1] if steps else 0
-    ax.plot(steps, [record.log_prob / _LN10 for record in run.history], color="C0", label="log P in training")
+    ax.plot(
+        steps,
+        [record.log_prob / _LN10 for record in run.history],
+        color="C0",
+        drawstyle="steps-post",
+        label="P in training",
+    )
     if run.audit is not None:
         _point(ax, last, run.audit)
     ax.set_xlabel("step")
