@@ -650,6 +650,8 @@ def _bartlett(s: Any, df: Array, z: Array) -> Array:
 
 def _wishart(fn: Any, s: Any, inverse: bool = False) -> GaussianMap:
     """Wishart of torch (a covariance), WishartCholesky and InverseWishartCholesky of NumPyro (Cholesky factors)."""
+    if hasattr(fn, "transforms"):  # NumPyro's Wishart
+        return _transformed(fn, s)
     p = fn.event_shape[-1]
     steps = np.arange(p) - (p - 1) if inverse else -np.arange(p)
 
