@@ -63,7 +63,7 @@ def _g_four_branch(x: Floats) -> Floats:
 
 
 def _leaf(x: Floats) -> Floats:
-    return (np.abs(x[:, 0]) - 3.8) ** 2 + x[:, 1] ** 2 - 1.0
+    return np.minimum(np.sum((x + 3.8) ** 2, axis=1), np.sum((x - 3.8) ** 2, axis=1)) - 1.0
 
 
 LIMIT_STATES: dict[str, Callable[[Floats], Floats]] = {

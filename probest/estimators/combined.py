@@ -44,7 +44,7 @@ class Combined:
 
     precision: float | None = 0.05
     pilot: int = 500
-    particles: int = 256
+    particles: int = 320
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:

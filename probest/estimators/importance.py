@@ -86,7 +86,7 @@ class Importance:
     """
 
     precision: float | None = 0.05
-    first_batch: int = 500
+    first_batch: int = 1000
     rounds: int = 4
     max_samples: int = 1_000_000
     guide: Guide | None = None
@@ -111,8 +111,9 @@ class Importance:
         if self.guide is not None:
             fitted = Fitted(self.guide, "given", None, 1)
             return weigh(self, event, None, None, budget=budget, seed=child_seed(seed, 1), fitted=fitted)
-        found, state, prior = temper(self.find, event, budget=max(1, budget // 2), seed=child_seed(seed, 0))
-        if state is None:
+        share = budget // 2 if budget >= 1000 else budget
+        found, state, prior = temper(self.find, event, budget=share, seed=child_seed(seed, 0))
+        if state is None or found.calls >= budget:
             return replace(found, method=self.name, seconds=meter.seconds)
         left = budget - found.calls
         evidence = weigh(
@@ -241,9 +242,11 @@ def _weigh_target(
             rows=population.rows,
             effective=population.effective,
         )
-    size = max(1, min(method.first_batch, left // 4 if adapt else left, method.max_samples))
+    size = max(1, min(method.first_batch // 2 if adapt else method.first_batch, left // 4 if adapt else left))
+    size = min(size, method.max_samples)
     batch = _draw(meter, fitted.guide, size, rng, inside)
-    best, best_batch, fresh = fitted, batch, True
+    best, tried = fitted, batch
+    fresh = True
     cost = _cost(population, fitted.guide, batch.log_w)
     pool: list[tuple[Floats, Floats]] = []
     for _ in range(method.rounds if adapt else 0):
@@ -257,15 +260,16 @@ def _weigh_target(
             break
         fitted = refit_guide(fitted, z, log_w, rng, moments=moments)
         batch = _draw(meter, fitted.guide, size, rng, inside)
+        fresh = False
         pool.append((batch.z, batch.log_w[np.isfinite(batch.log_w)]))
         new = _cost(population, fitted.guide, batch.log_w)
         gain = cost - new
         if new < cost:
-            best, best_batch, cost, fresh = fitted, batch, new, False
+            best, cost = fitted, new
         if gain < 0.2:
             break
-    # a guide that was picked among several by its own batch gets a fresh sample; the first one keeps its batch
-    total = best_batch if fresh else None
+    # a guide that was picked among several gets a fresh sample: the batches that picked it favour low estimates
+    total = tried if fresh else None
     for _ in range(4):
         left = min(meter.left - reserve, method.max_samples - (0 if total is None else len(total.log_w)))
         if left < 1:
@@ -282,7 +286,7 @@ def _weigh_target(
             more = min(more, max(4 * max(have, method.first_batch), method.first_batch * 8))
         extra = _draw(meter, best.guide, more, rng, inside)
         total = extra if total is None else _join(total, extra)
-    total = best_batch if total is None else total
+    total = tried if total is None else total
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
     coverage, unseen, _ = _seen(population, best.guide, total.log_w)
     return Weighed(

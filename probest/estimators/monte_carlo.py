@@ -177,7 +177,10 @@ def _weighted(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
         interval = (-math.inf, diagnostics.binomial_interval(0, max(1, int(ess)))[1])
         notes.append(_advice(meter.event, state.n, interval[1]))
     wanted = method.precision if method.precision is not None else 0.5
-    converged = error <= wanted and ess >= 50.0
+    pseudo_hits = diagnostics.effective_sample_size(np.where(hit > 0, log_w, -np.inf))
+    converged = error <= wanted and ess >= 50.0 and pseudo_hits >= 4.0
+    if state.hits and not converged and ess >= 50.0:
+        notes.append(f"{state.hits} catastrophes, worth {pseudo_hits:.1f} by their weights: raise the budget, or temper.")
     if ess < 50.0:
         notes.append(
             f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, which conditions gradually."

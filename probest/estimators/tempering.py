@@ -73,6 +73,7 @@ class State:
     drift_noise: float = 0.0
     angle: float = 1.0
     side_angle: float = 1.2
+    walk_angle: float = 1.0
     rows: Floats | None = None
     rest: int = 0
     first_hits: int = 0
@@ -361,7 +362,7 @@ def _drift(
     return drift
 
 
-def _move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool) -> float:
+def _move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool, typical: float) -> float:
     """One move of every particle, in blocks of rows; returns the mean acceptance probability."""
     n, dim = state.z.shape
     cap = 1.5 * (math.sqrt(max(0.0, -2.0 * _total(state))) + 1.0)
@@ -371,7 +372,7 @@ def _move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool) 
         at = slice(start, min(start + rows, n))
         z = state.z[at]
         m = len(z)
-        angle = np.minimum(state.angle * (0.5 + rng.random(m)), 0.5 * math.pi)
+        angle = np.minimum(typical * (0.5 + rng.random(m)), 0.5 * math.pi)
         noise = rng.standard_normal((m, dim))
         log_u = np.log(rng.random(m))
         rho, sigma = np.cos(angle), np.sin(angle)
@@ -549,6 +550,11 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
                 break
         state.correlation = _rank_correlation(start, _slow(state))
         if unmoved <= 0.35:
+            # a mode that the mixture lacks would be stuck, and die out: one small step for everyone
+            if meter.left >= len(state.z):
+                walked = _move(state, meter, rng, False, state.walk_angle)
+                state.walk_angle = float(np.clip(state.walk_angle * math.exp(2.0 * (walked - 0.35)), 1e-4, 1.4))
+                state.moves += 1
             return True
     state.rest = max(0, state.rest - 1)
     gradient = _ensure_gradient(state, meter, gradient)
@@ -558,7 +564,7 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
     for i in range(most):
         if meter.left < cost:
             return i > 0
-        state.acceptance = _move(state, meter, rng, gradient)
+        state.acceptance = _move(state, meter, rng, gradient, state.angle)
         state.moves += 1
         state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
         state.correlation = _rank_correlation(start, _slow(state))

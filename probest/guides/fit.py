@@ -102,7 +102,11 @@ def _one(
 
 
 def _defend(part: Mixture | Radial) -> Defensive:
-    return Defensive((part.widened(1.15), part.widened(2.0), Prior(part.dim)), (0.8, 0.17, 0.03))
+    """The fit, slightly and much widened, and where else to look: opposite the fit, all around it, and the prior."""
+    if isinstance(part, Radial):
+        return Defensive((part.widened(1.15), part.widened(2.0), Prior(part.dim)), (0.8, 0.17, 0.03))
+    parts = (part.widened(1.15), part.widened(2.0), part.around(), part.mirrored(), Prior(part.dim))
+    return Defensive(parts, (0.78, 0.13, 0.05, 0.02, 0.02))
 
 
 def _fitted(part: Mixture | Radial, kind: str, basis: Floats | None) -> Fitted:

@@ -33,6 +33,7 @@ __all__ = ["Mixture", "fit_mixture", "gradient_rows", "informed_basis"]
 
 _MAX_RANK = 24
 _MAX_ROWS = 2000
+_MAX_POINTS = 20_000
 _LOG2PI = math.log(2.0 * math.pi)
 
 
@@ -59,9 +60,7 @@ class Mixture:
 
     def log_density_ratio(self, u: Floats) -> Floats:
         """log φ − log q at subspace coordinates u ``(n, r)``."""
-        parts = _log_parts(u, self.weights, self.means, self.factors)
-        top = parts.max(axis=1)
-        log_q = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
+        log_q = _log_sum(_log_parts(u, self.weights, self.means, self.factors))
         reference = -0.5 * np.einsum("ij,ij->i", u, u) - 0.5 * u.shape[1] * _LOG2PI
         return np.asarray(reference - log_q, dtype=np.float64)
 
@@ -82,6 +81,17 @@ class Mixture:
             np.concatenate([self.means, self.means]),
             np.concatenate([self.factors, factor * self.factors]),
         )
+
+    def mirrored(self) -> Mixture:
+        """The mixture at −z: catastrophes often come in opposite pairs, one of which may have been missed."""
+        return Mixture(self.basis, self.weights, -self.means, self.factors)
+
+    def around(self) -> Mixture:
+        """One round component at the origin, as wide as the mixture is far from it: looks in every direction."""
+        square = np.sum(self.means**2, axis=1) + np.sum(self.factors**2, axis=(1, 2))
+        r = self.means.shape[1]
+        scale = max(1.0, math.sqrt(float(self.weights @ square) / r))
+        return Mixture(self.basis, np.ones(1), np.zeros((1, r)), scale * np.eye(r)[None])
 
     def widened(self, factor: float) -> Mixture:
         """The same mixture with every standard deviation multiplied by ``factor``."""
@@ -174,6 +184,9 @@ def fit_mixture(
     effective: how many independent points the sample is worth, where less than its effective sample size.
     starts: EM runs for each number of components, of at most ``steps`` steps.
     """
+    if len(z) > _MAX_POINTS:
+        keep = np.argsort(-log_w, kind="stable")[:_MAX_POINTS]
+        z, log_w = z[keep], log_w[keep]
     u = z @ basis
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
     n_eff = min(effective or math.inf, diagnostics.effective_sample_size(log_w))
@@ -198,11 +211,17 @@ def fit_mixture(
 
 
 def _log_parts(u: Floats, weights: Floats, means: Floats, factors: Floats) -> Floats:
-    out = np.empty((len(u), len(weights)))
-    for k in range(len(weights)):
-        y = (u - means[k]) @ np.linalg.inv(factors[k]).T
-        out[:, k] = -0.5 * np.einsum("ij,ij->i", y, y) - np.sum(np.log(np.diag(factors[k])))
-    return out + np.log(weights) - 0.5 * u.shape[1] * _LOG2PI
+    """log of weight times density of each component at each point, ``(n, k)``."""
+    inverse = np.linalg.inv(factors)
+    y = np.matmul(u[None] - means[:, None, :], inverse.transpose(0, 2, 1))
+    logdet = np.sum(np.log(np.diagonal(factors, axis1=1, axis2=2)), axis=1)
+    out = -0.5 * np.einsum("kni,kni->nk", y, y)
+    return np.asarray(out + (np.log(weights) - logdet - 0.5 * u.shape[1] * _LOG2PI), dtype=np.float64)
+
+
+def _log_sum(parts: Floats) -> Floats:
+    top = parts.max(axis=1)
+    return np.asarray(top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1)), dtype=np.float64)
 
 
 def _em(
@@ -210,41 +229,38 @@ def _em(
 ) -> tuple[float, Mixture]:
     """Weighted EM from a k-means++ start; returns the mean log-likelihood and the fit."""
     n, r = u.shape
-    overall = np.cov(u.T, aweights=w + 1e-300, bias=True).reshape(r, r)
-    floor = 1e-6 * np.trace(overall) / r + 1e-12
+    centre = w @ u
+    floor = (1e-6 * float(w @ np.sum((u - centre) ** 2, axis=1)) / r + 1e-12) * np.eye(r)
     means = np.empty((k, r))
-    means[0] = u[rng.choice(n, p=w)]
-    distance = np.sum((u - means[0]) ** 2, axis=1)
+    cumulative = np.cumsum(w)
+    means[0] = u[min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1])), n - 1)]
+    distances = np.empty((n, k))
+    distances[:, 0] = np.sum((u - means[0]) ** 2, axis=1)
     for j in range(1, k):
-        p = w * distance
-        means[j] = u[rng.choice(n, p=p / p.sum())] if p.sum() > 0.0 else u[rng.choice(n, p=w)]
-        distance = np.minimum(distance, np.sum((u - means[j]) ** 2, axis=1))
+        cumulative = np.cumsum(w * distances[:, :j].min(axis=1))
+        means[j] = u[min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1])), n - 1)]
+        distances[:, j] = np.sum((u - means[j]) ** 2, axis=1)
     share = np.zeros((n, k))
-    nearest = np.argmin([np.sum((u - m) ** 2, axis=1) for m in means], axis=0)
-    share[np.arange(n), nearest] = 1.0
-    weights, factors = np.full(k, 1.0 / k), np.empty((k, r, r))
-    last = -math.inf
+    share[np.arange(n), np.argmin(distances, axis=1)] = 1.0
+    weights, factors, value, last = np.full(k, 1.0 / k), np.empty((k, r, r)), -math.inf, -math.inf
     for _ in range(steps):
-        mass = (w[:, None] * share).sum(axis=0)
-        mass = np.maximum(mass, 1e-12)
+        weighted = w[:, None] * share
+        mass = np.maximum(weighted.sum(axis=0), 1e-12)
         weights = np.maximum(mass / mass.sum(), 1e-9)
         weights /= weights.sum()
-        for j in range(k):
-            wj = w * share[:, j] / mass[j]
-            means[j] = wj @ u
-            centred = u - means[j]
-            scatter = (centred * wj[:, None]).T @ centred
-            # shrink to the diagonal as if r + 1 more points had been seen there
-            count = mass[j] * n_eff
-            pull = (r + 1.0) / (count + r + 1.0)
-            scatter = (1.0 - pull) * scatter + pull * np.diag(np.diag(scatter)) + floor * np.eye(r)
-            factors[j] = np.linalg.cholesky(scatter)
+        weighted /= mass
+        means = weighted.T @ u
+        centred = u[None] - means[:, None, :]
+        scatter = np.matmul((centred * weighted.T[:, :, None]).transpose(0, 2, 1), centred)
+        # shrink to the diagonal as if r + 1 more points had been seen there
+        pull = ((r + 1.0) / (mass * n_eff + r + 1.0))[:, None, None]
+        scatter = (1.0 - pull) * scatter + pull * scatter * np.eye(r) + floor
+        factors = np.linalg.cholesky(scatter)
         parts = _log_parts(u, weights, means, factors)
-        top = parts.max(axis=1)
-        density = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
+        density = _log_sum(parts)
         value = float(w @ density)
         share = np.exp(parts - density[:, None])
         if value - last < 3e-4 * max(1.0, abs(value)):
             break
         last = value
-    return value, Mixture(basis, weights, means.copy(), factors.copy())
+    return value, Mixture(basis, weights, means, factors)

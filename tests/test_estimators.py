@@ -1,0 +1,265 @@
+"""Every estimator on every exact event: closed forms only, at one stated failure rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from exact_events import (
+    EXACT_EVENTS,
+    ExactEvent,
+    boolean,
+    conditioned,
+    constant,
+    half_space,
+    impossible,
+    sphere,
+    union,
+)
+from scipy import special, stats
+
+from probest.estimators.base import Evaluation, Evidence, Floats
+from probest.estimators.combined import Combined
+from probest.estimators.importance import Importance
+from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.tempering import Tempering
+from probest.guides.base import Defensive, Prior
+from probest.guides.fit import fit_guide
+from probest.guides.mixture import Mixture, fit_mixture, informed_basis
+from probest.guides.radial import fit_radial
+
+# A correct estimator fails one of the statistical assertions below with at most this probability.
+TEST_FAILURE_RATE = 1e-4
+
+BUDGET = 50_000
+Method = MonteCarlo | Tempering | Importance | Combined
+METHODS: tuple[Method, ...] = (
+    MonteCarlo(max_samples=20_000),
+    Tempering(particles=256),
+    Importance(),
+    Combined(),
+)
+
+
+def seed(value: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(value)
+
+
+def check_evidence(evidence: Evidence, event: ExactEvent, budget: int) -> None:
+    """What holds of every evidence, whatever the event."""
+    assert 0 <= evidence.calls <= budget
+    lower, upper = evidence.interval
+    assert not any(map(math.isnan, (evidence.log_prob, evidence.std_error, lower, upper, evidence.log_evidence)))
+    assert lower <= evidence.log_prob <= 0.0
+    assert lower <= upper <= 0.0
+    if not evidence.converged:
+        assert evidence.notes
+    if evidence.log_prob == -math.inf:
+        assert not evidence.converged
+        assert lower == -math.inf
+    if evidence.particles is not None:
+        z, log_weight, severity = evidence.particles
+        assert z.shape == (len(severity), event.dim)
+        assert severity.min() >= 0.0
+        np.testing.assert_allclose(event.severity(z), severity, rtol=1e-9, atol=1e-9)
+        assert special.logsumexp(log_weight) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("event", EXACT_EVENTS, ids=lambda event: event.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
+def test_every_estimator_on_every_exact_event(method: Method, event: ExactEvent) -> None:
+    evidence = method.run(event, budget=BUDGET, seed=seed(1))
+    check_evidence(evidence, event, BUDGET)
+    if isinstance(method, MonteCarlo) and not event.weighted:
+        # exact: both binomial tails of the hits at the true P
+        hits, n = evidence.diagnostics["hits"], evidence.diagnostics["samples"]
+        p = math.exp(event.log_prob)
+        assert min(stats.binom.cdf(hits, n, p), stats.binom.sf(hits - 1, n, p)) > TEST_FAILURE_RATE / 2
+    elif evidence.converged:
+        # errors of log P are judged by Student t, with the freedom of the eight islands where those gave the error
+        freedom = 7 if evidence.method == "tempering" or "island_ess" in evidence.diagnostics else 60
+        reach = float(special.stdtrit(freedom, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
+        assert abs(evidence.log_prob - event.log_prob) < reach
+
+
+@pytest.mark.parametrize("event", [*EXACT_EVENTS[:14], EXACT_EVENTS[-1]], ids=lambda event: event.name)
+def test_the_default_strategy_converges(event: ExactEvent) -> None:
+    evidence = Combined().run(event, budget=BUDGET, seed=seed(2))
+    assert evidence.converged, evidence.notes
+    assert evidence.std_error < 0.11
+
+
+@pytest.mark.parametrize("event", [impossible(3), constant(3)], ids=lambda event: event.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
+def test_nothing_to_find_is_said_so(method: Method, event: ExactEvent) -> None:
+    evidence = method.run(event, budget=5000, seed=seed(0))
+    check_evidence(evidence, event, 5000)
+    assert evidence.log_prob == -math.inf
+    assert not evidence.converged
+    assert evidence.interval[1] < 0.0
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40, 300, 1500])
+@pytest.mark.parametrize("event", [half_space(20, 5.0), conditioned(5, 3.0, 1.0, 0.5)], ids=lambda e: e.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
+def test_the_budget_is_a_ceiling(method: Method, event: ExactEvent, budget: int) -> None:
+    check_evidence(method.run(event, budget=budget, seed=seed(0)), event, budget)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
+def test_bad_input_is_named(method: Method) -> None:
+    event = half_space(2, 1.0)
+    for budget in (0, -5):
+        with pytest.raises(ValueError, match="budget"):
+            method.run(event, budget=budget, seed=seed(0))
+    broken = replace(event, severity=lambda z: np.where(z[:, 0] > 1.0, np.nan, -1.0))
+    with pytest.raises(ValueError, match="severity"):
+        method.run(broken, budget=1000, seed=seed(0))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
+def test_same_seed_same_evidence_whatever_the_chunks(method: Method) -> None:
+    event = union(5, (3.0, 3.0, 3.0, 3.0))
+
+    class Chunked(ExactEvent):
+        def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
+            parts = [ExactEvent.evaluate(self, part, gradient=gradient) for part in np.array_split(z, 7) if len(part)]
+            grads = [part.severity_grad for part in parts if part.severity_grad is not None]
+            return Evaluation(
+                np.concatenate([part.severity for part in parts]),
+                np.concatenate([part.log_weight for part in parts]),
+                np.concatenate(grads) if grads else None,
+            )
+
+    chunked = Chunked(event.name, event.dim, event.log_prob, event.severity, event.gradient)
+    source = seed(3)
+    one = method.run(event, budget=20_000, seed=source)
+    two = method.run(chunked, budget=20_000, seed=source)  # the same object: running leaves no trace in the seed
+    assert (one.log_prob, one.std_error, one.calls) == (two.log_prob, two.std_error, two.calls)
+
+
+def test_importance_from_a_given_guide_is_unbiased() -> None:
+    event = half_space(3, 3.0)
+    guide = Defensive((Mixture(np.eye(3), np.ones(1), np.full((1, 3), 1.8), np.eye(3)[None]), Prior(3)), (0.9, 0.1))
+    method = Importance(guide=guide, precision=None, max_samples=200)
+    ratios = [
+        math.exp(method.run(event, budget=200, seed=seed(i)).log_prob - event.log_prob) for i in range(200)
+    ]
+    score = (np.mean(ratios) - 1.0) / (np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
+    assert abs(score) < stats.norm.isf(TEST_FAILURE_RATE / 2)
+
+
+def test_tempering_particles_follow_the_posterior() -> None:
+    beta = 4.0
+    evidence = Tempering(particles=1024).run(half_space(30, beta), budget=100_000, seed=seed(0))
+    assert evidence.particles is not None
+    z, log_weight, _ = evidence.particles
+    u = z @ np.full(30, 1.0 / math.sqrt(30.0))
+    mean = float(np.exp(log_weight) @ u)
+    law = stats.truncnorm(beta, np.inf)
+    # related particles: worth at least an eighth of their number
+    tolerance = stats.norm.isf(TEST_FAILURE_RATE / 2) * law.std() / math.sqrt(1024 / 8)
+    assert abs(mean - law.mean()) < tolerance
+
+
+def test_unequal_modes_survive_in_their_shares() -> None:
+    thresholds = (4.0, 4.5, 5.5, 5.5)
+    evidence = Combined().run(union(20, thresholds), budget=BUDGET, seed=seed(0))
+    assert evidence.converged
+    assert evidence.particles is not None
+    z, log_weight, _ = evidence.particles
+    w = np.exp(log_weight)
+    tails = special.ndtr(-np.array(thresholds))
+    share = float(w @ (z[:, 0] < -4.0))
+    n_eff = 1.0 / float(np.sum(w**2))
+    truth = tails[1] / tails.sum()
+    assert abs(share - truth) < stats.norm.isf(TEST_FAILURE_RATE / 2) * math.sqrt(truth / n_eff) * 1.5
+
+
+def test_conditioned_adversary_gives_its_evidence_and_prior() -> None:
+    event = conditioned(10, 3.0, 1.0, 0.4)
+    for method in (Tempering(particles=512), Combined()):
+        evidence = method.run(event, budget=BUDGET, seed=seed(0))
+        assert abs(evidence.log_evidence - event.log_evidence) < 0.5
+        assert evidence.prior_particles is not None
+        z, log_weight, _ = evidence.prior_particles
+        mean = float(np.exp(log_weight) @ z[:, 0])
+        assert abs(mean - 1.0 / (2.0 + 0.4**2)) < 0.5
+    crude = MonteCarlo(max_samples=20_000).run(conditioned(2, 0.5, 1.0, 1.0), budget=BUDGET, seed=seed(0))
+    assert abs(crude.log_prob - conditioned(2, 0.5, 1.0, 1.0).log_prob) < 4.0 * crude.std_error
+    assert abs(crude.log_evidence - conditioned(2, 0.5, 1.0, 1.0).log_evidence) < 0.05
+
+
+def test_zero_hits_of_a_boolean_checker_say_what_to_do() -> None:
+    evidence = MonteCarlo(max_samples=1000).run(boolean(half_space(2, 6.0)), budget=1000, seed=seed(0))
+    assert evidence.interval == (-math.inf, pytest.approx(math.log(-math.expm1(math.log(0.05) / 1000))))
+    assert "severity" in evidence.notes[0]
+
+
+def test_useless_gradients_are_done_without() -> None:
+    event = half_space(10, 4.0)
+    nan = replace(event, gradient=lambda z: np.full_like(z, np.nan))
+    evidence = Tempering().run(nan, budget=100_000, seed=seed(0))
+    check_evidence(evidence, nan, 100_000)
+    assert abs(evidence.log_prob - event.log_prob) < 8.0 * evidence.std_error
+
+
+def test_calls_do_not_grow_with_the_dimension() -> None:
+    calls = [Combined().run(half_space(d, 5.0), budget=BUDGET, seed=seed(0)).calls for d in (10, 1000)]
+    assert calls[1] < 1.5 * calls[0]
+
+
+def test_ledger_ends_with_the_conclusion() -> None:
+    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0))
+    assert [line.method for line in ledger] == ["monte carlo", "tempering", "importance sampling", "combined"]
+    assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_guide_densities_integrate_to_one(dim: int) -> None:
+    rng = np.random.Generator(np.random.Philox(0))
+    z = rng.standard_normal((300, dim)) * 0.7 + 2.0
+    weights = np.zeros(300)
+    mixture = fit_mixture(z, weights, informed_basis(z, weights), rng)
+    guides = [mixture, mixture.with_wide_tails(0.3, 2.0), fit_radial(z, weights), fit_guide(z, weights, rng).guide]
+    n = 40_000
+    for guide in guides:
+        # E_φ over a wide normal of q/φ: draws from a law wider than both, so that weights are bounded
+        x = 3.0 * rng.standard_normal((n, dim))
+        log_wide = stats.norm.logpdf(x, scale=3.0).sum(axis=1)
+        ratio = np.exp(stats.norm.logpdf(x).sum(axis=1) - guide.log_ratio(x) - log_wide)
+        score = (ratio.mean() - 1.0) / (ratio.std() / math.sqrt(n))
+        assert abs(score) < stats.norm.isf(TEST_FAILURE_RATE / 2)
+        # and the sampler agrees with the density: E_q[φ/q] over the bulk of φ is the mass of that bulk
+        y = guide.sample(n, rng)
+        assert y.shape == (n, dim)
+        inside = np.linalg.norm(y - 2.0, axis=1) < 1.0
+        weight = np.where(inside, np.exp(guide.log_ratio(y)), 0.0)
+        truth = stats.ncx2.cdf(1.0, dim, 4.0 * dim)
+        assert abs(weight.mean() - truth) < stats.norm.isf(TEST_FAILURE_RATE / 2) * weight.std() / math.sqrt(n)
+
+
+def test_shell_is_recognised() -> None:
+    evidence = Combined().run(sphere(100, 14.467812505937182), budget=BUDGET, seed=seed(5))
+    assert evidence.diagnostics.get("rank", 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: MonteCarlo(max_samples=0), "max_samples"),
+        (lambda: MonteCarlo(precision=0.0), "precision"),
+        (lambda: Tempering(islands=1), "islands"),
+        (lambda: Tempering(particles=4), "particles"),
+        (lambda: Tempering(target=1.0), "target"),
+        (lambda: Importance(precision=-1.0), "precision"),
+        (lambda: Combined(pilot=0), "pilot"),
+        (lambda: Defensive((Prior(2),), (0.5,)), "shares"),
+    ],
+)
+def test_settings_are_checked(make: object, name: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=name):
+        make()
