@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from exact_events import EXACT_EVENTS, ExactEvent, half_space, numeric_gradient, sphere, union  # noqa: E402
 
-from probest.estimators.base import Estimator, Evidence, Floats  # noqa: E402
+from probest.estimators.base import Estimator, Floats  # noqa: E402
 from probest.estimators.combined import Combined  # noqa: E402
 from probest.estimators.importance import Importance  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
@@ -40,37 +40,38 @@ SQRT2 = math.sqrt(2.0)
 def _g_rp55(x: Floats) -> Floats:
     d = x[:, 0] - x[:, 1]
     c = 0.2 + 0.6 * d**4
-    return np.min([c - d / SQRT2, c + d / SQRT2, d + 5.0 / SQRT2 - 2.2, -d + 5.0 / SQRT2 - 2.2], axis=0)
+    branches = [c - d / SQRT2, c + d / SQRT2, d + 5.0 / SQRT2 - 2.2, -d + 5.0 / SQRT2 - 2.2]
+    return np.asarray(np.min(branches, axis=0), dtype=np.float64)
 
 
 def _g_rp60(x: Floats) -> Floats:
     a, b, c, d, e = x.T
     one = np.min([b - e / 2, c - e / 2, d - e / 2], axis=0)
     two = np.maximum(d - e, np.minimum(b - e, c - e))
-    return np.minimum(a - e, np.maximum(one, two))
+    return np.asarray(np.minimum(a - e, np.maximum(one, two)), dtype=np.float64)
 
 
 def _g_rp38(x: Floats) -> Floats:
     a, b, c, d, e, f, g = x.T
     top = d**2 - 4 * e * f * g**2 + d * (f + 4 * e + 2 * f * g)
-    return 15.59e4 - a * b**3 / (2 * c**3) * top / (d * e * (d + f + 2 * f * g))
+    return np.asarray(15.59e4 - a * b**3 / (2 * c**3) * top / (d * e * (d + f + 2 * f * g)), dtype=np.float64)
 
 
 def _g_four_branch(x: Floats) -> Floats:
     a, b = x.T
     c = 3.0 + 0.1 * (a - b) ** 2
-    return np.min([c - (a + b) / SQRT2, c + (a + b) / SQRT2, a - b + 7 / SQRT2, b - a + 7 / SQRT2], axis=0)
+    branches = [c - (a + b) / SQRT2, c + (a + b) / SQRT2, a - b + 7 / SQRT2, b - a + 7 / SQRT2]
+    return np.asarray(np.min(branches, axis=0), dtype=np.float64)
 
 
 def _leaf(x: Floats) -> Floats:
-    return np.minimum(np.sum((x + 3.8) ** 2, axis=1), np.sum((x - 3.8) ** 2, axis=1)) - 1.0
+    discs = [np.sum((x + 3.8) ** 2, axis=1), np.sum((x - 3.8) ** 2, axis=1)]
+    return np.asarray(np.min(discs, axis=0) - 1.0, dtype=np.float64)
 
 
 LIMIT_STATES: dict[str, Callable[[Floats], Floats]] = {
     "RP8": lambda x: x[:, 0] + 2 * x[:, 1] + 2 * x[:, 2] + x[:, 3] - 5 * x[:, 4] - 5 * x[:, 5],
-    "RP14": lambda x: (
-        x[:, 0] - 32 / (np.pi * x[:, 1] ** 3) * np.sqrt(x[:, 2] ** 2 * x[:, 3] ** 2 / 16 + x[:, 4] ** 2)
-    ),
+    "RP14": lambda x: x[:, 0] - 32 / (np.pi * x[:, 1] ** 3) * np.sqrt(x[:, 2] ** 2 * x[:, 3] ** 2 / 16 + x[:, 4] ** 2),
     "RP22": lambda x: 2.5 - (x[:, 0] + x[:, 1]) / SQRT2 + 0.1 * (x[:, 0] - x[:, 1]) ** 2,
     "RP33": lambda x: np.minimum(-x.sum(axis=1) + 3 * math.sqrt(3), 3 - x[:, 2]),
     "RP35": lambda x: np.minimum(
@@ -142,9 +143,8 @@ class Row:
 
 def assess(event: ExactEvent, method: Estimator, seeds: int, budget: int, first: int) -> Row:
     started = time.perf_counter()
-    runs: list[Evidence] = []
-    for seed in range(first, first + seeds):
-        runs.append(method.run(event, budget=budget, seed=np.random.SeedSequence(seed)))
+    seeding = [np.random.SeedSequence(seed) for seed in range(first, first + seeds)]
+    runs = [method.run(event, budget=budget, seed=source) for source in seeding]
     errors = np.array([abs(run.log_prob - event.log_prob) for run in runs])
     covered = [run.interval[0] <= event.log_prob <= run.interval[1] for run in runs]
     wrong = [r.converged and e > 0.1 + 3.0 * r.std_error for r, e in zip(runs, errors, strict=True)]

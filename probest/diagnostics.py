@@ -196,6 +196,8 @@ def mean_interval(log_w: Floats, level: float = 0.95) -> tuple[float, float]:
     third = float(np.mean(deviation**3))
     kurtosis = float(np.mean(deviation**4)) / second**2
     dof = max(2.0, min(n - 1.0, 2.0 * n / max(kurtosis - 1.0, 1e-9)))
+    # the variance is itself estimated: allow it one standard error upwards
+    error *= 1.0 + 0.5 * math.sqrt(max(kurtosis - 1.0, 0.0) / n)
     t = float(special.stdtrit(dof, 0.5 + 0.5 * level))
     # a heavy upper tail moves the centre up: Johnson's first term and the first correction in the quadratic one
     shift = min(third / (6.0 * second * n), error)

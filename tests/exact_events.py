@@ -83,7 +83,7 @@ def union(dim: int, thresholds: tuple[float, ...]) -> ExactEvent:
     log_prob = math.log(-math.expm1(math.log(safe[0]) + math.log(safe[1])))
 
     def branches(z: Floats) -> Floats:
-        return np.stack([z[:, 0], -z[:, 0], z[:, 1], -z[:, 1]], axis=1) - t
+        return np.asarray(np.stack([z[:, 0], -z[:, 0], z[:, 1], -z[:, 1]], axis=1) - t, dtype=np.float64)
 
     def gradient(z: Floats) -> Floats:
         k = np.argmax(branches(z), axis=1)
@@ -99,7 +99,7 @@ def sphere(dim: int, radius: float) -> ExactEvent:
     """‖z‖ ≥ radius."""
 
     def gradient(z: Floats) -> Floats:
-        return z / np.linalg.norm(z, axis=1, keepdims=True)
+        return np.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), dtype=np.float64)
 
     return ExactEvent(
         f"sphere_d{dim}",
@@ -130,9 +130,7 @@ def band(dim: int, low: float, high: float) -> ExactEvent:
         return out
 
     log_prob = math.log(special.ndtr(-low) - special.ndtr(-high))
-    return ExactEvent(
-        f"band_d{dim}", dim, log_prob, lambda z: np.minimum(z[:, 0] - low, high - z[:, 0]), gradient
-    )
+    return ExactEvent(f"band_d{dim}", dim, log_prob, lambda z: np.minimum(z[:, 0] - low, high - z[:, 0]), gradient)
 
 
 def corner(dim: int, beta: float, sides: int) -> ExactEvent:

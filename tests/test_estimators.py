@@ -144,9 +144,7 @@ def test_importance_from_a_given_guide_is_unbiased() -> None:
     event = half_space(3, 3.0)
     guide = Defensive((Mixture(np.eye(3), np.ones(1), np.full((1, 3), 1.8), np.eye(3)[None]), Prior(3)), (0.9, 0.1))
     method = Importance(guide=guide, precision=None, max_samples=200)
-    ratios = [
-        math.exp(method.run(event, budget=200, seed=seed(i)).log_prob - event.log_prob) for i in range(200)
-    ]
+    ratios = [math.exp(method.run(event, budget=200, seed=seed(i)).log_prob - event.log_prob) for i in range(200)]
     score = (np.mean(ratios) - 1.0) / (np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
     assert abs(score) < stats.norm.isf(TEST_FAILURE_RATE / 2)
 

@@ -67,9 +67,7 @@ class Combined:
         started = time.perf_counter()
         ledger = _Ledger(budget)
         conclusion = self._conclude(event, ledger, seed)
-        total = replace(
-            conclusion, method=self.name, calls=budget - ledger.left, seconds=time.perf_counter() - started
-        )
+        total = replace(conclusion, method=self.name, calls=budget - ledger.left, seconds=time.perf_counter() - started)
         return (*ledger.lines, total)
 
     def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
@@ -225,5 +223,3 @@ def _judge(ledger: _Ledger, crude: Evidence) -> Evidence:
     enough = len(finite) >= 2 or best.diagnostics.get("island_ess", 0.0) > 4.0
     converged = best.converged and agree and enough and best.std_error <= 0.3
     return replace(best, interval=(lower, top), converged=converged, notes=tuple(notes))
-
-

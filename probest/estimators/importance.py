@@ -384,4 +384,3 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
         },
         notes=tuple(notes),
     )
-

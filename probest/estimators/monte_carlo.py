@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, generator
@@ -133,7 +134,10 @@ def _particles(state: State, log_weight: Floats | None) -> Particles | None:
 def _advice(event: EventLike, n: int, upper: float) -> str:
     bound = f"no catastrophe in {n} draws: log P is below {upper:.2f} (95 %)."
     if event.boolean:
-        return f"{bound} This checker says only yes or no, so nothing can climb towards a catastrophe: return a severity (how far from the limit, at least 0 is a catastrophe), or raise the budget."
+        return (
+            f"{bound} This checker says only yes or no, so nothing can climb towards a catastrophe: return a severity "
+            "(how far from the limit; at least 0 is a catastrophe), or raise the budget."
+        )
     return f"{bound} Use tempering, which climbs the severity, or raise the budget."
 
 
@@ -180,10 +184,13 @@ def _weighted(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
     pseudo_hits = diagnostics.effective_sample_size(np.where(hit > 0, log_w, -np.inf))
     converged = error <= wanted and ess >= 50.0 and pseudo_hits >= 4.0
     if state.hits and not converged and ess >= 50.0:
-        notes.append(f"{state.hits} catastrophes, worth {pseudo_hits:.1f} by their weights: raise the budget, or temper.")
+        notes.append(
+            f"{state.hits} catastrophes, worth {pseudo_hits:.1f} by weight: raise the budget, or use tempering."
+        )
     if ess < 50.0:
         notes.append(
-            f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, which conditions gradually."
+            f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, "
+            "which conditions gradually."
         )
     return Evidence(
         method=method.name,
@@ -207,6 +214,4 @@ def _weighted(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
 
 
 def _t95(dof: float) -> float:
-    from scipy import special
-
     return max(_Z95, float(special.stdtrit(dof, 0.975)))

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from probest import diagnostics
 from probest.estimators.base import (
@@ -44,43 +44,26 @@ from probest.estimators.base import (
     Particles,
     generator,
 )
-from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
+from probest.estimators.moves import (
+    State,
+    ensure_gradient,
+    fit_moves,
+    guided_sweep,
+    log_target,
+    move,
+    probe,
+    rank_correlation,
+    slow,
+    soft,
+    total,
+)
 
 __all__ = ["State", "Tempering", "temper"]
 
-_BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
 _MAX_LEVELS = 300
 _FLOOR = -2000.0  # log P below which the event counts as impossible
 _LOG2 = math.log(2.0)
-
-
-@dataclass
-class State:
-    """The population: equal weights inside an island, ``log_z`` the running log-evidence of each island.
-
-    z ``(n, dim)``; gradients ``(n, dim)`` or None (not known now); rows: gradient information for a subspace;
-    ``inverse_noise`` = 1/σ, 0 at the start and inf in the event; rest: levels until guided moves are tried again.
-    """
-
-    z: Floats
-    severity: Floats
-    log_weight: Floats
-    severity_grad: Floats | None
-    weight_grad: Floats | None
-    log_z: Floats
-    power: float = 0.0
-    inverse_noise: float = 0.0
-    drift_noise: float = 0.0
-    angle: float = 1.0
-    side_angle: float = 1.2
-    walk_angle: float = 1.0
-    rows: Floats | None = None
-    rest: int = 0
-    first_hits: int = 0
-    levels: int = 0
-    moves: int = 0
-    acceptance: float = 1.0
-    correlation: float = 0.0
+_move = move  # the name that older callers import
 
 
 class Prior(NamedTuple):
@@ -172,7 +155,7 @@ def temper(
         if not _reweight(state, 1.0, noise, rng, method):
             note = "the population died out before it reached a catastrophe: raise the budget or the particles."
             return _unfinished(method, meter, state, prior, drawn, note), None, prior
-        if _total(state) < _FLOOR or state.levels >= _MAX_LEVELS:
+        if total(state) < _FLOOR or state.levels >= _MAX_LEVELS:
             note = (
                 "the severity approaches its limit without reaching it: a catastrophe may be impossible, "
                 "or hidden where the severity does not lead."
@@ -184,7 +167,7 @@ def temper(
             note = "the budget ran out before the particles were catastrophes: raise it (or lower particles)."
             return _unfinished(method, meter, state, prior, drawn, note), None, prior
     _move_level(state, method, meter, rng, gradient)
-    _probe(state, meter, gradient, 128)
+    probe(state, meter, gradient, 128)
     return _finished(method, meter, state, prior), state, prior
 
 
@@ -227,20 +210,6 @@ def _interleave(old: Floats, new: Floats, k: int) -> Floats:
     return joined.reshape(-1, *shape)
 
 
-def _soft(severity: Floats, inverse_noise: float) -> Floats:
-    """log Φ(s/σ): 0 at σ = ∞ (the constant ½ is left out) and the indicator at σ = 0."""
-    if inverse_noise == 0.0:
-        return np.zeros_like(severity)
-    if math.isinf(inverse_noise):
-        return np.where(severity >= 0.0, 0.0, -np.inf)
-    return np.asarray(special.log_ndtr(inverse_noise * severity), dtype=np.float64)
-
-
-def _log_target(severity: Floats, log_weight: Floats, power: float, inverse_noise: float) -> Floats:
-    soft = _soft(severity, inverse_noise)
-    return soft + power * log_weight if power > 0.0 else soft
-
-
 def _minus(a: Floats, b: Floats) -> Floats:
     """a − b with −inf where a is −inf (b is finite wherever a particle survived)."""
     out = np.full_like(a, -np.inf)
@@ -258,18 +227,18 @@ def _next_power(state: State, target: float) -> float:
 def _next_noise(state: State, target: float) -> float | None:
     """The next 1/σ: inf when the event itself is within reach, None when severities say nothing."""
     equal = np.zeros(len(state.severity))
-    now = _soft(state.severity, state.inverse_noise)
-    if diagnostics.conditional_ess(equal, _minus(_soft(state.severity, math.inf), now)) >= target:
+    now = soft(state.severity, state.inverse_noise)
+    if diagnostics.conditional_ess(equal, _minus(soft(state.severity, math.inf), now)) >= target:
         return math.inf
     finite = state.severity[np.isfinite(state.severity)]
-    if finite.size == 0 or np.ptp(finite) <= 1e-12 * np.abs(finite).max():
-        if finite.size == len(state.severity) or not np.any(state.severity >= 0.0):
-            return None
+    flat = finite.size == 0 or np.ptp(finite) <= 1e-12 * np.abs(finite).max()
+    if flat and (finite.size == len(state.severity) or not np.any(state.severity >= 0.0)):
+        return None
     largest = float(np.abs(finite).max()) if finite.size else 1.0
     start = state.inverse_noise or 1e-4 / max(largest, 1e-300)
     log_noise = diagnostics.next_temperature(
         equal,
-        lambda x: _minus(_soft(state.severity, math.exp(x)), now),
+        lambda x: _minus(soft(state.severity, math.exp(x)), now),
         easy=math.log(start),
         hard=math.log(start) + 40.0,
         target=target,
@@ -279,8 +248,8 @@ def _next_noise(state: State, target: float) -> float | None:
 
 def _reweight(state: State, power: float, noise: float, rng: np.random.Generator, method: Tempering) -> bool:
     """Weigh by the new target, update each island's evidence, resample inside islands. False when all died."""
-    new = _log_target(state.severity, state.log_weight, power, noise)
-    old = _log_target(state.severity, state.log_weight, state.power, state.inverse_noise)
+    new = log_target(state.severity, state.log_weight, power, noise)
+    old = log_target(state.severity, state.log_weight, state.power, state.inverse_noise)
     increment = _minus(new, old)
     k = method.islands
     each = len(increment) // k
@@ -316,229 +285,19 @@ def _reweight(state: State, power: float, noise: float, rng: np.random.Generator
     return True
 
 
-def _total(state: State) -> float:
-    return diagnostics.log_sum_exp(state.log_z) - math.log(len(state.log_z))
-
-
-def _ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
-    """Evaluate gradients where there are none yet; False when they are absent, NaN or zero at most particles."""
-    if not gradient:
-        state.severity_grad = state.weight_grad = None
-        return False
-    n, dim = state.z.shape
-    if state.severity_grad is None:
-        if meter.left < 4 * GRADIENT_CALLS * n:
-            return False
-        _, first, inverse = np.unique(state.z[:, 0], return_index=True, return_inverse=True)
-        result = meter.evaluate(state.z[first], gradient=True)
-        if result.severity_grad is None:
-            return False
-        state.severity_grad = result.severity_grad[inverse]
-        if result.log_weight_grad is not None:
-            state.weight_grad = result.log_weight_grad[inverse]
-    if state.inverse_noise == 0.0 and state.weight_grad is not None:
-        return bool(np.isfinite(state.weight_grad).all(axis=1).mean() > 0.5)
-    norm = np.linalg.norm(state.severity_grad, axis=1)
-    useful = bool(np.mean(np.isfinite(norm) & (norm > 0.0)) > 0.5)
-    if not useful:
-        state.severity_grad = state.weight_grad = None
-    return useful
-
-
-def _drift(
-    state: State, severity: Floats, grad: Floats, weight_grad: Floats | None, cap: float
-) -> Floats:
-    """Gradient of the log-target without φ, its length capped: a function of the point alone, so moves stay exact."""
-    tau = state.drift_noise
-    with np.errstate(all="ignore"):
-        mills = tau * math.sqrt(2.0 / math.pi) / special.erfcx(-tau * severity / math.sqrt(2.0))
-        drift = grad * np.where(np.isfinite(mills), mills, 0.0)[:, None]
-        if weight_grad is not None and state.power > 0.0:
-            drift += state.power * weight_grad
-        norm = np.linalg.norm(drift, axis=1)
-        scale = np.where(np.isfinite(norm), np.minimum(1.0, cap / np.maximum(norm, 1e-300)), 0.0)
-    drift *= scale[:, None]
-    drift[~np.isfinite(norm)] = 0.0
-    return drift
-
-
-def _move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool, typical: float) -> float:
-    """One move of every particle, in blocks of rows; returns the mean acceptance probability."""
-    n, dim = state.z.shape
-    cap = 1.5 * (math.sqrt(max(0.0, -2.0 * _total(state))) + 1.0)
-    rows = max(1, _BLOCK // dim)
-    accepted = 0.0
-    for start in range(0, n, rows):
-        at = slice(start, min(start + rows, n))
-        z = state.z[at]
-        m = len(z)
-        angle = np.minimum(typical * (0.5 + rng.random(m)), 0.5 * math.pi)
-        noise = rng.standard_normal((m, dim))
-        log_u = np.log(rng.random(m))
-        rho, sigma = np.cos(angle), np.sin(angle)
-        noise *= sigma[:, None]
-        proposal = noise
-        if gradient:
-            assert state.severity_grad is not None
-            gw = None if state.weight_grad is None else state.weight_grad[at]
-            drift = _drift(state, state.severity[at], state.severity_grad[at], gw, cap)
-            proposal = noise + (1.0 - rho)[:, None] * drift
-        proposal += rho[:, None] * z
-        result = meter.evaluate(proposal, gradient=gradient)
-        log_ratio = _log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
-        before = _log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
-        log_ratio -= np.where(before > -np.inf, before, 0.0)  # -inf only in a dead island, where nothing matters
-        if gradient:
-            assert result.severity_grad is not None
-            back = _drift(state, result.severity, result.severity_grad, result.log_weight_grad, cap)
-            # log of q(z | z') / q(z' | z) relative to plain pCN, whose ratio is φ(z)/φ(z')
-            share = (1.0 - rho) / sigma**2
-            ahead = np.einsum("ij,ij->i", drift, proposal) - rho * np.einsum("ij,ij->i", drift, z)
-            behind = np.einsum("ij,ij->i", back, z) - rho * np.einsum("ij,ij->i", back, proposal)
-            half = 0.5 * (1.0 - rho)
-            log_ratio += share * (behind - half * np.einsum("ij,ij->i", back, back))
-            log_ratio -= share * (ahead - half * np.einsum("ij,ij->i", drift, drift))
-        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
-        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
-        taken = np.flatnonzero(log_u < log_ratio)
-        rows_taken = taken + start
-        state.z[rows_taken] = proposal[taken]
-        state.severity[rows_taken] = result.severity[taken]
-        state.log_weight[rows_taken] = result.log_weight[taken]
-        if gradient and state.severity_grad is not None and result.severity_grad is not None:
-            state.severity_grad[rows_taken] = result.severity_grad[taken]
-            if state.weight_grad is not None and result.log_weight_grad is not None:
-                state.weight_grad[rows_taken] = result.log_weight_grad[taken]
-    return accepted / n
-
-
-def _probe(state: State, meter: Meter, gradient: bool, count: int) -> None:
-    """Renew the gradient information, from at most ``count`` evenly spaced particles where none is at hand."""
-    n = len(state.z)
-    if not gradient:
-        state.rows = None
-        if state.inverse_noise > 0.0 and not meter.event.weighted and not meter.event.boolean:
-            state.rows = _regression_rows(state)
-        return
-    grad, weight_grad = state.severity_grad, state.weight_grad
-    at = np.arange(n)
-    if grad is None or n > 2000:
-        at = np.linspace(0, n - 1, min(n, count if grad is None else 2000)).astype(np.intp)
-    if grad is None:
-        if meter.left < GRADIENT_CALLS * len(at) + 2 * n:
-            return
-        result = meter.evaluate(state.z[at], gradient=True)
-        grad, weight_grad = result.severity_grad, result.log_weight_grad
-    else:
-        grad, weight_grad = grad[at], None if weight_grad is None else weight_grad[at]
-    if state.inverse_noise == 0.0:
-        grad = None
-    state.rows = gradient_rows(state.z[at], np.zeros(len(at)), grad, weight_grad)
-
-
-def _regression_rows(state: State) -> Floats | None:
-    """Without gradients: the direction of a linear regression of the severity, if it predicts held-out particles."""
-    n, dim = state.z.shape
-    at = np.linspace(0, n - 1, min(n, 4000)).astype(np.intp)
-    at = at[np.isfinite(state.severity[at])]
-    middle = len(at) // 2
-    if middle < 1.2 * dim + 8 or dim <= 2:
-        return None
-    s = state.severity[at]
-    slopes = []
-    for train, test in ((at[:middle], at[middle:]), (at[middle:], at[:middle])):
-        centre, level = state.z[train].mean(axis=0), state.severity[train].mean()
-        slope = np.linalg.lstsq(state.z[train] - centre, state.severity[train] - level, rcond=1e-6)[0]
-        residual = state.severity[test] - level - (state.z[test] - centre) @ slope
-        if not float(np.var(residual)) < 0.3 * float(np.var(s)):
-            return None
-        slopes.append(slope / max(float(np.linalg.norm(slope)), 1e-300))
-    directions = np.array(slopes)
-    reach = np.maximum(1.0, np.abs((state.z[at] @ directions.T).mean(axis=0)))
-    return directions * (reach / math.sqrt(2.0))[:, None]
-
-
-def _fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture, Mixture] | None:
-    """Mixtures for independent moves, one from each half of the islands; None where no few directions matter.
-
-    Each half is moved by the other half's mixture: a kernel fitted to the particles that it moves would be biased.
-    """
-    n, dim = state.z.shape
-    if state.rows is None and dim > max(2, n // 40):
-        return None  # directions found from moments alone would be noise
-    fits = []
-    middle = _middle(state)
-    for low, high in ((0, middle), (middle, n)):
-        at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
-        z, equal = state.z[at], np.zeros(len(at))
-        rows = state.rows if state.rows is None else state.rows[(at[0] * len(state.rows)) // n :][: len(state.rows) // 2]
-        basis = informed_basis(z, equal, rows, threshold=0.07, rank=12)
-        if rows is not None and dim > 8:
-            caught = float(np.sum((rows @ basis) ** 2)) / max(float(np.sum(rows**2)), 1e-300)
-            if caught < 0.5:
-                return None
-        fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
-        fits.append(fit.with_wide_tails(0.4, 2.0))
-    return fits[1], fits[0]
-
-
-def _middle(state: State) -> int:
-    k = len(state.log_z)
-    return (k // 2) * (len(state.z) // k)
-
-
-def _guided_sweep(
-    state: State, meter: Meter, rng: np.random.Generator, mixtures: tuple[Mixture, Mixture]
-) -> float:
-    """One move of every particle: independent in the mixture's subspace, pCN in all other directions. 1 call each.
-
-    The mixture is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
-    (φ/q)(z') / (φ/q)(z) in the subspace.
-    """
-    n, dim = state.z.shape
-    rows = max(1, _BLOCK // dim)
-    rho, sigma = math.cos(state.side_angle), math.sin(state.side_angle)
-    accepted = 0.0
-    middle = _middle(state)
-    blocks = [(i, min(i + rows, middle), mixtures[0]) for i in range(0, middle, rows)]
-    blocks += [(i, min(i + rows, n), mixtures[1]) for i in range(middle, n, rows)]
-    for start, stop, mixture in blocks:
-        at = slice(start, stop)
-        z = state.z[at]
-        inside = z @ mixture.basis
-        u = mixture.sample_inside(len(z), rng)
-        proposal = rng.standard_normal(z.shape)
-        log_u = np.log(rng.random(len(z)))
-        proposal *= sigma
-        proposal += rho * z
-        proposal += (u - proposal @ mixture.basis) @ mixture.basis.T
-        result = meter.evaluate(proposal)
-        log_ratio = _log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
-        before = _log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
-        log_ratio -= np.where(before > -np.inf, before, 0.0)
-        log_ratio += mixture.log_density_ratio(u) - mixture.log_density_ratio(inside)
-        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
-        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
-        taken = np.flatnonzero(log_u < log_ratio)
-        state.z[taken + start] = proposal[taken]
-        state.severity[taken + start] = result.severity[taken]
-        state.log_weight[taken + start] = result.log_weight[taken]
-    return accepted / n
-
-
 def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> bool:
     """Move until severities are decorrelated from the level's start. False when the budget did not allow one move."""
-    start = _slow(state).copy()
+    start = slow(state).copy()
     if method.guided and state.rest == 0:
-        _probe(state, meter, gradient, 64)
-        mixtures = _fit_moves(state, rng)
+        probe(state, meter, gradient, 64)
+        mixtures = fit_moves(state, rng)
         if mixtures is None:
             state.rest = 3
         unmoved = 1.0
         while mixtures is not None and unmoved > 0.35:
             if meter.left < len(state.z):
                 return unmoved < 1.0
-            acceptance = _guided_sweep(state, meter, rng, mixtures)
+            acceptance = guided_sweep(state, meter, rng, mixtures)
             state.severity_grad = state.weight_grad = None
             state.moves += 1
             state.acceptance = acceptance
@@ -548,40 +307,29 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
             if acceptance < 0.12:
                 state.rest = 1
                 break
-        state.correlation = _rank_correlation(start, _slow(state))
+        state.correlation = rank_correlation(start, slow(state))
         if unmoved <= 0.35:
             # a mode that the mixture lacks would be stuck, and die out: one small step for everyone
             if meter.left >= len(state.z):
-                walked = _move(state, meter, rng, False, state.walk_angle)
+                walked = move(state, meter, rng, False, state.walk_angle)
                 state.walk_angle = float(np.clip(state.walk_angle * math.exp(2.0 * (walked - 0.35)), 1e-4, 1.4))
                 state.moves += 1
             return True
     state.rest = max(0, state.rest - 1)
-    gradient = _ensure_gradient(state, meter, gradient)
+    gradient = ensure_gradient(state, meter, gradient)
     cost = len(state.z) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
     aim = 0.55 if gradient else 0.35
     most = method.max_moves if gradient else 2 * method.max_moves
     for i in range(most):
         if meter.left < cost:
             return i > 0
-        state.acceptance = _move(state, meter, rng, gradient, state.angle)
+        state.acceptance = move(state, meter, rng, gradient, state.angle)
         state.moves += 1
         state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
-        state.correlation = _rank_correlation(start, _slow(state))
+        state.correlation = rank_correlation(start, slow(state))
         if state.correlation <= method.decorrelation and state.acceptance > 0.15:
             break
     return True
-
-
-def _slow(state: State) -> Floats:
-    """What moves have to decorrelate: the severity, or the log-weight while conditioning."""
-    return state.severity if state.inverse_noise > 0.0 else state.log_weight
-
-
-def _rank_correlation(a: Floats, b: Floats) -> float:
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return 1.0 if np.array_equal(a, b) else 0.0
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def _combine(log_z: Floats, log_prior: Floats | None) -> tuple[float, float, float]:
@@ -632,9 +380,7 @@ def _finished(method: Tempering, meter: Meter, state: State, prior: Prior | None
     converged = dead == 0 and width <= 0.5 and state.correlation <= 0.9
     if width > 0.5 and not dead:
         notes.append(f"the islands disagree (standard error {width:.2f}): raise the particles or the budget.")
-    particles = Particles(
-        state.z[alive], weight[alive] - diagnostics.log_sum_exp(weight[alive]), state.severity[alive]
-    )
+    particles = Particles(state.z[alive], weight[alive] - diagnostics.log_sum_exp(weight[alive]), state.severity[alive])
     prior_particles = None
     if prior is not None:
         prior_weight = np.repeat(prior.log_z, len(prior.z) // k)

@@ -111,5 +111,3 @@ def _defend(part: Mixture | Radial) -> Defensive:
 
 def _fitted(part: Mixture | Radial, kind: str, basis: Floats | None) -> Fitted:
     return Fitted(_defend(part), kind, basis, len(part.weights))
-
-

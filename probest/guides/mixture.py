@@ -98,9 +98,7 @@ class Mixture:
         return Mixture(self.basis, self.weights, self.means, self.factors * factor)
 
 
-def gradient_rows(
-    z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None
-) -> Floats | None:
+def gradient_rows(z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None) -> Floats | None:
     """Rows R, at most two a point, with RᵀR = Σ w (β² g gᵀ + ∇ℓ ∇ℓᵀ); None where no gradient says anything."""
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
     rows = []

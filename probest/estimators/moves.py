@@ -1,0 +1,313 @@
+r"""Moves of a population: what keeps a softened event's particles distributed as they should be.
+
+Two kernels, both exact for :math:`\pi \propto \varphi(z)\, w(z)^\lambda\, \Phi(s(z)/\sigma)` and both built on
+proposals that leave the standard normal φ alone, so that cost does not grow with the dimension:
+
+- *local* (:func:`move`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
+- *guided* (:func:`guided_sweep`): independent draws from a mixture fitted to the population in the few directions
+  that matter, pCN in all others. One forward call each, and it jumps between modes. Each half of the islands
+  is moved by the other half's mixture, since a kernel fitted to the particles that it moves would be biased.
+
+Guided moves alone fail where the mixture lacks a mode: its particles would be stuck. So tempering always adds a
+local step.
+
+Reference: Cotter, Roberts, Stuart & White (2013), MCMC methods for functions; Cui, Law & Marzouk (2016),
+Dimension-independent likelihood-informed MCMC (the split into informed directions and the rest).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special, stats
+
+from probest import diagnostics
+from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
+from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
+
+__all__ = [
+    "State",
+    "ensure_gradient",
+    "fit_moves",
+    "guided_sweep",
+    "log_target",
+    "move",
+    "probe",
+    "rank_correlation",
+    "slow",
+    "soft",
+    "total",
+]
+
+_BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
+
+
+@dataclass
+class State:
+    """The population: equal weights inside an island, ``log_z`` the running log-evidence of each island.
+
+    z ``(n, dim)``; gradients ``(n, dim)`` or None (not known now); rows: gradient information for a subspace;
+    ``inverse_noise`` = 1/σ, 0 at the start and inf in the event; rest: levels until guided moves are tried again.
+    """
+
+    z: Floats
+    severity: Floats
+    log_weight: Floats
+    severity_grad: Floats | None
+    weight_grad: Floats | None
+    log_z: Floats
+    power: float = 0.0
+    inverse_noise: float = 0.0
+    drift_noise: float = 0.0
+    angle: float = 1.0
+    side_angle: float = 1.2
+    walk_angle: float = 1.0
+    rows: Floats | None = None
+    rest: int = 0
+    first_hits: int = 0
+    levels: int = 0
+    moves: int = 0
+    acceptance: float = 1.0
+    correlation: float = 0.0
+
+
+def soft(severity: Floats, inverse_noise: float) -> Floats:
+    """log Φ(s/σ): 0 at σ = ∞ (the constant ½ is left out) and the indicator at σ = 0."""
+    if inverse_noise == 0.0:
+        return np.zeros_like(severity)
+    if math.isinf(inverse_noise):
+        return np.where(severity >= 0.0, 0.0, -np.inf)
+    return np.asarray(special.log_ndtr(inverse_noise * severity), dtype=np.float64)
+
+
+def log_target(severity: Floats, log_weight: Floats, power: float, inverse_noise: float) -> Floats:
+    """log-target without φ at these severities and log-weights."""
+    softened = soft(severity, inverse_noise)
+    return softened + power * log_weight if power > 0.0 else softened
+
+
+def total(state: State) -> float:
+    """Running log-evidence over all islands."""
+    return diagnostics.log_sum_exp(state.log_z) - math.log(len(state.log_z))
+
+
+def ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
+    """Evaluate gradients where there are none yet; False when they are absent, NaN or zero at most particles."""
+    if not gradient:
+        state.severity_grad = state.weight_grad = None
+        return False
+    n = len(state.z)
+    if state.severity_grad is None:
+        if meter.left < 4 * GRADIENT_CALLS * n:
+            return False
+        _, first, inverse = np.unique(state.z[:, 0], return_index=True, return_inverse=True)
+        result = meter.evaluate(state.z[first], gradient=True)
+        if result.severity_grad is None:
+            return False
+        state.severity_grad = result.severity_grad[inverse]
+        if result.log_weight_grad is not None:
+            state.weight_grad = result.log_weight_grad[inverse]
+    if state.inverse_noise == 0.0 and state.weight_grad is not None:
+        return bool(np.isfinite(state.weight_grad).all(axis=1).mean() > 0.5)
+    norm = np.linalg.norm(state.severity_grad, axis=1)
+    useful = bool(np.mean(np.isfinite(norm) & (norm > 0.0)) > 0.5)
+    if not useful:
+        state.severity_grad = state.weight_grad = None
+    return useful
+
+
+def _drift(state: State, severity: Floats, grad: Floats, weight_grad: Floats | None, cap: float) -> Floats:
+    """Gradient of the log-target without φ, its length capped: a function of the point alone, so moves stay exact."""
+    tau = state.drift_noise
+    with np.errstate(all="ignore"):
+        mills = tau * math.sqrt(2.0 / math.pi) / special.erfcx(-tau * severity / math.sqrt(2.0))
+        drift = grad * np.where(np.isfinite(mills), mills, 0.0)[:, None]
+        if weight_grad is not None and state.power > 0.0:
+            drift += state.power * weight_grad
+        norm = np.linalg.norm(drift, axis=1)
+        scale = np.where(np.isfinite(norm), np.minimum(1.0, cap / np.maximum(norm, 1e-300)), 0.0)
+    drift *= scale[:, None]
+    drift[~np.isfinite(norm)] = 0.0
+    return drift
+
+
+def move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool, typical: float | None = None) -> float:
+    """One local move of every particle, in blocks of rows; returns the mean acceptance probability.
+
+    typical: angle of the step (cos is what stays of z); None takes ``state.angle``.
+    """
+    typical = state.angle if typical is None else typical
+    n, dim = state.z.shape
+    cap = 1.5 * (math.sqrt(max(0.0, -2.0 * total(state))) + 1.0)
+    rows = max(1, _BLOCK // dim)
+    accepted = 0.0
+    for start in range(0, n, rows):
+        at = slice(start, min(start + rows, n))
+        z = state.z[at]
+        m = len(z)
+        angle = np.minimum(typical * (0.5 + rng.random(m)), 0.5 * math.pi)
+        noise = rng.standard_normal((m, dim))
+        log_u = np.log(rng.random(m))
+        rho, sigma = np.cos(angle), np.sin(angle)
+        noise *= sigma[:, None]
+        proposal = noise
+        if gradient:
+            assert state.severity_grad is not None
+            gw = None if state.weight_grad is None else state.weight_grad[at]
+            drift = _drift(state, state.severity[at], state.severity_grad[at], gw, cap)
+            proposal = noise + (1.0 - rho)[:, None] * drift
+        proposal += rho[:, None] * z
+        result = meter.evaluate(proposal, gradient=gradient)
+        log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
+        before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
+        log_ratio -= np.where(before > -np.inf, before, 0.0)  # -inf only in a dead island, where nothing matters
+        if gradient:
+            assert result.severity_grad is not None
+            back = _drift(state, result.severity, result.severity_grad, result.log_weight_grad, cap)
+            # log of q(z | z') / q(z' | z) relative to plain pCN, whose ratio is φ(z)/φ(z')
+            share = (1.0 - rho) / sigma**2
+            ahead = np.einsum("ij,ij->i", drift, proposal) - rho * np.einsum("ij,ij->i", drift, z)
+            behind = np.einsum("ij,ij->i", back, z) - rho * np.einsum("ij,ij->i", back, proposal)
+            half = 0.5 * (1.0 - rho)
+            log_ratio += share * (behind - half * np.einsum("ij,ij->i", back, back))
+            log_ratio -= share * (ahead - half * np.einsum("ij,ij->i", drift, drift))
+        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
+        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
+        taken = np.flatnonzero(log_u < log_ratio)
+        rows_taken = taken + start
+        state.z[rows_taken] = proposal[taken]
+        state.severity[rows_taken] = result.severity[taken]
+        state.log_weight[rows_taken] = result.log_weight[taken]
+        if gradient and state.severity_grad is not None and result.severity_grad is not None:
+            state.severity_grad[rows_taken] = result.severity_grad[taken]
+            if state.weight_grad is not None and result.log_weight_grad is not None:
+                state.weight_grad[rows_taken] = result.log_weight_grad[taken]
+    return float(accepted / n)
+
+
+def probe(state: State, meter: Meter, gradient: bool, count: int) -> None:
+    """Renew the gradient information, from at most ``count`` evenly spaced particles where none is at hand."""
+    n = len(state.z)
+    if not gradient:
+        state.rows = None
+        if state.inverse_noise > 0.0 and not meter.event.weighted and not meter.event.boolean:
+            state.rows = _regression_rows(state)
+        return
+    grad, weight_grad = state.severity_grad, state.weight_grad
+    at = np.arange(n)
+    if grad is None or n > 2000:
+        at = np.linspace(0, n - 1, min(n, count if grad is None else 2000)).astype(np.intp)
+    if grad is None:
+        if meter.left < GRADIENT_CALLS * len(at) + 2 * n:
+            return
+        result = meter.evaluate(state.z[at], gradient=True)
+        grad, weight_grad = result.severity_grad, result.log_weight_grad
+    else:
+        grad, weight_grad = grad[at], None if weight_grad is None else weight_grad[at]
+    if state.inverse_noise == 0.0:
+        grad = None
+    state.rows = gradient_rows(state.z[at], np.zeros(len(at)), grad, weight_grad)
+
+
+def _regression_rows(state: State) -> Floats | None:
+    """Without gradients: the direction of a linear regression of the severity, if it predicts held-out particles."""
+    n, dim = state.z.shape
+    at = np.linspace(0, n - 1, min(n, 4000)).astype(np.intp)
+    at = at[np.isfinite(state.severity[at])]
+    middle = len(at) // 2
+    if middle < 1.2 * dim + 8 or dim <= 2:
+        return None
+    s = state.severity[at]
+    slopes = []
+    for train, test in ((at[:middle], at[middle:]), (at[middle:], at[:middle])):
+        centre, level = state.z[train].mean(axis=0), state.severity[train].mean()
+        slope = np.linalg.lstsq(state.z[train] - centre, state.severity[train] - level, rcond=1e-6)[0]
+        residual = state.severity[test] - level - (state.z[test] - centre) @ slope
+        if not float(np.var(residual)) < 0.3 * float(np.var(s)):
+            return None
+        slopes.append(slope / max(float(np.linalg.norm(slope)), 1e-300))
+    directions = np.array(slopes)
+    reach = np.maximum(1.0, np.abs((state.z[at] @ directions.T).mean(axis=0)))
+    return np.asarray(directions * (reach / math.sqrt(2.0))[:, None], dtype=np.float64)
+
+
+def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture, Mixture] | None:
+    """Mixtures for independent moves, one from each half of the islands; None where no few directions matter.
+
+    Each half is moved by the other half's mixture: a kernel fitted to the particles that it moves would be biased.
+    """
+    n, dim = state.z.shape
+    if state.rows is None and dim > max(2, n // 40):
+        return None  # directions found from moments alone would be noise
+    fits = []
+    middle = _middle(state)
+    for low, high in ((0, middle), (middle, n)):
+        at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
+        z, equal = state.z[at], np.zeros(len(at))
+        rows = state.rows
+        if rows is not None:
+            rows = rows[(low * len(rows)) // n :][: len(rows) // 2]
+        basis = informed_basis(z, equal, rows, threshold=0.07, rank=12)
+        if rows is not None and dim > 8:
+            caught = float(np.sum((rows @ basis) ** 2)) / max(float(np.sum(rows**2)), 1e-300)
+            if caught < 0.5:
+                return None
+        fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
+        fits.append(fit.with_wide_tails(0.4, 2.0))
+    return fits[1], fits[0]
+
+
+def _middle(state: State) -> int:
+    k = len(state.log_z)
+    return (k // 2) * (len(state.z) // k)
+
+
+def guided_sweep(state: State, meter: Meter, rng: np.random.Generator, mixtures: tuple[Mixture, Mixture]) -> float:
+    """One move of every particle: independent in the mixture's subspace, pCN in all other directions. 1 call each.
+
+    The mixture is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
+    (φ/q)(z') / (φ/q)(z) in the subspace.
+    """
+    n, dim = state.z.shape
+    rows = max(1, _BLOCK // dim)
+    rho, sigma = math.cos(state.side_angle), math.sin(state.side_angle)
+    accepted = 0.0
+    middle = _middle(state)
+    blocks = [(i, min(i + rows, middle), mixtures[0]) for i in range(0, middle, rows)]
+    blocks += [(i, min(i + rows, n), mixtures[1]) for i in range(middle, n, rows)]
+    for start, stop, mixture in blocks:
+        at = slice(start, stop)
+        z = state.z[at]
+        inside = z @ mixture.basis
+        u = mixture.sample_inside(len(z), rng)
+        proposal = rng.standard_normal(z.shape)
+        log_u = np.log(rng.random(len(z)))
+        proposal *= sigma
+        proposal += rho * z
+        proposal += (u - proposal @ mixture.basis) @ mixture.basis.T
+        result = meter.evaluate(proposal)
+        log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
+        before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
+        log_ratio -= np.where(before > -np.inf, before, 0.0)
+        log_ratio += mixture.log_density_ratio(u) - mixture.log_density_ratio(inside)
+        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
+        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
+        taken = np.flatnonzero(log_u < log_ratio)
+        state.z[taken + start] = proposal[taken]
+        state.severity[taken + start] = result.severity[taken]
+        state.log_weight[taken + start] = result.log_weight[taken]
+    return float(accepted / n)
+
+
+def rank_correlation(a: Floats, b: Floats) -> float:
+    """Spearman's correlation; 1 where nothing moved and 0 where it is not defined."""
+    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return 1.0 if np.array_equal(a, b) else 0.0
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+
+
+def slow(state: State) -> Floats:
+    """What moves have to decorrelate: the severity, or the log-weight while conditioning."""
+    return state.severity if state.inverse_noise > 0.0 else state.log_weight
