@@ -73,8 +73,7 @@ def estimate(
     with Progress("estimate", enabled=progress) as line:
         event.on_calls = lambda calls: line.update(calls, int(budget), ledger[-1].method if ledger else "")
         try:
-            for evidence in _evidences(method, event, int(budget), np.random.SeedSequence(int(seed))):
-                ledger.append(evidence)
+            _run(method, event, int(budget), np.random.SeedSequence(int(seed)), ledger)
         except KeyboardInterrupt:
             if not ledger:
                 raise
@@ -84,12 +83,12 @@ def estimate(
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
 
 
-def _evidences(method: Any, event: Event, budget: int, seed: np.random.SeedSequence) -> Iterator[Evidence]:
-    """Evidence as it comes, the conclusion last."""
-    if hasattr(method, "evidences"):
-        yield from method.evidences(event, budget=budget, seed=seed)
+def _run(method: Estimator, event: Event, budget: int, seed: np.random.SeedSequence, ledger: list[Evidence]) -> None:
+    """Fill the ledger as evidence comes, the conclusion last."""
+    if isinstance(method, Combined):
+        ledger[:] = method.run_ledger(event, budget=budget, seed=seed)
     else:
-        yield method.run(event, budget=budget, seed=seed)
+        ledger.append(method.run(event, budget=budget, seed=seed))
 
 
 class Estimate:

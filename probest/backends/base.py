@@ -50,6 +50,9 @@ class Backend(Protocol):
     def owns(self, value: Any) -> bool:
         """Whether ``value`` is an array of this library."""
 
+    def as_array(self, value: Any) -> Array:
+        """An array of this library, the same object if it is one already (so gradients pass)."""
+
     def from_host(self, array: np.ndarray) -> Array:
         """A device array; floating point becomes the library's default float type."""
 

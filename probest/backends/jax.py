@@ -35,6 +35,9 @@ class JaxBackend:
     def owns(self, value: Any) -> bool:
         return isinstance(value, jax.Array)
 
+    def as_array(self, value: Any) -> Array:
+        return jnp.asarray(value)
+
     def from_host(self, array: np.ndarray) -> Array:
         array = np.asarray(array)
         return jnp.asarray(array, dtype=jnp.result_type(float) if array.dtype.kind == "f" else None)

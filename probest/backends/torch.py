@@ -30,6 +30,9 @@ class TorchBackend:
     def owns(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor)
 
+    def as_array(self, value: Any) -> Array:
+        return torch.as_tensor(value)
+
     def from_host(self, array: np.ndarray) -> Array:
         array = np.asarray(array)
         return torch.as_tensor(array, dtype=torch.get_default_dtype() if array.dtype.kind == "f" else None)

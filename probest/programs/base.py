@@ -87,6 +87,9 @@ class Frontend(Protocol):
         overrides ``param`` sites. ``seeded`` allows the program to draw keys (to initialise modules).
         """
 
+    def adopt(self, part: Any) -> None:
+        """Make an adversary or model ready to run under ``recording``."""
+
     def deterministic(self, name: str, value: Array) -> None:
         """Record a deterministic site."""
 

@@ -95,7 +95,7 @@ class Composition:
 
     def _as_severity(self, severity: Any) -> Array:
         xp = self.frontend.backend.special.xp
-        severity = xp.asarray(severity)
+        severity = self.frontend.backend.as_array(severity)
         if severity.dtype == xp.bool:
             return xp.where(severity, 1.0, -1.0)
         return severity * 1.0
@@ -131,10 +131,10 @@ def compose(frontend: Frontend, closed_loop: bool, adversary: Any, model: Any, c
         severity = checker(observation, action)
         if record:
             xp = frontend.backend.special.xp
-            leaves = [xp.asarray(leaf) for leaf in frontend.backend.leaves(action)]
+            leaves = [frontend.backend.as_array(leaf) for leaf in frontend.backend.leaves(action)]
             for i, leaf in enumerate(leaves):
                 frontend.deterministic("action" if len(leaves) == 1 else f"action_{i}", leaf)
-            level = xp.asarray(severity)
+            level = frontend.backend.as_array(severity)
             frontend.deterministic("severity", level)
             frontend.deterministic("catastrophe", level if level.dtype == xp.bool else level >= 0)
         return observation, action, severity
@@ -226,8 +226,7 @@ class Event:
         def case(parts: Parts, row: Array, held: dict[str, Array]) -> tuple[Any, Any, Any]:
             run = self.composition.run(parts, row, held)
             observation, action, _ = run.value
-            asarray = self.backend.special.xp.asarray
-            return run.sites, self.backend.tree_map(asarray, observation), self.backend.tree_map(asarray, action)
+            return run.sites, *(self.backend.tree_map(self.backend.as_array, tree) for tree in (observation, action))
 
         backend = self.backend
         across = backend.rows if self.composition.batching == "vmap" else backend.loop
@@ -243,6 +242,8 @@ class Event:
             adversary=self.parts.adversary if adversary is None else adversary,
             params={**self.parts.params, **(params or {})},
         )
+        for part in parts[:2]:
+            self.composition.frontend.adopt(part)
         return replace(self, parts=parts, model_calls=0, checker_calls=0)
 
     def _checked(self, values: list[np.ndarray], z: Floats) -> tuple[Floats, Floats]:
@@ -274,6 +275,8 @@ def compile_event(
     closed_loop = _takes_model(adversary)
     frontend = _find_frontend(adversary, model, closed_loop, backend)
     _check_foreign(frontend, adversary=adversary, model=model, checker=checker)
+    for part in (adversary, model):
+        frontend.adopt(part)
     rng = np.random.default_rng(0)
     parts = Parts(adversary, model, {})
     composition = Composition(frontend, checker, closed_loop, batching, ())
@@ -285,9 +288,8 @@ def compile_event(
         second = _rehearse(composition, parts, rng)
     sites = _ordered_sites(first, second)
     composition = replace(composition, sites=sites)
-    xp = frontend.backend.special.xp
-    severity = xp.asarray(first.value[2])
-    boolean = severity.dtype == xp.bool
+    severity = frontend.backend.as_array(first.value[2])
+    boolean = severity.dtype == frontend.backend.special.xp.bool
     smooth = any(not site.discrete for site in sites)
     event = Event(
         composition=composition,
@@ -341,6 +343,8 @@ def _find_frontend(adversary: Any, model: Any, closed_loop: bool, backend: str |
     failure: Exception | None = None
     with ExitStack() as stack:
         for frontend in candidates:
+            for part in (adversary, model):
+                frontend.adopt(part)
             zeros = _zeros_source(frontend.backend)
             recordings[frontend.name] = stack.enter_context(frontend.recording(zeros, {}, {}, seeded=True))
             stack.enter_context(frontend.backend.evaluating(adversary, model))
@@ -434,9 +438,8 @@ def _ordered_sites(first: Run, second: Run) -> tuple[Site, ...]:
 def _check_severity(backend: Backend, severity: Any) -> None:
     if severity is None:
         raise SeverityError("checker returned None: return the severity, a number that is at least 0 for a catastrophe")
-    xp = backend.special.xp
     try:
-        value = xp.asarray(severity)
+        value = backend.as_array(severity)
     except (TypeError, ValueError) as error:
         raise SeverityError(
             f"checker returned {type(severity).__name__}: return a scalar severity, at least 0 for a catastrophe"

@@ -47,6 +47,9 @@ class NumPyroFrontend:
             stack.enter_context(handlers.reparam(config=gaussian))
             yield NumPyroRecording(trace, gaussian.layout)
 
+    def adopt(self, part: Any) -> None:
+        """Nothing to do: modules of jax are plain data."""
+
     def deterministic(self, name: str, value: Array) -> None:
         numpyro.deterministic(name, value)
 
@@ -81,7 +84,8 @@ class _Trace(handlers.trace):
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] in {"sample", "deterministic"} and msg.get("name") in self.trace:
-            raise SiteError(f"site {msg['name']!r} is named twice; give every site of the program a name of its own")
+            name = msg.get("infer", {}).get("probest_base", msg["name"])
+            raise SiteError(f"site {name!r} is named twice; give every site of the program a name of its own")
         super().postprocess_message(msg)
 
 

@@ -45,6 +45,13 @@ class PyroFrontend:
             stack.enter_context(ReparamMessenger(gaussian))
             yield PyroRecording(trace, gaussian.layout)
 
+    def adopt(self, part: Any) -> None:
+        """Give PyroModules that were built without ``module_local_params`` the (empty) store that it needs."""
+        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+            context = getattr(module, "_pyro_context", None)
+            if context is not None and not hasattr(context, "param_state"):
+                context.param_state = {"params": {}, "constraints": {}}
+
     def deterministic(self, name: str, value: Array) -> None:
         pyro.deterministic(name, value)
 

@@ -1,0 +1,311 @@
+"""Programs as events: sites, layouts, batching, modules, and agreement of the two backends."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TEST_FAILURE_RATE
+from library import library
+from probest import Problem, estimate
+from scipy import stats
+from scipy.special import log_ndtr
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def everything(lib: Any) -> Any:
+    """A program with plates, a mixture, discrete and conditioned sites, and a dictionary as observation."""
+    d = lib.dist
+
+    def inner(scale: Any) -> Any:
+        return lib.sample("inner", d.LogNormal(0.0, scale))
+
+    def adversary() -> Any:
+        kind = lib.sample("kind", d.Categorical(lib.array([0.2, 0.3, 0.5])))
+        count = lib.sample("count", d.Poisson(3.0))
+        with lib.plate("rows", 3):
+            wind = lib.sample("wind", d.Normal(lib.array([0.0, 1.0, 2.0]), 1.0))
+        share = lib.sample("share", d.Beta(2.0, 3.0))
+        parts = lib.sample("parts", d.Dirichlet(lib.array([1.0, 2.0, 3.0])))
+        mixed = lib.sample(
+            "mixed",
+            d.MixtureSameFamily(d.Categorical(lib.array([0.3, 0.7])), d.Normal(lib.array([-2.0, 2.0]), lib.array([1.0, 0.5]))),
+        )
+        size = inner(0.5)
+        lib.sample("seen", d.Normal(size, 1.0), obs=lib.array(1.5))
+        lib.factor("liked", -0.5 * share)
+        return {"kind": kind, "wind": wind, "rest": (count, share, parts, mixed, size)}
+
+    return adversary
+
+
+def summary(lib: Any, x: Any) -> Any:
+    count, share, parts, mixed, size = x["rest"]
+    return x["wind"].sum() + 1.0 * x["kind"] + 1.0 * count + share + parts[0] + mixed + size
+
+
+def test_layout_and_decoding(backend: str) -> None:
+    lib = library(backend)
+    problem = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 20.0)
+    event = problem.event
+    names = [site.name for site in event.sites]
+    assert names == ["kind", "count", "wind", "share", "parts", "mixed_component", "mixed", "inner"]
+    assert event.dim == 1 + 1 + 3 + 2 + 3 + 1 + 1 + 1
+    assert event.weighted
+    assert event.discrete_sites == ("kind", "count", "mixed_component")
+    z = np.random.default_rng(0).standard_normal((5, event.dim))
+    cases = event.decode(z)
+    assert cases.sites["wind"].shape == (5, 3)
+    assert cases.observation["rest"][2].shape == (5, 3)
+    np.testing.assert_allclose(cases.sites["wind"], z[:, 2:5] + [0, 1, 2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cases.sites["parts"].sum(1), 1.0, rtol=1e-5)
+    at = event.evaluate(z)
+    expected = stats.norm.logpdf(1.5, cases.sites["inner"], 1.0) - 0.5 * cases.sites["share"]
+    np.testing.assert_allclose(at.log_weight, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(at.severity, cases.action - 20.0, rtol=1e-4, atol=1e-4)
+
+
+def test_held_sites_add_their_density(backend: str) -> None:
+    lib = library(backend)
+    event = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 20.0).event
+    z = np.random.default_rng(1).standard_normal((4, event.dim))
+    held = event.site_values(z, ("kind", "wind"))
+    free, kept = event.evaluate(z), event.evaluate(np.zeros_like(z) + z, held=held)
+    extra = np.log(np.array([0.2, 0.3, 0.5])[held["kind"].astype(int)])
+    extra = extra + stats.norm.logpdf(held["wind"], [0, 1, 2]).sum(1)
+    np.testing.assert_allclose(kept.log_weight - free.log_weight, extra, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kept.severity, free.severity, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_program_in_both_libraries() -> None:
+    """Same z, same severities; hence the same estimates from the same seed."""
+    results = {}
+    z = np.random.default_rng(2).standard_normal((50, 13))
+    for name in ("pyro", "numpyro"):
+        pytest.importorskip(name)
+        lib = library(name)
+        problem = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 22.0)
+        results[name] = (problem.event.evaluate(z, gradient=True), estimate(problem, **QUIET))
+    (one, first), (two, second) = results["pyro"], results["numpyro"]
+    np.testing.assert_allclose(one.severity, two.severity, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(one.severity_grad, two.severity_grad, rtol=2e-3, atol=2e-3)
+    assert first.lower <= second.upper
+    assert second.lower <= first.upper
+
+
+@pytest.mark.parametrize("batching", ["vmap", "model", "loop"])
+def test_batching_does_not_change_the_numbers(backend: str, batching: Any) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1))
+
+    problem = Problem(adversary, lambda x: 2.0 * x, lambda x, y: y[..., 0] - 1.0 + 0.0 * x[..., 0], batching=batching)
+    z = np.random.default_rng(3).standard_normal((7, 3))
+    at = problem.event.evaluate(z, gradient=True)
+    np.testing.assert_allclose(at.severity, 2 * z[:, 0] - 1.0, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(at.severity_grad, np.tile([2.0, 0.0, 0.0], (7, 1)), atol=1e-6)
+    assert problem.event.model_calls == 21
+
+
+def test_chunks_do_not_change_the_numbers(backend: str) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1))
+
+    whole, pieces = (
+        estimate(Problem(adversary, lambda x: x, lambda x, y: y[0] + y[1] - 5.0, chunk_size=size), **QUIET)
+        for size in (10_000, 64)
+    )
+    assert whole.log_prob == pytest.approx(pieces.log_prob, abs=1e-6)
+    assert whole.calls == pieces.calls
+
+
+def test_same_seed_same_result(backend: str) -> None:
+    lib = library(backend)
+    problem = Problem(lambda: lib.sample("x", lib.dist.Normal(0.0, 1.0)), lambda x: x, lambda x, y: y - 4.0)
+    first, again, other = (estimate(problem, seed=seed, **QUIET) for seed in (3, 3, 4))
+    assert first.log_prob == again.log_prob
+    assert first.log_prob != other.log_prob
+    error = math.hypot(first.std_error, other.std_error)
+    assert abs(first.log_prob - other.log_prob) < stats.norm.isf(TEST_FAILURE_RATE / 2) * max(error, 0.02)
+
+
+def test_the_composed_program_is_an_ordinary_program(backend: str) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Exponential(1.0))
+
+    problem = Problem(adversary, lambda x: {"a": x, "b": 2 * x}, lambda x, y: y["a"] - 1.0)
+    if backend == "pyro":
+        import pyro
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            plain = pyro.poutine.trace(problem.program).get_trace()
+            mapped = pyro.poutine.trace(problem.gaussianized).get_trace()
+        sites = {name: mapped.nodes[name]["value"].item() for name in ("x", "x_base", "severity", "catastrophe", "action_1")}
+        assert plain.nodes["catastrophe"]["value"].item() == (plain.nodes["x"]["value"].item() >= 1)
+        assert type(mapped.nodes["x_base"]["fn"]).__name__ in {"Normal", "Independent"}
+    else:
+        from numpyro import handlers
+
+        plain = handlers.trace(handlers.seed(problem.program, 0)).get_trace()
+        mapped = handlers.trace(handlers.seed(problem.gaussianized, 0)).get_trace()
+        sites = {name: mapped[name]["value"].item() for name in ("x", "x_base", "severity", "catastrophe", "action_1")}
+        assert plain["catastrophe"]["type"] == mapped["x"]["type"] == "deterministic"
+        assert mapped["x_base"]["type"] == "sample"
+    assert sites["x"] == pytest.approx(-log_ndtr(-sites["x_base"]), rel=1e-4)
+    assert sites["severity"] == pytest.approx(sites["x"] - 1.0, rel=1e-4, abs=1e-6)
+    assert sites["action_1"] == pytest.approx(2 * sites["x"], rel=1e-5)
+
+
+def test_closed_loop(backend: str) -> None:
+    """The adversary runs the model itself: a sum of four pushes through a linear controller."""
+    lib = library(backend)
+
+    def adversary(model: Any) -> Any:
+        state, pushes = lib.xp.zeros(()), []
+        for i in range(4):
+            push = lib.sample(f"push_{i}", lib.dist.Normal(0.0, 1.0))
+            state = state + push - model(state)
+            pushes.append(push)
+        return lib.xp.stack(pushes), state
+
+    problem = Problem(adversary, lib.module(lambda w, s: w["gain"] * s, {"gain": 0.0}), lambda x, y: y - 8.0)
+    result = estimate(problem, **QUIET)
+    assert result.lower <= log_ndtr(-4.0) <= result.upper
+    assert set(result.catastrophes) >= {f"push_{i}" for i in range(4)}
+
+
+def test_modules_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    def adversary() -> Any:
+        return numpyro.sample("x", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
+
+    def check(model: Any) -> None:
+        result = estimate(Problem(adversary, model, lambda x, y: y[0] - 1.5 + x[0]), **QUIET)
+        value, grads = jax.value_and_grad(lambda m: result.log_prob_at(model=m), allow_int=True)(model)
+        assert float(value) == pytest.approx(result.log_prob, abs=1e-3)
+        sizes = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.floating)]
+        assert max(sizes) > 0
+
+    equinox = pytest.importorskip("equinox")
+    linear = equinox.nn.Linear(4, 1, key=jax.random.key(0))
+    result = estimate(Problem(adversary, linear, lambda x, y: y[0] - 1.5 + x[0]), **QUIET)
+    grads = equinox.filter_grad(lambda m: result.log_prob_at(model=m))(linear)
+    assert float(jnp.abs(grads.weight).max()) > 0
+
+    pytest.importorskip("flax")
+    from flax import linen, nnx
+
+    dense = linen.Dense(1)
+    check(jax.tree_util.Partial(dense.apply, dense.init(jax.random.key(1), jnp.zeros(4))))
+
+    layer = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    result = estimate(Problem(adversary, layer, lambda x, y: y[0] - 1.5 + x[0]), **QUIET)
+    grads = nnx.grad(lambda m: result.log_prob_at(model=m))(layer)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 0
+
+
+def test_modules_of_torch_keep_their_mode() -> None:
+    torch = pytest.importorskip("torch")
+    import pyro
+    import pyro.distributions as dist
+
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    model[0].eval()
+    modes = [m.training for m in model.modules()]
+    problem = Problem(
+        lambda: pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1)), model, lambda x, y: y[0] + x[0] - 3.0
+    )
+    result = estimate(problem, budget=3_000, **QUIET)
+    assert [m.training for m in model.modules()] == modes
+    result.log_prob_at().backward()
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_param_sites_can_be_differentiated(backend: str) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        shift = lib.param("shift", lib.array(0.5))
+        return lib.sample("x", lib.dist.Normal(shift, 1.0))
+
+    problem = Problem(adversary, lambda x: x, lambda x, y: y - 4.0)
+    try:
+        result = estimate(problem, **QUIET)
+        hazard = math.exp(stats.norm.logpdf(3.5) - log_ndtr(-3.5))
+        if backend == "pyro":
+            import torch
+
+            shift = torch.tensor(0.5, requires_grad=True)
+            result.log_prob_at(params={"shift": shift}).backward()
+            slope = shift.grad.item()
+        else:
+            import jax
+            import jax.numpy as jnp
+
+            slope = float(jax.grad(lambda s: result.log_prob_at(params={"shift": s}))(jnp.array(0.5)))
+        assert slope == pytest.approx(hazard, rel=0.03)
+    finally:
+        if backend == "pyro":
+            import pyro
+
+            pyro.clear_param_store()
+
+
+def test_pyro_modules_as_adversaries() -> None:
+    """PyroParam and PyroSample inside a PyroModule: gradients must not be silently zero."""
+    torch = pytest.importorskip("torch")
+    import pyro
+    import pyro.distributions as dist
+    from pyro.nn import PyroModule, PyroParam, PyroSample
+
+    class Adversary(PyroModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = PyroParam(torch.tensor(0.5))
+            self.noise = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self) -> Any:
+            return self.shift + self.noise
+
+    before = dict(pyro.settings.get())
+    adversary = Adversary()
+    result = estimate(Problem(adversary, lambda x: x, lambda x, y: y - 4.0), **QUIET)
+    result.log_prob_at().backward()
+    hazard = math.exp(stats.norm.logpdf(3.5) - log_ndtr(-3.5))
+    assert adversary.shift_unconstrained.grad.item() == pytest.approx(hazard, rel=0.03) if hasattr(
+        adversary, "shift_unconstrained"
+    ) else True
+    grads = [p.grad for p in adversary.parameters()]
+    assert any(g is not None and abs(g.item()) > 1.0 for g in grads)
+    assert dict(pyro.settings.get()) == before
+
+
+def test_interval_and_worst_case(backend: str) -> None:
+    lib = library(backend)
+    problem = Problem(lambda: lib.sample("x", lib.dist.Normal(0.0, 1.0)), lambda x: x, lambda x, y: y - 3.0)
+    result = estimate(problem, **QUIET)
+    low, high = result.interval(0.5)
+    assert result.lower < low < result.log_prob < high < result.upper
+    assert result.interval(0.95) == pytest.approx((result.lower, result.upper))
+    p = result.prob
+    for kl in (0.1, 1.0, 4.0):
+        q = result.worst_case(kl=kl)
+        assert q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) == pytest.approx(kl, rel=1e-6)
+    assert result.worst_case(kl=0.0) == pytest.approx(p)
+    assert result.worst_case(kl=-result.log_prob + 1) == 1.0
