@@ -218,6 +218,9 @@ def _demo(options: argparse.Namespace) -> int:
     model, seconds = _timed(module.train_model)
     ordinary = judged("ordinary", model, 0, seconds)
     console.print(ordinary.estimate)
+    if not math.isfinite(ordinary.estimate.log_prob):
+        console.print("There is nothing to train against: a larger budget may find a catastrophe.")
+        return NOT_CONVERGED
 
     console.print("Training M against its catastrophes")
     run: TrainingRun = train(
