@@ -31,8 +31,9 @@ AGREEMENT = 3.0
 
 @dataclass(frozen=True)
 class Step:
-    """One recorded step. task_loss: on its minibatch. log_prob: the last fresh estimate of log P, in nats.
+    """One recorded step.
 
+    task_loss: on its minibatch. log_prob: log P as the warm particles follow it since the last fresh look, in nats.
     pressure: mean of log Φ(severity / noise) over the warm particles, what was stepped down. calls: model calls so far.
     """
 
@@ -204,13 +205,15 @@ def train(
                 state.task_calls += 3 * len(chosen)
                 state.step += 1
                 state.seconds = time.perf_counter() - began
-                if state.step % check_every == 0 or state.step == steps:
+                reached = walkers is not None and walkers.log_prob < until_log_prob
+                if reached or state.step % check_every == 0 or state.step == steps:
                     walkers = _check(problem, trainer, state, walkers, check_budget, particles, root)
+                followed = state.log_prob if walkers is None else walkers.log_prob
                 record = Step(
-                    state.step, loss, state.log_prob, pressure, noise, state.calls, time.perf_counter() - began
+                    state.step, loss, followed, pressure, noise, state.calls, time.perf_counter() - began
                 )
                 state.history.append(record)
-                line.update(state.step, steps, f"log P {state.log_prob:.1f}, task loss {loss:.3g}")
+                line.update(state.step, steps, f"log P {followed:.1f}, task loss {loss:.3g}")
                 if path is not None and state.step % check_every == 0:
                     _save(path, trainer, walkers, state)
         except KeyboardInterrupt:
@@ -312,10 +315,9 @@ def _walkers(found: Estimate, count: int, rng: np.random.Generator) -> Walkers |
 
 
 class _Saved(NamedTuple):
-    noise: float
     log_prob: float
+    noise: float
     angle: float
-    scale: float
 
 
 def _save(path: Path, trainer: Trainer, walkers: Walkers | None, state: _Progress) -> None:
@@ -326,7 +328,9 @@ def _save(path: Path, trainer: Trainer, walkers: Walkers | None, state: _Progres
     metadata = {"state": json.dumps(asdict(state))}
     if walkers is not None:
         arrays["walkers"] = walkers.z
-        saved = _Saved(walkers.noise, walkers.log_prob, walkers.angle, walkers.scale)
+        saved = _Saved(walkers.log_prob, walkers.noise, walkers.angle)
+        if walkers.severity is not None:
+            arrays["severity"] = walkers.severity
         metadata["walkers"] = json.dumps(saved._asdict())
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -341,7 +345,7 @@ def _resume(path: Path, trainer: Trainer) -> tuple[_Progress, Walkers | None]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        walkers_z = arrays.pop("walkers", None)
+        z, severity = arrays.pop("walkers", None), arrays.pop("severity", None)
         trainer.restore(arrays)
         record = json.loads(metadata["state"])
     except Exception as error:
@@ -350,9 +354,9 @@ def _resume(path: Path, trainer: Trainer) -> tuple[_Progress, Walkers | None]:
             "Name another file, or remove it to start again"
         ) from error
     state = _Progress(**{**record, "history": [Step(**step) for step in record["history"]]})
-    if walkers_z is None:
+    if z is None:
         return state, None
-    return state, Walkers(walkers_z.astype(np.float64), **json.loads(metadata["walkers"]))
+    return state, Walkers(z, severity=severity, **json.loads(metadata["walkers"]))
 
 
 def _batch(backend: Backend, data: PyTree, rows: np.ndarray) -> PyTree:
