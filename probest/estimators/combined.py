@@ -84,7 +84,7 @@ class Combined:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
             if weighed.converged and _agree(weighed, crude):
                 return weighed
-        found, state, prior = self._temper(event, ledger, child_seed(seed, 3), self.particles, 0.6)
+        found, state, prior = self._temper(event, ledger, child_seed(seed, 3), self.particles, 0.8)
         for attempt in range(2):
             if state is None:
                 break

@@ -4,9 +4,10 @@ Two kernels, both exact for :math:`\pi \propto \varphi(z)\, w(z)^\lambda\, \Phi(
 proposals that leave the standard normal φ alone, so that cost does not grow with the dimension:
 
 - *local* (:func:`move`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
-- *guided* (:func:`guided_sweep`): independent draws from a mixture fitted to the population in the few directions
-  that matter, pCN in all others. One forward call each, and it jumps between modes. Each half of the islands
-  is moved by the other half's mixture, since a kernel fitted to the particles that it moves would be biased.
+- *guided* (:func:`guided_sweep`): independent draws from a law fitted to the population in the few directions that
+  matter (or of the radius, where no few do), pCN in all others. One forward call each, and it jumps between modes.
+  Each half of the islands is moved by the other half's law, since a kernel fitted to the particles that it moves
+  would be biased.
 
 Guided moves alone fail where the mixture lacks a mode: its particles would be stuck. So tempering always adds a
 local step.
@@ -26,6 +27,7 @@ from scipy import special, stats
 from probest import diagnostics
 from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
 from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
+from probest.guides.radial import Radial, fit_radial
 
 __all__ = [
     "State",
@@ -233,30 +235,55 @@ def _regression_rows(state: State) -> Floats | None:
     return np.asarray(directions * (reach / math.sqrt(2.0))[:, None], dtype=np.float64)
 
 
-def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture, Mixture] | None:
-    """Mixtures for independent moves, one from each half of the islands; None where no few directions matter.
+def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial, Mixture | Radial]:
+    """Laws for independent moves, one from each half of the islands: radial where no few directions matter.
 
-    Each half is moved by the other half's mixture: a kernel fitted to the particles that it moves would be biased.
+    Each half is moved by the other half's law: a kernel fitted to the particles that it moves would be biased.
     """
     n, dim = state.z.shape
-    if state.rows is None and dim > max(2, n // 40):
-        return None  # directions found from moments alone would be noise
-    fits = []
     middle = _middle(state)
+    laws: list[Mixture | Radial] = []
     for low, high in ((0, middle), (middle, n)):
         at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
         z, equal = state.z[at], np.zeros(len(at))
         rows = state.rows
-        if rows is not None:
-            rows = rows[(low * len(rows)) // n :][: len(rows) // 2]
-        basis = informed_basis(z, equal, rows, threshold=0.07, rank=12)
+        # directions found from moments alone would be noise in many dimensions
+        few = rows is not None or dim <= max(2, n // 40)
+        basis = np.empty((dim, 0))
+        if few:
+            half = 0 if rows is None else len(rows) // 2
+            mine = None if rows is None else rows[:half] if low == 0 else rows[half:]
+            basis = informed_basis(z, equal, mine, threshold=0.07, rank=12)
         if rows is not None and dim > 8:
-            caught = float(np.sum((rows @ basis) ** 2)) / max(float(np.sum(rows**2)), 1e-300)
-            if caught < 0.5:
-                return None
-        fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
-        fits.append(fit.with_wide_tails(0.4, 2.0))
-    return fits[1], fits[0]
+            # do directions of this half hold what the other half's gradients say?
+            other = rows[half:] if low == 0 else rows[:half]
+            few = float(np.sum((other @ basis) ** 2)) >= 0.7 * float(np.sum(other**2))
+        if few:
+            fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
+            laws.append(fit.with_wide_tails(0.4, 2.0))
+        else:
+            laws.append(fit_radial(z, equal).with_wide_tails(0.5, 3.0))
+    return laws[1], laws[0]
+
+
+def _propose(
+    z: Floats, law: Mixture | Radial, rho: float, sigma: float, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Proposals and their log (φ/q)(z') − log (φ/q)(z): independent where the law is, reversible for φ elsewhere."""
+    proposal = rng.standard_normal(z.shape)
+    proposal *= sigma
+    if isinstance(law, Mixture):
+        u = law.sample_inside(len(z), rng)
+        proposal += rho * z
+        proposal += (u - proposal @ law.basis) @ law.basis.T
+        return proposal, law.log_density_ratio(u) - law.log_density_ratio(z @ law.basis)
+    # directions: pCN on θ R with a fresh radius R of the prior is reversible for the uniform law of θ
+    square = np.einsum("ij,ij->i", z, z)
+    fresh = np.sqrt(rng.chisquare(z.shape[1], len(z)) / np.maximum(square, 1e-300))
+    proposal += (rho * fresh)[:, None] * z
+    length = np.sqrt(np.maximum(np.einsum("ij,ij->i", proposal, proposal), 1e-300))
+    proposal *= (law.sample_radius(len(z), rng) / length)[:, None]
+    return proposal, law.log_ratio(proposal) - law.log_ratio(z)
 
 
 def _middle(state: State) -> int:
@@ -264,34 +291,30 @@ def _middle(state: State) -> int:
     return (k // 2) * (len(state.z) // k)
 
 
-def guided_sweep(state: State, meter: Meter, rng: np.random.Generator, mixtures: tuple[Mixture, Mixture]) -> float:
-    """One move of every particle: independent in the mixture's subspace, pCN in all other directions. 1 call each.
+def guided_sweep(
+    state: State, meter: Meter, rng: np.random.Generator, laws: tuple[Mixture | Radial, Mixture | Radial]
+) -> float:
+    """One move of every particle: independent where the fitted law is, pCN in all other directions. 1 call each.
 
-    The mixture is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
-    (φ/q)(z') / (φ/q)(z) in the subspace.
+    The law is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
+    (φ/q)(z') / (φ/q)(z).
     """
     n, dim = state.z.shape
     rows = max(1, _BLOCK // dim)
     rho, sigma = math.cos(state.side_angle), math.sin(state.side_angle)
     accepted = 0.0
     middle = _middle(state)
-    blocks = [(i, min(i + rows, middle), mixtures[0]) for i in range(0, middle, rows)]
-    blocks += [(i, min(i + rows, n), mixtures[1]) for i in range(middle, n, rows)]
-    for start, stop, mixture in blocks:
+    blocks = [(i, min(i + rows, middle), laws[0]) for i in range(0, middle, rows)]
+    blocks += [(i, min(i + rows, n), laws[1]) for i in range(middle, n, rows)]
+    for start, stop, law in blocks:
         at = slice(start, stop)
-        z = state.z[at]
-        inside = z @ mixture.basis
-        u = mixture.sample_inside(len(z), rng)
-        proposal = rng.standard_normal(z.shape)
-        log_u = np.log(rng.random(len(z)))
-        proposal *= sigma
-        proposal += rho * z
-        proposal += (u - proposal @ mixture.basis) @ mixture.basis.T
+        proposal, correction = _propose(state.z[at], law, rho, sigma, rng)
+        log_u = np.log(rng.random(stop - start))
         result = meter.evaluate(proposal)
         log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
         before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
         log_ratio -= np.where(before > -np.inf, before, 0.0)
-        log_ratio += mixture.log_density_ratio(u) - mixture.log_density_ratio(inside)
+        log_ratio += correction
         log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
         accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
         taken = np.flatnonzero(log_u < log_ratio)

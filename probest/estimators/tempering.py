@@ -182,7 +182,7 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
     log_z = np.zeros(k)
     if not meter.event.weighted:
         # a severity that says nothing at most draws is searched by brute force: up to half of the budget
-        while _mostly_equal(severity) and drawn < meter.budget // 2:
+        while _flat(severity, 4 * k) and drawn < meter.budget // 2:
             more = min(drawn // k, (meter.budget // 2 - drawn) // k)
             if more < 1:
                 break
@@ -198,9 +198,10 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
     return State(z, severity, log_weight, None, None, log_z, first_hits=hits), drawn
 
 
-def _mostly_equal(severity: Floats) -> bool:
+def _flat(severity: Floats, least: int) -> bool:
+    """Whether fewer than ``least`` draws rise above the lowest severity: too few to climb from."""
     low = severity.min()
-    return bool(np.count_nonzero(severity > low + 1e-12 * (1.0 + abs(low))) < 0.05 * len(severity))
+    return bool(np.count_nonzero(severity > low + 1e-12 * (1.0 + abs(low))) < least)
 
 
 def _interleave(old: Floats, new: Floats, k: int) -> Floats:
@@ -290,14 +291,12 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
     start = slow(state).copy()
     if method.guided and state.rest == 0:
         probe(state, meter, gradient, 64)
-        mixtures = fit_moves(state, rng)
-        if mixtures is None:
-            state.rest = 3
+        laws = fit_moves(state, rng)
         unmoved = 1.0
-        while mixtures is not None and unmoved > 0.35:
+        while unmoved > 0.35:
             if meter.left < len(state.z):
                 return unmoved < 1.0
-            acceptance = guided_sweep(state, meter, rng, mixtures)
+            acceptance = guided_sweep(state, meter, rng, laws)
             state.severity_grad = state.weight_grad = None
             state.moves += 1
             state.acceptance = acceptance
@@ -305,7 +304,7 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
             factor = 1.2 if acceptance > 0.35 else 0.7 if acceptance < 0.2 else 1.0
             state.side_angle = min(1.5, factor * state.side_angle)
             if acceptance < 0.12:
-                state.rest = 1
+                state.rest = 2
                 break
         state.correlation = rank_correlation(start, slow(state))
         if unmoved <= 0.35:

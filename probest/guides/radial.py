@@ -40,10 +40,13 @@ class Radial:
 
     def sample(self, n: int, rng: np.random.Generator) -> Floats:
         z = rng.standard_normal((n, self.dim))
-        kind = rng.choice(len(self.weights), size=n, p=self.weights)
-        log_r = self.means[kind] + self.scales[kind] * rng.standard_normal(n)
-        z *= (np.exp(log_r) / np.sqrt(np.einsum("ij,ij->i", z, z)))[:, None]
+        z *= (self.sample_radius(n, rng) / np.sqrt(np.einsum("ij,ij->i", z, z)))[:, None]
         return z
+
+    def sample_radius(self, n: int, rng: np.random.Generator) -> Floats:
+        """``(n,)`` radii."""
+        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        return np.asarray(np.exp(self.means[kind] + self.scales[kind] * rng.standard_normal(n)), dtype=np.float64)
 
     def log_ratio(self, z: Floats) -> Floats:
         log_r = 0.5 * np.log(np.maximum(np.einsum("ij,ij->i", z, z), 1e-300))
@@ -55,6 +58,12 @@ class Radial:
         top = parts.max(axis=1)
         log_f = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
         return np.asarray(log_chi - log_f, dtype=np.float64)
+
+    def with_wide_tails(self, share: float, factor: float) -> Radial:
+        """This law with probability ``1 - share``, its copy widened by ``factor`` with the rest."""
+        weights = np.concatenate([(1.0 - share) * self.weights, share * self.weights])
+        scales = np.concatenate([self.scales, factor * self.scales])
+        return Radial(self.dim, weights, np.concatenate([self.means, self.means]), scales)
 
     def widened(self, factor: float) -> Radial:
         """The same guide with every scale of log r multiplied by ``factor``."""
