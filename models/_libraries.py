@@ -26,7 +26,7 @@ class Library(NamedTuple):
             return _module(function, arrays)
         from jax.tree_util import Partial
 
-        return Partial(function, arrays)
+        return Partial(function, arrays)  # type: ignore[no-untyped-call]
 
 
 def library(backend: Backend) -> Library:

@@ -24,6 +24,7 @@ Everything is written for one image and works under ``torch.func.vmap``.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,9 +35,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-BATCH = 100
-DRAWN, KEPT = 256, 32  # of the baseline: images sampled a step, and trained on
 
 if TYPE_CHECKING:
     from probest import Problem
@@ -56,6 +54,12 @@ NOISE_SCALE = 0.06
 READER_BANDWIDTH = 0.12**0.5
 READER_REJECTS = 4.0  # squared distance at which one image and "no digit" are equally likely
 SURE = 0.999
+
+BATCH = 100
+DRAWN, KEPT = 256, 32  # of the baseline: images sampled a step, and trained on
+
+# Arguments of ``probest.train`` that work here.
+TRAINING = {"weight": 1.0, "learning_rate": 1e-3, "batch_size": BATCH}
 
 
 class Data(NamedTuple):
@@ -185,7 +189,8 @@ def checker(image: Tensor, logits: Tensor) -> Tensor:
     """C: log-odds that the reader and M are both sure, of two different digits, beyond ``SURE``."""
     both = reader_log_beliefs(image)[:, None] + torch.log_softmax(logits, 0)
     worst = both.masked_fill(torch.eye(CLASSES, dtype=torch.bool), -torch.inf).amax()
-    return worst - torch.log(-torch.expm1(worst.clamp(max=-1e-6))) - np.log(SURE / (1 - SURE))
+    severity: Tensor = worst - torch.log(-torch.expm1(worst.clamp(max=-1e-6))) - math.log(SURE / (1 - SURE))
+    return severity
 
 
 def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Module:

@@ -104,7 +104,7 @@ def make_model(seed: int = 0) -> Partial:
         "first": {"weight": jax.random.normal(first, (hidden, 2)) / 2**0.5, "bias": jnp.zeros(hidden)},
         "second": {"weight": jax.random.normal(second, (hidden,)) / hidden**0.5, "bias": jnp.zeros(())},
     }
-    return Partial(control, params)
+    return Partial(control, params)  # type: ignore[no-untyped-call]
 
 
 def control(params: dict[str, dict[str, Array]], state: Array) -> Array:
@@ -180,7 +180,7 @@ def adversarial_baseline(model: Controller, calls: int, seed: int = 0) -> Contro
         model, state = carry
         drawing, choosing = jax.random.split(key)
         draw = jax.vmap(lambda key: numpyro.handlers.seed(adversary, key)(model))
-        weather, trajectory = draw(jax.random.split(drawing, DRAWN))
+        weather, trajectory = draw(jax.random.split(drawing, DRAWN))  # type: ignore[no-untyped-call]
         worst = jax.lax.top_k(jax.vmap(checker)(weather, trajectory), KEPT)[1]
         rows = jax.random.randint(choosing, (BATCH,), 0, len(train.start))
 

@@ -37,7 +37,7 @@ EASY: dict[ModuleType, dict] = {
 def test_sampling_the_program_agrees_with_the_exact_answer(module: ModuleType, backend: str) -> None:
     settings = EASY[module]
     event = module.problem(backend, **settings).event
-    n = 20_000
+    n = 5_000
     hits = (event.evaluate(np.random.default_rng(0).standard_normal((n, event.dim))).severity >= 0).mean()
     p = math.exp(module.log_prob(**settings))
     assert abs(hits - p) < Z * math.sqrt(p * (1 - p) / n)
@@ -47,7 +47,7 @@ def test_sampling_the_program_agrees_with_the_exact_answer(module: ModuleType, b
 def test_weighting_the_conditioned_program_agrees_with_the_exact_answers(backend: str) -> None:
     settings = {"reading": 1.0, "noise": 0.8}
     event = conditioned.problem(backend, dim=2, beta=1.5, **settings).event
-    n = 20_000
+    n = 5_000
     found = event.evaluate(np.random.default_rng(0).standard_normal((n, 2)))
     weight = np.exp(found.log_weight)
     assert abs(weight.mean() - math.exp(conditioned.log_evidence(**settings))) < Z * weight.std() / math.sqrt(n)
@@ -61,7 +61,7 @@ def test_failures_drawn_one_by_one_or_by_their_number_are_the_same_problem(backe
     settings = EASY[discrete]
     events = [discrete.problem(backend, law=law, **settings).event for law in ("bernoulli", "binomial")]
     assert [event.dim for event in events] == [10, 1]
-    n = 20_000
+    n = 5_000
     hits = (events[1].evaluate(np.random.default_rng(1).standard_normal((n, 1))).severity >= 0).mean()
     p = math.exp(discrete.log_prob(**settings))
     assert abs(hits - p) < Z * math.sqrt(p * (1 - p) / n)
@@ -119,7 +119,7 @@ def test_an_unknown_backend_is_an_error() -> None:
     ],
 )
 def test_one_library_needs_no_other(program: str, absent: str) -> None:
-    code = f"import sys; sys.modules[{absent!r}] = None; {program}"
+    code = f"import sys; {program}; sys.exit({absent!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
