@@ -196,7 +196,8 @@ def test_train_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path = tmp_path / "cart.py"
     path.write_text(CART)
     checkpoint = tmp_path / "cart.safetensors"
-    arguments = ["--until", "-15", "--steps", "300", "--learning-rate", "0.01", "--checkpoint", str(checkpoint), "--json"]
+    stop = ["--until", "-15", "--steps", "300", "--learning-rate", "0.01"]
+    arguments = [*stop, "--checkpoint", str(checkpoint), "--json"]
     assert cli.main(["train", str(path), *arguments]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["upper"] < -14.5
