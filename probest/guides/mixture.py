@@ -101,18 +101,23 @@ class Mixture:
 def gradient_rows(z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None) -> Floats | None:
     """Rows R, at most two a point, with RᵀR = Σ w (β² g gᵀ + ∇ℓ ∇ℓᵀ); None where no gradient says anything."""
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
-    rows = []
+    rows, owners = [], []
     if severity_grad is not None:
         norm = np.linalg.norm(severity_grad, axis=1)
-        good = np.isfinite(norm) & (norm > 0.0)
-        if good.mean() > 0.5:
+        good = np.flatnonzero(np.isfinite(norm) & (norm > 0.0))
+        if len(good) > 0.5 * len(z):
             unit = severity_grad[good] / norm[good, None]
             reach = np.maximum(1.0, np.abs(np.einsum("ij,ij->i", unit, z[good])))
             rows.append(unit * (np.sqrt(w[good]) * reach)[:, None])
+            owners.append(good)
     if weight_grad is not None:
-        good = np.isfinite(weight_grad).all(axis=1)
+        good = np.flatnonzero(np.isfinite(weight_grad).all(axis=1))
         rows.append(weight_grad[good] * np.sqrt(w[good])[:, None])
-    return np.concatenate(rows) if rows and sum(map(len, rows)) > 0 else None
+        owners.append(good)
+    if sum(map(len, rows)) == 0:
+        return None
+    # in the particles' order, so that half of the rows belongs to half of the particles
+    return np.concatenate(rows)[np.argsort(np.concatenate(owners), kind="stable")]
 
 
 def informed_basis(
