@@ -1,4 +1,4 @@
-"""Special functions that torch and jax lack, written once in array code: exact far into both tails, in either precision.
+"""Special functions that torch and jax lack, written once in array code: exact in both tails, in either precision.
 
 Every function takes the backend's module (`special_torch` or `special_jax`) as `s`: its array namespace `s.xp` and the
 few names that no namespace has. Tails are carried as logarithms, lower (log P) and upper (log Q), and whichever of
@@ -101,7 +101,9 @@ def gamma_tail(s: Any, a: Array, mu: Array) -> GammaTail:
     for _ in range(3):
         end = end - (exponent(end, slope, x, side) - depth) / (slope + x * side * xp.expm1(side * end))
     t = end[..., None] * s.array(nodes, end)
-    mass = end[..., None] * s.array(weights, end) * xp.exp(-exponent(t, slope[..., None], x[..., None], side[..., None]))
+    mass = (
+        end[..., None] * s.array(weights, end) * xp.exp(-exponent(t, slope[..., None], x[..., None], side[..., None]))
+    )
     integral, moment = xp.sum(mass, axis=-1), xp.sum(mass * t, axis=-1)
 
     peak = -a * (xp.expm1(mu) - mu) - _log_stirling(s, a)  # log of x^a e^-x / Γ(a + 1)
@@ -143,9 +145,7 @@ def gamma_log_quantile_slopes(s: Any, a: Array, z: Array, log_x: Array) -> tuple
     xp = s.xp
     mu = log_x - xp.log(a)
     tail = gamma_tail(s, a, mu)
-    by_z = tail.width * log_ndtr_slope(
-        s, xp.where(tail.low, z, -z), xp.where(tail.low, s.log_ndtr(z), s.log_ndtr(-z))
-    )
+    by_z = tail.width * log_ndtr_slope(s, xp.where(tail.low, z, -z), xp.where(tail.low, s.log_ndtr(z), s.log_ndtr(-z)))
     centred = mu + _log_minus_digamma(s, a)  # log x - ψ(a)
     by_a = xp.where(tail.low, tail.moment - (centred - 1 / a) * tail.width, centred * tail.width + tail.moment)
     return by_a, by_z

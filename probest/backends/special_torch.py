@@ -1,4 +1,4 @@
-"""The special functions of `special` for torch: differentiable (twice, too), and at home under `torch.func` transforms."""
+"""The special functions of `special` for torch: differentiable (twice, too), and at home under `torch.func`."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,10 @@ import torch
 
 from probest.backends import special
 
+__all__ = ["digamma", "erfinv", "lgamma", "maximum", "xp"]
+
 Array = Any
+Function: Any = torch.autograd.Function
 
 clip, maximum, lgamma, digamma, erfinv = torch.clamp, torch.maximum, torch.lgamma, torch.digamma, torch.erfinv
 _here = sys.modules[__name__]
@@ -31,6 +34,7 @@ def below(x: Array) -> Array:
 
 
 def stop_gradient(x: Array) -> Array:
+    """x as a constant."""
     return x.detach()
 
 
@@ -64,11 +68,11 @@ def parameter_dtype(fn: Any) -> torch.dtype | None:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=None)
 
 
-class _Elementwise(torch.autograd.Function):
+class _Elementwise(Function):  # type: ignore[misc]
     """A function of arrays that broadcast: batching is broadcasting, with the batch axes in front and ranks aligned."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Array) -> tuple[Array, int]:
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Array) -> tuple[Array, int]:  # noqa: ARG003
         rank = max(x.ndim - (dim is not None) for x, dim in zip(args, in_dims, strict=True))
         aligned = []
         for x, dim in zip(args, in_dims, strict=True):
@@ -104,7 +108,7 @@ class _NdtriExp(_Elementwise):
         return special.ndtri_exp(_here, log_p)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Array], output: Array) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Array], output: Array) -> None:  # noqa: ARG004
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 

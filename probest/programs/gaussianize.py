@@ -31,7 +31,7 @@ Array = Any
 LOG_2 = math.log(2.0)
 
 
-class UnsupportedDistribution(TypeError):
+class UnsupportedDistribution(TypeError):  # noqa: N818
     """There is no exact map from normals to this distribution here; the message says what to do instead."""
 
 
@@ -59,14 +59,19 @@ def gaussian_map(fn: Any, special: Any) -> GaussianMap:
     """
     rule, name = _find(fn)
     if name in RULES:
-        return rule(fn, special)
+        mapped: GaussianMap = rule(fn, special)
+        return mapped
+    if name in CHECKS:
+        CHECKS[name](fn)
     transform = functools.partial(_cast_and_apply, rule, fn, special, discrete=name in COUNTS)
     return GaussianMap(tuple(fn.batch_shape), transform, name in COUNTS)
 
 
 def mixture_map(fn: Any, special: Any) -> MixtureMap | None:
     """The map for a mixture given the index of its component, so that the index can be a site; None for others."""
-    name = next((cls.__name__ for cls in type(fn).__mro__ if cls.__name__ in ("MixtureSameFamily", "MixtureGeneral")), "")
+    name = next(
+        (cls.__name__ for cls in type(fn).__mro__ if cls.__name__ in ("MixtureSameFamily", "MixtureGeneral")), ""
+    )
     if not name or not _of_a_library(type(fn)):
         return None
     s, batch, event = special, tuple(fn.batch_shape), tuple(fn.event_shape)
@@ -82,12 +87,12 @@ def mixture_map(fn: Any, special: Any) -> MixtureMap | None:
 
         def components(base: Array) -> Array:
             lead = base.shape[: base.ndim - len(extra)]
-            base = base.reshape(lead + (1,) + extra)
-            return inner.transform(s.xp.broadcast_to(base, lead + (size,) + extra))
+            base = base.reshape((*lead, 1, *extra))
+            return inner.transform(s.xp.broadcast_to(base, (*lead, size, *extra)))
 
     else:
         parts = [_flat(part, s) for part in fn.component_distributions]
-        base_shape, discrete = batch + (max(part.size for part in parts),), all(part.discrete for part in parts)
+        base_shape, discrete = (*batch, max(part.size for part in parts)), all(part.discrete for part in parts)
 
         def components(base: Array) -> Array:
             values = [part.transform(base[..., : part.size]) for part in parts]
@@ -97,7 +102,7 @@ def mixture_map(fn: Any, special: Any) -> MixtureMap | None:
         values, axis = components(base), -1 - len(event)
         index = index.reshape(tuple(index.shape) + (1,) * (1 + len(event)))
         lead = values.shape[: values.ndim + axis]
-        index = s.xp.broadcast_to(index, lead + (1,) + event)
+        index = s.xp.broadcast_to(index, (*lead, 1, *event))
         return s.xp.take_along_axis(values, index, axis=axis).reshape(lead + event)
 
     return MixtureMap(index, base_shape, transform, discrete)
@@ -303,7 +308,9 @@ def _multinomial(s: Any, base: Array, total: np.ndarray, log_masses: Array) -> A
     return s.xp.sum(s.xp.astype(drawn, base.dtype) * used[..., None], axis=-2)
 
 
-def _truncated_score(s: Any, z: Array, at_low: tuple[Array, Array] | None, at_high: tuple[Array, Array] | None) -> Array:
+def _truncated_score(
+    s: Any, z: Array, at_low: tuple[Array, Array] | None, at_high: tuple[Array, Array] | None
+) -> Array:
     """The normal score of the law given that it lies between two points, from (log F, log(1 - F)) at each.
 
     F = F(low) (1 - u) + F(high) u at level u, and the same for 1 - F: sums of positive terms, so exact in logs.
@@ -408,8 +415,8 @@ def _gamma(fn: Any, s: Any, z: Array) -> Array:
 
 
 def _inverse_gamma(fn: Any, s: Any, z: Array) -> Array:
-    rate, concentration = (fn.rate, fn.concentration) if hasattr(fn, "rate") else (fn.base_dist.rate, fn.base_dist.concentration)
-    return _positive(s, s.xp.log(s.array(rate, z)) - s.gamma_log_quantile(s.array(concentration, z), -z))
+    gamma = fn.base_dist
+    return _positive(s, s.xp.log(s.array(gamma.rate, z)) - s.gamma_log_quantile(s.array(gamma.concentration, z), -z))
 
 
 def _gompertz(fn: Any, s: Any, z: Array) -> Array:
@@ -424,12 +431,19 @@ def _lower_power_law(fn: Any, s: Any, z: Array) -> Array:
     return fn.low * s.xp.exp(s.log_ndtr(-z) / (1 + fn.alpha))
 
 
+def _truncated_law(fn: Any) -> str:
+    _, name = _find(fn.base_dist)
+    if name not in LOG_CDFS:
+        raise UnsupportedDistribution(
+            f"{type(fn).__name__} of {name} has no exact map from standard normals; "
+            f"{', '.join(LOG_CDFS)} can be truncated"
+        )
+    return name
+
+
 def _truncated(fn: Any, s: Any, z: Array) -> Array:
     """NumPyro's LeftTruncated, RightTruncated and TwoSidedTruncated distributions of a location-scale law."""
-    base = fn.base_dist
-    name = next((cls.__name__ for cls in type(base).__mro__ if cls.__name__ in LOG_CDFS), None)
-    if name is None:
-        raise UnsupportedDistribution(f"{type(fn).__name__} of {type(base).__name__} has no exact map from normals")
+    base, name = fn.base_dist, _truncated_law(fn)
 
     def tails(x: Any) -> tuple[Array, Array]:
         y = (s.array(x, z) - base.loc) / base.scale
@@ -443,13 +457,11 @@ def _truncated(fn: Any, s: Any, z: Array) -> Array:
 LOG_CDFS: dict[str, Callable[[Any, Array], Array]] = {  # of the standard law; each is symmetric
     "Normal": lambda s, y: s.log_ndtr(y),
     "Cauchy": lambda s, y: s.xp.log(s.xp.atan2(s.xp.ones_like(y), -y) / math.pi),
-    "Laplace": lambda s, y: s.xp.where(
-        y < 0, y - LOG_2, s.xp.log1p(-0.5 * s.xp.exp(-s.clip(y, 0.0, None)))
-    ),
+    "Laplace": lambda s, y: s.xp.where(y < 0, y - LOG_2, s.xp.log1p(-0.5 * s.xp.exp(-s.clip(y, 0.0, None)))),
     "Logistic": lambda s, y: -_log_softplus(s, -y),
-    "SoftLaplace": lambda s, y: s.xp.where(
-        y < -20, y, s.xp.log(s.xp.atan(s.xp.exp(s.clip(y, -20.0, 80.0))))
-    ) + math.log(2 / math.pi),
+    "SoftLaplace": lambda s, y: (
+        s.xp.where(y < -20, y, s.xp.log(s.xp.atan(s.xp.exp(s.clip(y, -20.0, 80.0))))) + math.log(2 / math.pi)
+    ),
 }
 
 Quantile = Callable[[Any, Any, Array], Array]
@@ -474,11 +486,9 @@ QUANTILES: dict[str, Quantile] = {
     "LeftTruncatedDistribution": _truncated,
     "Levy": lambda fn, s, z: fn.loc + fn.scale * s.xp.exp(-2 * shared.log_half_normal(s, -z)),
     "Logistic": lambda fn, s, z: fn.loc + fn.scale * (s.log_ndtr(z) - s.log_ndtr(-z)),
-    "LogitRelaxedBernoulli": lambda fn, s, z: (
-        s.log_ndtr(z) - s.log_ndtr(-z) + _logit(fn, s, z)
-    ) / fn.temperature,
+    "LogitRelaxedBernoulli": lambda fn, s, z: (s.log_ndtr(z) - s.log_ndtr(-z) + _logit(fn, s, z)) / fn.temperature,
     "LowerTruncatedPowerLaw": _lower_power_law,
-    "Normal": lambda fn, s, z: fn.loc + fn.scale * z,
+    "Normal": lambda fn, _, z: fn.loc + fn.scale * z,
     "RightTruncatedDistribution": _truncated,
     "SkewLogistic": _skew_logistic,
     "SoftLaplace": lambda fn, s, z: fn.loc + fn.scale * _soft_laplace_score(s, z),
@@ -532,13 +542,19 @@ COUNTS: dict[str, Quantile] = {
 }
 
 
+CHECKS: dict[str, Callable[[Any], Any]] = {  # what is refused before anything runs
+    **dict.fromkeys(("Binomial", "BinomialLogits", "BinomialProbs"), _count),
+    **dict.fromkeys(
+        ("LeftTruncatedDistribution", "RightTruncatedDistribution", "TwoSidedTruncatedDistribution"), _truncated_law
+    ),
+}
+
+
 # --- laws of several coordinates, and laws made of others: fn, special -> GaussianMap -------------------------------
 
 
 def _student(fn: Any, s: Any) -> GaussianMap:
-    return _built(
-        fn, s, (2,), lambda z: fn.loc + fn.scale * z[..., 0] * s.xp.exp(_log_student(s, fn.df, z[..., 1]))
-    )
+    return _built(fn, s, (2,), lambda z: fn.loc + fn.scale * z[..., 0] * s.xp.exp(_log_student(s, fn.df, z[..., 1])))
 
 
 def _beta(fn: Any, s: Any) -> GaussianMap:
@@ -562,9 +578,7 @@ def _log_dirichlet(s: Any, concentration: Any, base: Array) -> Array:
 
 
 def _dirichlet(fn: Any, s: Any) -> GaussianMap:
-    return _built(
-        fn, s, tuple(fn.event_shape), lambda base: _positive(s, _log_dirichlet(s, fn.concentration, base))
-    )
+    return _built(fn, s, tuple(fn.event_shape), lambda base: _positive(s, _log_dirichlet(s, fn.concentration, base)))
 
 
 def _scale_tril(fn: Any) -> Array:
@@ -638,7 +652,7 @@ def _lower_triangle(s: Any, diagonal: Array, below: Array) -> Array:
     place[np.diag_indices(p)] = np.arange(p)
     place[np.tril_indices(p, -1)] = p + np.arange(below.shape[-1])
     entries = s.xp.concat([diagonal, below, s.xp.zeros_like(diagonal[..., :1])], axis=-1)
-    return s.pick(entries, place.reshape(-1)).reshape(tuple(diagonal.shape) + (p,))
+    return s.pick(entries, place.reshape(-1)).reshape((*tuple(diagonal.shape), p))
 
 
 def _bartlett(s: Any, df: Array, z: Array) -> Array:
@@ -668,7 +682,8 @@ def _wishart(fn: Any, s: Any, inverse: bool = False) -> GaussianMap:
 
 def _lkj_cholesky(fn: Any, s: Any) -> GaussianMap:
     """Row i of the factor is (w, v) / √(|w|² + v²) with w normal in R^i and v² = 2 Gamma(b): |w|²/(|w|² + v²) is then
-    Beta(i/2, b), the onion of Lewandowski et al., and the map is smooth."""
+    Beta(i/2, b), the onion of Lewandowski et al., and the map is smooth.
+    """
     p = fn.event_shape[-1]
     rows = np.arange(1, p)
 
@@ -700,9 +715,7 @@ def _relaxed_categorical(fn: Any, s: Any) -> GaussianMap:
 
 def _one_hot(fn: Any, s: Any) -> GaussianMap:
     size = fn.event_shape[-1]
-    return _built(
-        fn, s, (), lambda z: s.one_hot(_class(s, z, _log_masses(fn._categorical, s, z)), size), discrete=True
-    )
+    return _built(fn, s, (), lambda z: s.one_hot(_class(s, z, _log_masses(fn._categorical, s, z)), size), discrete=True)
 
 
 def _multinomial_map(fn: Any, s: Any) -> GaussianMap:
@@ -772,7 +785,7 @@ def _gated(fn: Any, s: Any, inner: _Flat) -> GaussianMap:
         value = inner.transform(base[..., 1:])
         return s.xp.where(_at_least(s, like[..., 0], log_not, log_zero), value, s.xp.zeros_like(value))
 
-    return GaussianMap(tuple(fn.batch_shape) + (1 + inner.size,), transform, inner.discrete)
+    return GaussianMap((*tuple(fn.batch_shape), 1 + inner.size), transform, inner.discrete)
 
 
 def _zero_inflated(fn: Any, s: Any) -> GaussianMap:
@@ -784,7 +797,9 @@ def _hurdle(fn: Any, s: Any) -> GaussianMap:
     if not inner.discrete:
         return _gated(fn, s, inner)
     if inner.size != 1 or tuple(gaussian_map(fn.base_dist, s).base_shape) != tuple(fn.base_dist.batch_shape):
-        raise UnsupportedDistribution(f"{type(fn).__name__} of {type(fn.base_dist).__name__} has no exact map from normals")
+        raise UnsupportedDistribution(
+            f"{type(fn).__name__} of {type(fn.base_dist).__name__} has no exact map from standard normals"
+        )
 
     def above_zero(base: Array) -> Array:
         z = _cast(fn, s, base)
@@ -838,7 +853,7 @@ def _delta(fn: Any, s: Any) -> GaussianMap:
         value = fn.v if hasattr(fn.v, "dtype") else s.array(fn.v, base)
         return s.xp.broadcast_to(s.xp.asarray(value), tuple(base.shape[:-1]) + tuple(fn.event_shape))
 
-    return GaussianMap(tuple(fn.batch_shape) + (0,), transform, False)
+    return GaussianMap((*tuple(fn.batch_shape), 0), transform, False)
 
 
 def _mixture(fn: Any, s: Any) -> GaussianMap:
@@ -851,7 +866,7 @@ def _mixture(fn: Any, s: Any) -> GaussianMap:
     def transform(base: Array) -> Array:
         return mixture.transform(index(base[..., 0]), base[..., 1:].reshape(base.shape[:-1] + extra))
 
-    return GaussianMap(tuple(fn.batch_shape) + (1 + math.prod(extra),), transform, mixture.discrete)
+    return GaussianMap((*tuple(fn.batch_shape), 1 + math.prod(extra)), transform, mixture.discrete)
 
 
 Rule = Callable[[Any, Any], GaussianMap]
@@ -888,7 +903,7 @@ RULES: dict[str, Rule] = {
     "ProjectedNormal": _projected_normal,
     "SoftAsymmetricLaplace": _soft_asymmetric_laplace,
     "StudentT": _student,
-    "Unit": lambda fn, s: GaussianMap(tuple(fn.batch_shape) + (0,), lambda base: base, False),
+    "Unit": lambda fn, _: GaussianMap((*fn.batch_shape, 0), lambda base: base, False),
 }
 
 ADVICE = {
