@@ -182,7 +182,7 @@ def train(
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
         before = estimate(problem, budget=budget, seed=_number(root, BEFORE), **options)
-        state = _Progress(calls=before.calls, log_prob=before.log_prob)
+        state = _Progress(calls=before.calls, log_prob=_level(before))
         walkers = _walkers(before, particles, generator(child_seed(root, WALK)))
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None and path.exists():
@@ -255,6 +255,11 @@ def agree(one: Estimate, other: Estimate) -> bool:
     )
 
 
+def _level(found: Estimate) -> float:
+    """log P, or the upper bound when no catastrophe was found: not finding any is no reason to stop training."""
+    return found.log_prob if math.isfinite(found.log_prob) else found.upper
+
+
 def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept."""
     advice = []
@@ -295,7 +300,7 @@ def _check(
         progress=False,
     )
     state.calls += look.calls
-    state.log_prob = look.log_prob if math.isfinite(look.log_prob) else look.upper
+    state.log_prob = _level(look)
     found = look.conclusion.particles
     if found is None or not math.isfinite(look.log_prob):
         return walkers
@@ -324,7 +329,7 @@ def _save(path: Path, trainer: Trainer, walkers: Walkers | None, state: _Progres
     """Arrays as safetensors, the rest as its metadata; written beside and moved, so a crash leaves the old file."""
     from safetensors.numpy import save_file
 
-    arrays = {name: np.ascontiguousarray(value) for name, value in trainer.arrays().items()}
+    arrays = {name: np.array(value, order="C") for name, value in trainer.arrays().items()}
     metadata = {"state": json.dumps(asdict(state))}
     if walkers is not None:
         arrays["walkers"] = walkers.z

@@ -12,7 +12,7 @@ the severity, and an end contributes :math:`\varphi(r^*)\,\partial_\theta s / |a
 relative change :math:`\partial_\theta \log P`.
 
 *Several modes.* Directions are unit gradients of a few particles, and rays from the origin. Each surface point belongs to
-direction k with weight :math:`h_k \propto |n \cdot a_k|^8` (n its unit normal): the weights sum to 1, and lines that
+direction k with weight :math:`h_k \propto |n \cdot a_k|^{12}` (n its unit normal): the weights sum to 1, and lines that
 graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle.
 
 *Antithetic lines.* The line through :math:`-z_\perp` has the same prior density. Averaging over the pair is exact
@@ -44,7 +44,8 @@ DIRECTIONS = 32
 GRID = 17
 MARGIN = 2.5
 NODES = 8
-SHARPNESS = 8
+SHARPNESS = 12
+RAY_SHARE = 0.05  # rays serve shells; elsewhere straight lines, which have antithetic partners, are better
 
 
 class Surface(NamedTuple):
@@ -247,6 +248,7 @@ def _share(normal: Floats, z: Floats, directions: Floats) -> Floats:
     """``(n, k + 1)`` partition of unity over the directions, the ray last."""
     cosines = np.concatenate([normal @ directions.T, np.sum(normal * _unit(z), axis=1, keepdims=True)], axis=1)
     powers = np.abs(cosines) ** SHARPNESS + 1e-12
+    powers[:, -1] *= RAY_SHARE
     result: Floats = powers / powers.sum(axis=1, keepdims=True)
     return result
 
