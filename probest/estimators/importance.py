@@ -35,6 +35,7 @@ from probest.guides.fit import Fitted, fit_guide, refit_guide
 __all__ = ["Importance", "Population", "population_of", "prior_population_of", "weigh"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
+_KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
 
 
 class Population(NamedTuple):
@@ -173,16 +174,18 @@ def weigh(
 
 
 def _draw(meter: Meter, guide: Guide, n: int, rng: np.random.Generator, inside: bool) -> Batch:
-    """``n`` fresh samples, in blocks of rows; keeps z only of those on target (at most 20,000 for a refit)."""
+    """``n`` fresh samples, in blocks of rows; keeps z of the first that are on target, as far as memory goes."""
     rows = max(1, _BLOCK // guide.dim)
-    log_w, kept, severity = [], [], []
+    log_w: list[Floats] = []
+    kept: list[Floats] = []
+    severity: list[Floats] = []
     for start in range(0, n, rows):
         z = guide.sample(min(rows, n - start), rng)
         result = meter.evaluate(z)
         part = guide.log_ratio(z) + result.log_weight
         if inside:
             part = np.where(result.severity >= 0.0, part, -np.inf)
-        at = np.isfinite(part)
+        at = np.flatnonzero(np.isfinite(part))[: max(0, _KEEP // guide.dim - sum(len(part) for part in kept))]
         log_w.append(part)
         kept.append(z[at])
         severity.append(result.severity[at])
@@ -190,7 +193,15 @@ def _draw(meter: Meter, guide: Guide, n: int, rng: np.random.Generator, inside: 
 
 
 def _join(a: Batch, b: Batch) -> Batch:
-    return Batch(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
+    """Both batches; z stays aligned with the first finite log-weights, so a full ``a`` takes no more."""
+    log_w = np.concatenate([a.log_w, b.log_w])
+    room = 0 if len(a.z) < np.count_nonzero(np.isfinite(a.log_w)) else max(0, _KEEP // a.z.shape[1] - len(a.z))
+    return Batch(log_w, np.concatenate([a.z, b.z[:room]]), np.concatenate([a.severity, b.severity[:room]]))
+
+
+def _kept_weights(batch: Batch) -> Floats:
+    """Log-weights of the points whose z was kept."""
+    return batch.log_w[np.isfinite(batch.log_w)][: len(batch.z)]
 
 
 def _second_moment(log_w: Floats) -> float:
@@ -261,7 +272,7 @@ def _weigh_target(
         fitted = refit_guide(fitted, z, log_w, rng, moments=moments)
         batch = _draw(meter, fitted.guide, size, rng, inside)
         fresh = False
-        pool.append((batch.z, batch.log_w[np.isfinite(batch.log_w)]))
+        pool.append((batch.z, _kept_weights(batch)))
         new = _cost(population, fitted.guide, batch.log_w)
         gain = cost - new
         if new < cost:
@@ -316,8 +327,7 @@ def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Bat
     """Particles and weighted hits, each worth its effective sample size; weights clipped as far as variance asks."""
     own = population.log_w - diagnostics.log_sum_exp(population.log_w) + math.log(max(population.effective, 1.0))
     parts, logs = [population.z], [own]
-    finite = batch.log_w[np.isfinite(batch.log_w)]
-    sets = pool if pool else [(batch.z, finite)]
+    sets = pool if pool else [(batch.z, _kept_weights(batch))]
     for z, log_w in sets:
         if len(z) == 0:
             continue
@@ -331,7 +341,7 @@ def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Bat
 def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed | None) -> Evidence:
     log_prob, error = joint.log_mean, joint.error
     lower, upper = joint.interval
-    hits = len(joint.hits.z)
+    hits = int(np.count_nonzero(np.isfinite(joint.log_w)))
     if below is not None:
         log_prob -= below.log_mean
         width = 1.96 * below.error
@@ -359,7 +369,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
         notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
     particles = None
     if hits:
-        log_w = joint.log_w[np.isfinite(joint.log_w)]
+        log_w = _kept_weights(joint.hits)
         particles = Particles(joint.hits.z, log_w - diagnostics.log_sum_exp(log_w), joint.hits.severity)
     return Evidence(
         method=method.name,
