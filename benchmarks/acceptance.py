@@ -2,10 +2,10 @@
 
     python benchmarks/acceptance.py --seeds 20 --budget 50000 --backends pyro,numpyro --out acceptance.json
 
-First table: estimates by `estimate(problem)` against the exact log P. `covered` is the share of seeds whose 95 % interval
-holds the truth; `wrong` counts runs that are converged and yet off by more than 0.1 + 3 standard errors. Second table:
-the gradient of log P at beta = 5 in the threshold, the direction and a location parameter of the adversary, as a ratio
-to the closed form.
+First table: estimates by `estimate(problem)` against the exact log P. `covered` is the share of seeds whose 95 %
+interval holds the truth; `wrong` counts runs that are converged and yet off by more than 0.1 + 3 standard errors.
+Second table: the gradient of log P at beta = 5 in the threshold, the direction and a location parameter of the
+adversary, as a ratio to the closed form.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -60,12 +61,10 @@ def estimate(
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}: expected Problem(adversary, model, checker)")
-    if isinstance(budget, bool) or not (isinstance(budget, int | np.integer) or float(budget).is_integer()) or budget < 1:
-        raise ValueError(f"budget={budget!r}: expected a positive whole number of model calls")
+    check_whole("budget", budget, least=1, unit=" of model calls")
     if not (math.isfinite(precision) and precision > 0):
         raise ValueError(f"precision={precision!r}: expected a positive number of nats, such as 0.05")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed={seed!r}: expected a whole number, 0 or more")
+    check_whole("seed", seed, least=0)
     event = problem.event.replaced()
     method = Combined(precision=precision) if estimator is None else estimator
     start = time.perf_counter()
@@ -83,6 +82,12 @@ def estimate(
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
 
 
+def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:
+    """Raise ValueError unless ``value`` is a whole number (not a bool) of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number{unit}, {least} or more")
+
+
 def _run(method: Estimator, event: Event, budget: int, seed: np.random.SeedSequence, ledger: list[Evidence]) -> None:
     """Fill the ledger as evidence comes, the conclusion last."""
     if isinstance(method, Combined):
@@ -98,7 +103,9 @@ class Estimate:
     log-probabilities are natural logarithms; intervals are intervals of log P.
     """
 
-    def __init__(self, problem: Problem, event: Event, ledger: tuple[Evidence, ...], *, seed: int, seconds: float) -> None:
+    def __init__(
+        self, problem: Problem, event: Event, ledger: tuple[Evidence, ...], *, seed: int, seconds: float
+    ) -> None:
         self.problem = problem
         self.ledger = ledger
         self.seed = seed
@@ -158,7 +165,9 @@ class Estimate:
             power = math.log1p(-level) / math.log(0.05)
             return lower, math.log(-math.expm1(power * math.log(miss))) if 0 < miss < 1 else upper
         factor = float(ndtri(0.5 + level / 2) / ndtri(0.975))
-        return self.log_prob + factor * (lower - self.log_prob), min(self.log_prob + factor * (upper - self.log_prob), 0.0)
+        return self.log_prob + factor * (lower - self.log_prob), min(
+            self.log_prob + factor * (upper - self.log_prob), 0.0
+        )
 
     @cached_property
     def catastrophes(self) -> Catastrophes | None:
@@ -204,9 +213,9 @@ class Estimate:
     ) -> Array:
         """log P as a function of the parameters: a scalar of torch or jax to differentiate.
 
-        With torch, call it and ``backward()``: gradients reach the parameters of ``model`` and ``adversary`` (by default
-        those of the problem) and whatever tensors they close over. With jax, differentiate a function that passes a
-        ``model``, an ``adversary`` (a pytree such as ``Partial(program, params)``, or a closure), or values of
+        With torch, call it and ``backward()``: gradients reach the parameters of ``model`` and ``adversary`` (by
+        default those of the problem) and whatever tensors they close over. With jax, differentiate a function that
+        passes a ``model``, an ``adversary`` (a pytree such as ``Partial(program, params)``, or a closure), or values of
         ``numpyro.param`` sites in ``params``. Parts must have the structure of the problem's own.
 
         The value at the problem's own parameters is ``log_prob``; the gradient there has no smoothing bias. The value
@@ -217,8 +226,8 @@ class Estimate:
         if not self._event.differentiable and model is not None:
             reason = "the checker returns a bool" if self._event.boolean else "the severity is piecewise constant"
             raise GradientError(
-                f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real severity "
-                "(how far the case is from a catastrophe). Gradients in the adversary's parameters exist"
+                f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real "
+                "severity (how far the case is from a catastrophe). Gradients in the adversary's parameters exist"
             )
         event = self._weigher.event
         return self._weigher(event.replaced(model=model, adversary=adversary, params=params).parts)
@@ -271,7 +280,8 @@ class Estimate:
 class Catastrophes(Mapping[str, np.ndarray]):
     """Weighted catastrophes: a mapping from site names to arrays ``(n, ...)``.
 
-    weights: ``(n,)``, summing to 1. severity: ``(n,)``, at least 0. observation, action: pytrees of ``(n, ...)`` arrays.
+    weights: ``(n,)``, summing to 1. severity: ``(n,)``, at least 0. observation, action: pytrees of ``(n, ...)``
+    arrays.
     """
 
     def __init__(
@@ -294,4 +304,3 @@ class Catastrophes(Mapping[str, np.ndarray]):
 
     def __repr__(self) -> str:
         return f"Catastrophes({len(self.weights)} cases of {', '.join(self._sites)})"
-

@@ -21,13 +21,13 @@ class Problem:
         model: ``action = model(observation)``: a torch ``nn.Module``, an equinox or nnx module,
             ``jax.tree_util.Partial(fn, params)``, or a function. Gradients reach the arrays of a module or Partial;
             what a plain function closes over is a constant.
-        checker: ``severity = checker(observation, action)``, a scalar: at least 0 is a catastrophe, larger is worse. It may
-            be a bool, but then nothing tells how far a safe case is from a catastrophe.
+        checker: ``severity = checker(observation, action)``, a scalar: at least 0 is a catastrophe, larger is worse.
+            It may be a bool, but then nothing tells how far a safe case is from a catastrophe.
         backend: ``"torch"`` or ``"jax"``; by default it follows from the library whose sites the adversary executes.
-        batching: ``"vmap"`` batches everything; ``"model"`` batches adversary and checker and calls the model on the whole
-            batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time.
-        chunk_size: how many cases are alive at once; the default keeps memory under 2 GB for models whose activations are
-            not much larger than their input.
+        batching: ``"vmap"`` batches everything; ``"model"`` batches adversary and checker and calls the model on the
+            whole batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time.
+        chunk_size: how many cases are alive at once; the default keeps memory under 2 GB for models whose activations
+            are not much larger than their input.
 
     The program is run and checked when :attr:`event` is first needed. Raises ProblemError, SiteError or SeverityError
     then, naming the part or site that is at fault.

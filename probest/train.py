@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probest.backends.base import Backend, PyTree, Trainer
-from probest.estimate import Estimate, estimate
+from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator, child_seed, generator
 from probest.estimators.tempering import Tempering
 from probest.estimators.warm import Walkers
@@ -51,9 +51,9 @@ class TrainingRun:
     """A trained model and the evidence about it.
 
     model: the trained model (the problem's own is unchanged). adversary: that of the problem. problem: the problem with
-    the trained model. before, after: estimates by the same method. audit: an estimate by another method and seed, None if
-    training was interrupted. converged: log P is below the target, audited. advice: what is missing. calls: model calls of
-    everything together, the calls on the task's own data apart (``task_calls``).
+    the trained model. before, after: estimates by the same method. audit: an estimate by another method and seed, None
+    if training was interrupted. converged: log P is below the target, audited. advice: what is missing. calls: model
+    calls of everything together, the calls on the task's own data apart (``task_calls``).
     """
 
     model: Any
@@ -135,7 +135,8 @@ def train(
         max_norm: the gradient's norm is clipped to this.
         particles: size of the warm population.
         check_every: steps between fresh looks.
-        budget: model calls of each full estimate (before, after). check_budget: of each fresh look.
+        budget: model calls of each full estimate (before, after).
+        check_budget: model calls of each fresh look.
         audit: method of the audit; by default tempering with more particles than the checks use.
         seed: the same seed gives the same run.
         checkpoint: a file to write at every check, and to resume from if it exists.
@@ -145,13 +146,16 @@ def train(
         The run. After Ctrl-C it holds the model and history so far, without an audit, and is not converged.
 
     Raises:
-        ValueError: an argument is out of range, the data are empty or ragged, the task loss is not a finite scalar, or the
-            checker gives no gradient (a bool).
+        ValueError: an argument is out of range, the data are empty or ragged, the task loss is not a finite scalar, or
+            the checker gives no gradient (a bool).
     """
-    _check_arguments(
-        steps=steps, batch_size=batch_size, particles=particles, check_every=check_every,
-        budget=budget, check_budget=check_budget,
-    )  # fmt: skip
+    counts = {
+        "steps": steps, "batch_size": batch_size, "particles": particles, "check_every": check_every,
+        "budget": budget, "check_budget": check_budget,
+    }  # fmt: skip
+    for name, count in counts.items():
+        check_whole(name, count, least=1)
+    check_whole("seed", seed, least=0)
     if not until_log_prob < 0:
         raise ValueError(f"until_log_prob={until_log_prob!r}: it is the log of a probability, so it must be below 0")
     for name, value in (("weight", weight), ("learning_rate", learning_rate), ("max_norm", max_norm)):
@@ -159,7 +163,9 @@ def train(
             raise ValueError(f"{name}={value!r}: expected a positive number")
     event = problem.event
     if not event.differentiable:
-        raise ValueError("checker: training needs a real severity with a gradient, and this checker returns a bool or integer")
+        raise ValueError(
+            "checker: training needs a real severity with a gradient, and this checker returns a bool or integer"
+        )
     backend = event.backend
     if not backend.parameters(problem.model):
         raise ValueError(
@@ -177,11 +183,10 @@ def train(
         raise ValueError(f"task: the loss of the untrained model is {loss}: expected a finite scalar")
 
     root = np.random.SeedSequence(seed)
-    options = {"progress": False}
     start = time.perf_counter()
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
-        before = estimate(problem, budget=budget, seed=_number(root, BEFORE), **options)
+        before = estimate(problem, budget=budget, seed=_number(root, BEFORE), progress=False)
         state = _Progress(calls=before.calls, log_prob=_level(before))
         walkers = _walkers(before, particles, generator(child_seed(root, WALK)))
         path = None if checkpoint is None else Path(checkpoint)
@@ -195,12 +200,16 @@ def train(
                 present = event.replaced(model=trainer.model)
                 if walkers is not None:
                     state.calls += walkers.advance(present, rng)
-                chosen = generator(child_seed(root, BATCH, state.step)).choice(rows, min(batch_size, rows), replace=False)
+                chosen = generator(child_seed(root, BATCH, state.step)).choice(
+                    rows, min(batch_size, rows), replace=False
+                )
                 z = walkers.z if walkers is not None else np.empty((0, event.dim))
                 noise = walkers.noise if walkers is not None else 1.0
                 loss, pressure = trainer.step(_batch(backend, data, chosen), z, noise, weight)
                 if not math.isfinite(loss + pressure):
-                    raise FloatingPointError(f"the loss is not finite at step {state.step}: lower learning_rate or weight")
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {state.step}: lower learning_rate or weight"
+                    )
                 state.calls += 3 * len(z)
                 state.task_calls += 3 * len(chosen)
                 state.step += 1
@@ -209,9 +218,7 @@ def train(
                 if reached or state.step % check_every == 0 or state.step == steps:
                     walkers = _check(problem, trainer, state, walkers, check_budget, particles, root)
                 followed = state.log_prob if walkers is None else walkers.log_prob
-                record = Step(
-                    state.step, loss, followed, pressure, noise, state.calls, time.perf_counter() - began
-                )
+                record = Step(state.step, loss, followed, pressure, noise, state.calls, time.perf_counter() - began)
                 state.history.append(record)
                 line.update(state.step, steps, f"log P {followed:.1f}, task loss {loss:.3g}")
                 if path is not None and state.step % check_every == 0:
@@ -222,12 +229,14 @@ def train(
                 _save(path, trainer, walkers, state)
         trained = problem.replaced(model=trainer.model)
         line.update(state.step, steps, "estimating log P after training")
-        after = estimate(trained, budget=check_budget if interrupted else budget, seed=_number(root, AFTER), **options)
+        after = estimate(
+            trained, budget=check_budget if interrupted else budget, seed=_number(root, AFTER), progress=False
+        )
         checked = None
         if not interrupted:
             line.update(state.step, steps, "auditing")
             method = audit or Tempering(particles=1024)
-            checked = estimate(trained, budget=4 * budget, estimator=method, seed=_number(root, AUDIT), **options)
+            checked = estimate(trained, budget=4 * budget, estimator=method, seed=_number(root, AUDIT), progress=False)
     advice = _verdict(after, checked, until_log_prob)
     return TrainingRun(
         model=trainer.model,
@@ -265,17 +274,20 @@ def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[st
     advice = []
     if after.upper > target:
         advice.append(
-            f"log P is not known to be below {target:g} (upper end {after.upper:.4g}): train for more steps, raise weight or "
-            "learning_rate, or give the estimate a larger budget"
+            f"log P is not known to be below {target:g} (upper end {after.upper:.4g}): train for more steps, raise "
+            "weight or learning_rate, or give the estimate a larger budget"
         )
     if not after.converged:
         advice.append("the estimate after training has not converged: " + "; ".join(after.advice))
     if audit is None:
-        advice.append("training was interrupted before the audit: resume from the checkpoint, or audit run.problem yourself")
+        advice.append(
+            "training was interrupted before the audit: resume from the checkpoint, or audit run.problem yourself"
+        )
     elif not agree(after, audit):
         advice.append(
-            f"the audit disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, {audit.upper:.4g}] against {after.log_prob:.4g} "
-            f"[{after.lower:.4g}, {after.upper:.4g}]. Believe neither; estimate again with larger budgets"
+            f"the audit disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, {audit.upper:.4g}] against "
+            f"{after.log_prob:.4g} [{after.lower:.4g}, {after.upper:.4g}]. Believe neither; estimate again with "
+            "larger budgets"
         )
     elif not audit.converged:
         advice.append("the audit has not converged: " + "; ".join(audit.advice))
@@ -355,8 +367,8 @@ def _resume(path: Path, trainer: Trainer) -> tuple[_Progress, Walkers | None]:
         record = json.loads(metadata["state"])
     except Exception as error:
         raise ValueError(
-            f"checkpoint={str(path)!r} is not a checkpoint of this model and optimizer ({type(error).__name__}: {error}). "
-            "Name another file, or remove it to start again"
+            f"checkpoint={str(path)!r} is not a checkpoint of this model and optimizer ({type(error).__name__}: "
+            f"{error}). Name another file, or remove it to start again"
         ) from error
     state = _Progress(**{**record, "history": [Step(**step) for step in record["history"]]})
     if z is None:
@@ -372,16 +384,12 @@ def _count_rows(backend: Backend, data: PyTree) -> int:
     leaves = backend.leaves(data)
     sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}
     if not leaves or sizes == {0}:
-        raise ValueError("data is empty: expected a pytree of arrays with a common leading axis, such as (inputs, targets)")
+        raise ValueError(
+            "data is empty: expected a pytree of arrays with a common leading axis, such as (inputs, targets)"
+        )
     if len(sizes) > 1:
         raise ValueError(f"data: the arrays have different lengths {sorted(sizes)}; they need a common leading axis")
     return sizes.pop()
-
-
-def _check_arguments(**counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive whole number")
 
 
 def _number(root: np.random.SeedSequence, *key: int) -> int:

@@ -18,7 +18,9 @@ def library(backend: str) -> Any:
             def __init__(self, fn: Any, params: dict[str, Any]) -> None:
                 super().__init__()
                 self.fn = fn
-                self.weights = torch.nn.ParameterDict({k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()})
+                self.weights = torch.nn.ParameterDict(
+                    {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
+                )
 
             def forward(self, *args: Any) -> Any:
                 return self.fn(self.weights, *args)
@@ -52,7 +54,9 @@ def library(backend: str) -> Any:
     )
 
 
-def gradient(backend: str, estimate: Any, *, model: Any = None, adversary: Any = None) -> tuple[float, dict[str, float]]:
+def gradient(
+    backend: str, estimate: Any, *, model: Any = None, adversary: Any = None
+) -> tuple[float, dict[str, float]]:
     """log P at the given part of an estimate and its gradient in the part's parameters, by the library's autograd."""
     if backend == "pyro":
         part = adversary if model is None else model

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from library import library
+
 from probest import Problem, ProblemError, SeverityError, SiteError, estimate, train
 
 
@@ -94,7 +95,8 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Any], dict[str, Any]]]] =
         SiteError, "'x' is scaled",
         lambda lib: {"adversary": scaled(lib)},
     ),
-    "unsupported site": (SiteError, "'x'.*VonMises", lambda lib: {"adversary": lambda: lib.sample("x", lib.dist.VonMises(0.0, 1.0))}),
+    "unsupported site": (SiteError, "'x'.*VonMises", lambda lib: {"adversary": lambda: lib.sample("x",
+    lib.dist.VonMises(0.0, 1.0))}),
 }  # fmt: skip
 
 
@@ -112,13 +114,20 @@ def test_problem(backend: str, case: str) -> None:
     error, words, change = CASES[case]
     lib = library(backend)
     with pytest.raises(error, match=words):
-        problem = build(lib, **change(lib))
-        estimate(problem, budget=2_000, progress=False)
+        estimate(build(lib, **change(lib)), budget=2_000, progress=False)
 
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("budget", 0), ("budget", -5), ("budget", 2.5), ("precision", 0.0), ("precision", float("nan")), ("seed", -1), ("seed", 0.5)],
+    [
+        ("budget", 0),
+        ("budget", -5),
+        ("budget", 2.5),
+        ("precision", 0.0),
+        ("precision", float("nan")),
+        ("seed", -1),
+        ("seed", 0.5),
+    ],
 )
 def test_estimate_arguments(backend: str, argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
@@ -169,7 +178,9 @@ def test_cannot_be_batched() -> None:
 
     with pytest.raises(BatchingError, match="batching='loop'"):
         estimate(build(library("pyro"), model=model), progress=False)
-    result = estimate(build(library("pyro"), model=model, checker=lambda x, y: y > 0, batching="loop"), budget=500, progress=False)
+    result = estimate(
+        build(library("pyro"), model=model, checker=lambda x, y: y > 0, batching="loop"), budget=500, progress=False
+    )
     assert 0.3 < result.prob < 0.7
 
 
@@ -199,7 +210,10 @@ def test_training_arguments(backend: str, case: str) -> None:
     words, change = TRAINING[case]
     lib = library(backend)
     problem = build(lib, model=lib.module(lambda w, x: w["a"] * x.sum(), {"a": 1.0}))
-    options: dict[str, Any] = {"task": lambda model, batch: model(batch[0][0]) ** 2, "data": (np.zeros((8, 2)), np.zeros(8))}
+    options: dict[str, Any] = {
+        "task": lambda model, batch: model(batch[0][0]) ** 2,
+        "data": (np.zeros((8, 2)), np.zeros(8)),
+    }
     with pytest.raises(ValueError, match=words):
         train(problem, **(options | change), progress=False)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import TEST_FAILURE_RATE
 from library import library
-from probest import Problem, estimate
 from scipy import stats
 from scipy.special import log_ndtr
+
+from probest import Problem, estimate
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -33,7 +34,9 @@ def everything(lib: Any) -> Any:
         parts = lib.sample("parts", d.Dirichlet(lib.array([1.0, 2.0, 3.0])))
         mixed = lib.sample(
             "mixed",
-            d.MixtureSameFamily(d.Categorical(lib.array([0.3, 0.7])), d.Normal(lib.array([-2.0, 2.0]), lib.array([1.0, 0.5]))),
+            d.MixtureSameFamily(
+                d.Categorical(lib.array([0.3, 0.7])), d.Normal(lib.array([-2.0, 2.0]), lib.array([1.0, 0.5]))
+            ),
         )
         size = inner(0.5)
         lib.sample("seen", d.Normal(size, 1.0), obs=lib.array(1.5))
@@ -150,7 +153,9 @@ def test_the_composed_program_is_an_ordinary_program(backend: str) -> None:
         with torch.random.fork_rng(devices=[]):
             plain = pyro.poutine.trace(problem.program).get_trace()
             mapped = pyro.poutine.trace(problem.gaussianized).get_trace()
-        sites = {name: mapped.nodes[name]["value"].item() for name in ("x", "x_base", "severity", "catastrophe", "action_1")}
+        sites = {
+            name: mapped.nodes[name]["value"].item() for name in ("x", "x_base", "severity", "catastrophe", "action_1")
+        }
         assert plain.nodes["catastrophe"]["value"].item() == (plain.nodes["x"]["value"].item() >= 1)
         assert type(mapped.nodes["x_base"]["fn"]).__name__ in {"Normal", "Independent"}
     else:
@@ -288,9 +293,11 @@ def test_pyro_modules_as_adversaries() -> None:
     result = estimate(Problem(adversary, lambda x: x, lambda x, y: y - 4.0), **QUIET)
     result.log_prob_at().backward()
     hazard = math.exp(stats.norm.logpdf(3.5) - log_ndtr(-3.5))
-    assert adversary.shift_unconstrained.grad.item() == pytest.approx(hazard, rel=0.03) if hasattr(
-        adversary, "shift_unconstrained"
-    ) else True
+    assert (
+        adversary.shift_unconstrained.grad.item() == pytest.approx(hazard, rel=0.03)
+        if hasattr(adversary, "shift_unconstrained")
+        else True
+    )
     grads = [p.grad for p in adversary.parameters()]
     assert any(g is not None and abs(g.item()) > 1.0 for g in grads)
     assert dict(pyro.settings.get()) == before

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import TEST_FAILURE_RATE
 from library import gradient, library
-from probest import GradientError, MonteCarlo, Problem, Tempering, estimate
 from scipy import stats
 from scipy.special import log_ndtr
+
+from probest import GradientError, MonteCarlo, Problem, Tempering, estimate
 
 BETA, ANGLE, MEAN = 5.0, 0.3, 0.7
 SAMPLER = Tempering(particles=256)
@@ -57,7 +58,9 @@ def test_value_elsewhere_is_exact_for_a_half_space(backend: str) -> None:
     problem, _, _ = half_space(backend, 50)
     lib = library(backend)
     result = estimate(problem, estimator=SAMPLER, progress=False)
-    farther = lib.module(problem.model.fn if backend == "pyro" else problem.model.func, {"angle": ANGLE, "beta": BETA + 1})
+    farther = lib.module(
+        problem.model.fn if backend == "pyro" else problem.model.func, {"angle": ANGLE, "beta": BETA + 1}
+    )
     moved = result.log_prob_at(model=farther).item() - result.log_prob
     assert moved == pytest.approx(exact(beta=BETA + 1) - exact(), rel=0.02)
 
@@ -104,7 +107,9 @@ def test_conditioned_adversary(backend: str) -> None:
         return x
 
     d, m = lib.module(adversary, {"mean": 0.5}), lib.module(lambda w, x: x - w["beta"], {"beta": 4.0})
-    result = estimate(Problem(d, m, lambda x, y: y), estimator=Tempering(particles=2048), budget=300_000, progress=False)
+    result = estimate(
+        Problem(d, m, lambda x, y: y), estimator=Tempering(particles=2048), budget=300_000, progress=False
+    )
     gap = (4.0 - (0.5 + 1.0) / 2) / math.sqrt(0.5)
     hazard = math.exp(stats.norm.logpdf(gap) - log_ndtr(-gap)) / math.sqrt(0.5)
     assert abs(result.log_prob - log_ndtr(-gap)) < 5 * result.std_error
@@ -141,7 +146,9 @@ def test_discrete_site_keeps_its_score(backend: str) -> None:
 
     p, beta = 0.2, 3.0
     d, m = lib.module(adversary, {"p": p}), lib.module(lambda w, x: x - w["beta"], {"beta": beta})
-    result = estimate(Problem(d, m, lambda x, y: y), estimator=Tempering(particles=2048), budget=300_000, progress=False)
+    result = estimate(
+        Problem(d, m, lambda x, y: y), estimator=Tempering(particles=2048), budget=300_000, progress=False
+    )
     near, far = (math.exp(log_ndtr(v)) for v in (1 - beta, -beta))
     total = p * near + (1 - p) * far
     assert abs(result.log_prob - math.log(total)) < 5 * result.std_error

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from library import library
+from scipy.special import log_ndtr
+
 from probest import Problem, estimate, train
 from probest.train import agree
-from scipy.special import log_ndtr
 
 DIM = 10
 TRUE = 0.5

@@ -44,8 +44,12 @@ RowFunction = Callable[[Parts, Array, dict[str, Array]], PyTree]
 class Backend(Protocol):
     """An array library, as far as probest needs one."""
 
-    name: Literal["torch", "jax"]
-    special: ModuleType
+    @property
+    def name(self) -> Literal["torch", "jax"]: ...
+
+    @property
+    def special(self) -> ModuleType:
+        """Special functions, exact in the tails, and the array namespace ``special.xp``."""
 
     def owns(self, value: Any) -> bool:
         """Whether ``value`` is an array of this library."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -83,18 +82,18 @@ class JaxBackend:
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         n = len(z)
         size = next((size for size in BATCH_SIZES if size >= n), n)
-        run = _run if getattr(fn, "compiled", True) else _run.__wrapped__
+        run = _compiled_run if getattr(fn, "compiled", True) else _run
         arrays, static = _split(parts)
         # Under somebody's jit or grad, what happens on the host still happens now.
         with jax.ensure_compile_time_eval():
-            rows = [self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())]
+            rows = [
+                self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())
+            ]
             values, grads = run(fn, static, gradient, arrays, rows[0], dict(zip(held, rows[1:], strict=True)))
         trim = [self.to_host(value)[:n] for value in values]
         return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
 
-    def trainer(
-        self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any
-    ) -> JaxTrainer:
+    def trainer(self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any) -> JaxTrainer:
         return JaxTrainer(self, parts, scores, task, **options)
 
     def no_gradient(self) -> AbstractContextManager[Any]:
@@ -106,7 +105,6 @@ class JaxBackend:
         yield
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
     fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
     static: _Static,
@@ -121,10 +119,11 @@ def _run(
     values, pullback = jax.vjp(lambda z: fn(parts, z, held), z)
     zeros = tuple(jnp.zeros_like(value) for value in values)
     # Each output row depends on its own row of z alone, so one pullback of ones per output is the whole gradient.
-    grads = tuple(
-        pullback((*zeros[:i], jnp.ones_like(value), *zeros[i + 1 :]))[0] for i, value in enumerate(values)
-    )
+    grads = tuple(pullback((*zeros[:i], jnp.ones_like(value), *zeros[i + 1 :]))[0] for i, value in enumerate(values))
     return values, grads
+
+
+_compiled_run = jax.jit(_run, static_argnums=(0, 1, 2))
 
 
 class _Static(NamedTuple):

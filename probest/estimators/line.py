@@ -7,13 +7,13 @@ sweeps over. For severity :math:`s_\theta` and z standard normal,
 
 The integral is taken along lines (line sampling, made differentiable; no smoothing). Along a unit direction a, a
 particle splits into :math:`z = z_\perp + r a`; the line meets the event in intervals whose ends are roots r* of
-the severity, and an end contributes :math:`\varphi(r^*)\,\partial_\theta s / |a \cdot \nabla s|`. Particles are distributed as
-:math:`\varphi(z_\perp)\, q(z_\perp) / P` with q the probability of the event on the line, so dividing by q gives the
-relative change :math:`\partial_\theta \log P`.
+the severity, and an end contributes :math:`\varphi(r^*)\,\partial_\theta s / |a \cdot \nabla s|`. Particles are
+distributed as :math:`\varphi(z_\perp)\, q(z_\perp) / P` with q the probability of the event on the line, so dividing
+by q gives the relative change :math:`\partial_\theta \log P`.
 
-*Several modes.* Directions are unit gradients of a few particles, and rays from the origin. Each surface point belongs to
-direction k with weight :math:`h_k \propto |n \cdot a_k|^{12}` (n its unit normal): the weights sum to 1, and lines that
-graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle.
+*Several modes.* Directions are unit gradients of a few particles, and rays from the origin. Each surface point belongs
+to direction k with weight :math:`h_k \propto |n \cdot a_k|^{12}` (n its unit normal): the weights sum to 1, and lines
+that graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle.
 
 *Antithetic lines.* The line through :math:`-z_\perp` has the same prior density. Averaging over the pair is exact
 and removes what is odd in :math:`z_\perp`.
@@ -291,4 +291,3 @@ def _unit(vectors: Floats) -> Floats:
 
 def _take(held: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value[index] for name, value in held.items()}
-

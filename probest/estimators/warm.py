@@ -3,8 +3,8 @@ r"""Particles kept warm: a population that follows the catastrophes while the mo
 *Idea.* Training moves the event a little at each step, so particles need not be found anew: they are a Markov chain on
 :math:`\pi_\sigma \propto \varphi(z)\, w(z)\, \Phi(s(z)/\sigma)`, moved by the same kernel as tempering. The noise σ is
 what the severity changes over the natural length of the tail: its gradient's norm divided by
-:math:`\beta = \sqrt{-2 \log P}`. So about half of the particles are catastrophes, and the smoothed event is as rare as the
-hard one to within a factor that barely depends on the model.
+:math:`\beta = \sqrt{-2 \log P}`. So about half of the particles are catastrophes, and the smoothed event is as rare as
+the hard one to within a factor that barely depends on the model.
 
 The change of log P from model to model is followed by reweighting,
 :math:`\log P_{t+1} - \log P_t \approx \log \tfrac1n \sum_i \Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`.
@@ -26,8 +26,7 @@ from scipy.special import log_ndtr
 
 from probest.diagnostics import log_mean_exp, systematic_resample
 from probest.estimators.base import GRADIENT_CALLS, EventLike, Floats, Meter, Particles
-from probest.estimators.tempering import State
-from probest.estimators.tempering import _move as move
+from probest.estimators.moves import State, move
 
 __all__ = ["Walkers"]
 
@@ -39,7 +38,8 @@ LEAST_TAIL = 1.0
 class Walkers:
     """The population, ``z`` of shape ``(n, dim)``.
 
-    severity: ``(n,)`` under the model that the population last saw, or None before it saw any. noise: σ, in units of severity.
+    severity: ``(n,)`` under the model that the population last saw, or None before it saw any. noise: σ, in units of
+    severity.
     log_prob: the running log P.
     """
 

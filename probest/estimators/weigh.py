@@ -66,14 +66,14 @@ class Weigher:
         particles = evidence.particles
         if particles is None or not len(particles.z) or not np.isfinite(evidence.log_prob):
             raise GradientError(
-                "the estimate has no catastrophes, so log P has no gradient: estimate again with a larger budget, or with "
-                "a checker that returns a real severity"
+                "the estimate has no catastrophes, so log P has no gradient: estimate again with a larger budget, or "
+                "with a checker that returns a real severity"
             )
         probe = particles.z[:16]
         if not np.allclose(event.evaluate(probe).severity, particles.severity[:16], rtol=1e-4, atol=1e-4):
             raise GradientError(
-                "the parameters of the model or adversary have changed in place since the estimate, so its particles no longer "
-                "belong to them: call log_prob_at once before changing parameters, or estimate again"
+                "the parameters of the model or adversary have changed in place since the estimate, so its particles "
+                "no longer belong to them: call log_prob_at once before changing parameters, or estimate again"
             )
         rng = np.random.Generator(np.random.Philox(seed))
         surface = sample_surface(event, particles, lines=lines, seed=seed.spawn(1)[0]) if event.differentiable else None

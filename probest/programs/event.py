@@ -13,20 +13,23 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from probest.backends.base import Array, Backend, Parts, PyTree, chunks
 from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, Evaluation, Floats
-from probest.programs.base import Frontend, Recording, Run, Site
+from probest.programs.base import BaseSource, Frontend, Recording, Run, Site
 
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compile_event"]
 
 Batching = Literal["vmap", "model", "loop"]
 
-FRONTENDS = {"pyro": ("probest.programs.pyro", "PyroFrontend"), "numpyro": ("probest.programs.numpyro", "NumPyroFrontend")}
+FRONTENDS = {
+    "pyro": ("probest.programs.pyro", "PyroFrontend"),
+    "numpyro": ("probest.programs.numpyro", "NumPyroFrontend"),
+}
 BACKEND_OF = {"torch": "pyro", "jax": "numpyro", "pyro": "pyro", "numpyro": "numpyro"}
 LARGE_SEVERITY = 1e30
 DEFAULT_CHUNK_BYTES = 2.5e8
@@ -69,8 +72,7 @@ class Composition:
         if self.batching == "model":
             observation, log_weight = backend.rows(self._observe, parts, z, held)
             action = parts.model(observation)
-            judge = lambda parts, pair, _: self._judge(*pair)  # noqa: E731
-            return backend.rows(judge, parts, (observation, action), {}), log_weight
+            return backend.rows(self._judge, parts, (observation, action), {}), log_weight
         across = backend.loop if self.batching == "loop" else backend.rows
         severity, log_weight = across(self._score, parts, z, held)
         return severity, log_weight
@@ -90,8 +92,8 @@ class Composition:
             observation = parts.adversary()
         return observation, recording.finish(None).log_weight
 
-    def _judge(self, observation: PyTree, action: PyTree) -> Array:
-        return self._as_severity(self.checker(observation, action))
+    def _judge(self, parts: Parts, case: tuple[PyTree, PyTree], held: dict[str, Array]) -> Array:
+        return self._as_severity(self.checker(*case))
 
     def _as_severity(self, severity: Any) -> Array:
         xp = self.frontend.backend.special.xp
@@ -106,8 +108,8 @@ class Composition:
         def source(name: str, shape: tuple[int, ...]) -> Array:
             if name not in slices:
                 raise ProblemError(
-                    f"site {name!r} appears in some runs of the adversary and not in others. probest needs the same sites "
-                    "in every run: draw them always, and choose with where()"
+                    f"site {name!r} appears in some runs of the adversary and not in others. probest needs the same "
+                    "sites in every run: draw them always, and choose with where()"
                 )
             return z[slices[name]].reshape(shape)
 
@@ -119,7 +121,9 @@ class Composition:
         return {site.name: slice(int(a), int(b)) for site, a, b in zip(self.sites, ends, ends[1:], strict=False)}
 
 
-def compose(frontend: Frontend, closed_loop: bool, adversary: Any, model: Any, checker: Any, *, record: bool = False) -> Any:
+def compose(
+    frontend: Frontend, closed_loop: bool, adversary: Any, model: Any, checker: Any, *, record: bool = False
+) -> Any:
     """The composed program ``() -> (observation, action, severity)``, with deterministic sites when ``record``."""
 
     def program() -> tuple[PyTree, PyTree, Array]:
@@ -205,10 +209,14 @@ class Event:
                     self.on_calls(self.model_calls)
                 outputs.append(self._checked(values, z[rows]))
                 grads.append(gradients)
-        severity, log_weight = (np.concatenate(column) for column in zip(*outputs, strict=True)) if outputs else (np.empty(0),) * 2
+        severity, log_weight = (
+            (np.concatenate(column) for column in zip(*outputs, strict=True)) if outputs else (np.empty(0),) * 2
+        )
         if not gradient:
             return Evaluation(severity, log_weight)
-        severity_grad, weight_grad = (np.concatenate(column) for column in zip(*grads, strict=True)) if grads else (np.empty((0, self.dim)),) * 2
+        severity_grad, weight_grad = (
+            (np.concatenate(column) for column in zip(*grads, strict=True)) if grads else (np.empty((0, self.dim)),) * 2
+        )
         return Evaluation(severity, log_weight, severity_grad, weight_grad if self.weighted else None)
 
     def scores(self, z: Array, held: dict[str, Array], parts: Parts) -> tuple[Array, Array]:
@@ -231,7 +239,9 @@ class Event:
         backend = self.backend
         across = backend.rows if self.composition.batching == "vmap" else backend.loop
         with backend.evaluating(*self.parts[:2], self.composition.checker), backend.no_gradient():
-            pieces = [across(case, self.parts, backend.from_host(z[rows]), {}) for rows in chunks(len(z), self.chunk_size)]
+            pieces = [
+                across(case, self.parts, backend.from_host(z[rows]), {}) for rows in chunks(len(z), self.chunk_size)
+            ]
         hosted = [backend.tree_map(backend.to_host, piece) for piece in pieces]
         return Cases(*backend.tree_map(lambda *leaves: np.concatenate(leaves), *hosted))
 
@@ -283,7 +293,8 @@ def compile_event(
     with frontend.backend.evaluating(adversary, model, checker), frontend.backend.no_gradient():
         first = _rehearse(composition, parts, rng)
         if frontend.name == "numpyro":
-            # Parameters become arguments. A second run with them given may draw no key: that would be hidden randomness.
+            # Parameters become arguments. A second run with them given may draw no key: that would be hidden
+            # randomness.
             parts = parts._replace(params=first.params)
         second = _rehearse(composition, parts, rng)
     sites = _ordered_sites(first, second)
@@ -310,17 +321,19 @@ def _takes_model(adversary: Any) -> bool:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return False
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     if len(required) > 1:
         raise ProblemError(
-            f"adversary takes {len(required)} required arguments ({', '.join(p.name for p in required)}). It must take none, "
-            "or one: the model, when it runs the closed loop itself and returns (observation, action). "
+            f"adversary takes {len(required)} required arguments ({', '.join(p.name for p in required)}). It must "
+            "take none, or one: the model, when it runs the closed loop itself and returns (observation, action). "
             "Bind the others with functools.partial"
         )
     return len(required) == 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_frontend(name: str) -> Frontend:
     """The front end of ``pyro`` or ``numpyro``, one object for the whole process."""
     module, attribute = FRONTENDS[name]
@@ -338,19 +351,21 @@ def _find_frontend(adversary: Any, model: Any, closed_loop: bool, backend: str |
         return load_frontend(BACKEND_OF[backend])
     candidates = [load_frontend(name) for name in FRONTENDS if name in sys.modules]
     if not candidates:
-        raise ProblemError("neither pyro nor numpyro has been imported: write the adversary as a program of one of them")
+        raise ProblemError(
+            "neither pyro nor numpyro has been imported: write the adversary as a program of one of them"
+        )
     recordings: dict[str, Recording] = {}
     failure: Exception | None = None
     with ExitStack() as stack:
         for frontend in candidates:
             for part in (adversary, model):
                 frontend.adopt(part)
-            zeros = _zeros_source(frontend.backend)
-            recordings[frontend.name] = stack.enter_context(frontend.recording(zeros, {}, {}, seeded=True))
+            source = _source(frontend.backend, np.zeros)
+            recordings[frontend.name] = stack.enter_context(frontend.recording(source, {}, {}, seeded=True))
             stack.enter_context(frontend.backend.evaluating(adversary, model))
         try:
             adversary(model) if closed_loop else adversary()
-        except Exception as error:  # noqa: BLE001 - raised again below, by the rehearsal under one library's handlers
+        except Exception as error:
             failure = error
     used = [frontend for frontend in candidates if recordings[frontend.name].layout]
     if len(used) == 1:
@@ -365,8 +380,13 @@ def _find_frontend(adversary: Any, model: Any, closed_loop: bool, backend: str |
     raise ProblemError("adversary samples from both Pyro and NumPyro: write it in one of them")
 
 
-def _zeros_source(backend: Backend) -> Any:
-    return lambda name, shape: backend.from_host(np.zeros(shape))
+def _source(backend: Backend, draw: Callable[[tuple[int, ...]], Any]) -> BaseSource:
+    """Base coordinates from ``draw(shape)``, whatever the site."""
+
+    def source(name: str, shape: tuple[int, ...]) -> Array:  # noqa: ARG001 - sites are all alike here
+        return backend.from_host(np.asarray(draw(shape), dtype=np.float64))
+
+    return source
 
 
 def _check_foreign(frontend: Frontend, **parts: Any) -> None:
@@ -375,8 +395,8 @@ def _check_foreign(frontend: Frontend, **parts: Any) -> None:
         if other is not None:
             raise ProblemError(
                 f"{name} is a {other} object, but the adversary is a {frontend.name} program "
-                f"({frontend.backend.name}). Write the adversary in {'Pyro' if other == 'torch' else 'NumPyro'}, or the "
-                f"{name} in {frontend.backend.name}"
+                f"({frontend.backend.name}). Write the adversary in {'Pyro' if other == 'torch' else 'NumPyro'}, or "
+                f"the {name} in {frontend.backend.name}"
             )
 
 
@@ -384,7 +404,7 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
     """One run on fresh coordinates, with every check that needs no batch."""
     frontend, checker = composition.frontend, composition.checker
     backend = frontend.backend
-    source = lambda name, shape: backend.from_host(rng.standard_normal(shape))  # noqa: E731
+    source = _source(backend, rng.standard_normal)
     seeded = not parts.params
     with frontend.recording(source, {}, parts.params, seeded=seeded) as recording:
         if composition.closed_loop:
@@ -413,8 +433,8 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
         )
     if composition.batching == "model" and (composition.closed_loop or len(recording.layout) > drawn):
         raise ProblemError(
-            "batching='model' calls the model once for a whole batch, outside the program; that cannot be done when the model "
-            "runs inside the adversary, or when the checker has sample sites. Use batching='loop'"
+            "batching='model' calls the model once for a whole batch, outside the program; that cannot be done when "
+            "the model runs inside the adversary, or when the checker has sample sites. Use batching='loop'"
         )
     _check_severity(backend, severity)
     run = recording.finish((observation, action, severity))
@@ -429,8 +449,8 @@ def _ordered_sites(first: Run, second: Run) -> tuple[Site, ...]:
     if different:
         names = sorted({site.name for site in different})
         raise ProblemError(
-            f"site(s) {', '.join(map(repr, names))} are not the same in two runs of the adversary. probest needs the same sites "
-            "with the same shapes in every run: draw them always, and choose with where()"
+            f"site(s) {', '.join(map(repr, names))} are not the same in two runs of the adversary. probest needs the "
+            "same sites with the same shapes in every run: draw them always, and choose with where()"
         )
     return first.layout
 
@@ -446,8 +466,8 @@ def _check_severity(backend: Backend, severity: Any) -> None:
         ) from error
     if tuple(value.shape) != ():
         raise SeverityError(
-            f"checker returned shape {tuple(value.shape)}; severity is one number a case, shape (). Programs and checkers are "
-            "written for one observation: reduce with max(), or index"
+            f"checker returned shape {tuple(value.shape)}; severity is one number a case, shape (). Programs and "
+            "checkers are written for one observation: reduce with max(), or index"
         )
     if "complex" in str(value.dtype):
         raise SeverityError("checker returned a complex number: severity is real")
@@ -475,7 +495,9 @@ def _snapshot(backend: Backend, tree: PyTree) -> list[np.ndarray]:
 
 def _check_same(backend: Backend, who: str, what: str, before: list[np.ndarray], tree: PyTree) -> None:
     after = _snapshot(backend, tree)
-    same = len(before) == len(after) and all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(before, after, strict=True))
+    same = len(before) == len(after) and all(
+        np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(before, after, strict=True)
+    )
     if not same:
         raise ProblemError(f"{who} changes {what} in place: return a new value instead (copy before writing)")
 
@@ -486,8 +508,8 @@ def _check_repeatable(event: Event, rng: np.random.Generator) -> None:
     one, two = event.evaluate(z), event.evaluate(z)
     if not (np.array_equal(one.severity, two.severity) and np.array_equal(one.log_weight, two.log_weight)):
         raise ProblemError(
-            "severity differs between two evaluations of the same draw: the model or checker uses randomness of its own "
-            "(dropout, a random generator, a key). Put it into evaluation mode, or draw it at a sample site"
+            "severity differs between two evaluations of the same draw: the model or checker uses randomness of its "
+            "own (dropout, a random generator, a key). Put it into evaluation mode, or draw it at a sample site"
         )
     event.model_calls = event.checker_calls = 0
 
@@ -505,4 +527,3 @@ def _first_nan(backend: Backend, case: Cases) -> str:
         if any(np.isnan(np.asarray(leaf, dtype=float)).any() for leaf in backend.leaves(tree)):
             return f"; {label} is NaN in the first of them"
     return ""
-

@@ -54,7 +54,8 @@ class NumPyroFrontend:
         numpyro.deterministic(name, value)
 
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        return handlers.reparam(program, config=_Gaussianize(self.backend, {}))
+        gaussianized: Callable[..., Any] = handlers.reparam(program, config=_Gaussianize(self.backend, {}))
+        return gaussianized
 
 
 class NumPyroRecording:
@@ -147,6 +148,6 @@ def _check(message: dict[str, Any]) -> None:
     name = message["name"]
     if message.get("scale") is not None:
         raise SiteError(
-            f"site {name!r} is scaled or subsampled (handlers.scale, or plate with subsample_size): its law is then not "
-            "a probability distribution. Remove the scale from latent sites"
+            f"site {name!r} is scaled or subsampled (handlers.scale, or plate with subsample_size): its law is then "
+            "not a probability distribution. Remove the scale from latent sites"
         )

@@ -138,8 +138,8 @@ class _Gaussianize:
             return _Hold(msg["value"])
         if not _is_one(msg["scale"]):
             raise SiteError(
-                f"site {msg['name']!r} is scaled or subsampled (poutine.scale, or plate with subsample_size): its law is "
-                "then not a probability distribution. Remove the scale from latent sites"
+                f"site {msg['name']!r} is scaled or subsampled (poutine.scale, or plate with subsample_size): its "
+                "law is then not a probability distribution. Remove the scale from latent sites"
             )
         msg["infer"]["probest_mapped"] = True
         return _ToGaussian(self, msg)
@@ -163,7 +163,7 @@ class _ToGaussian(Reparam):
         try:
             mixture = mixture_map(fn, self.owner.backend.special)
             if mixture is not None:
-                index = pyro.sample(name + COMPONENT, mixture.index, infer={"probest_component": name})
+                index = pyro.sample(name + COMPONENT, mixture.index, infer=_mark("probest_component", name))
                 value = mixture.transform(index, self._base(name, fn, mixture.base_shape, mixture.discrete))
             else:
                 mapped = gaussian_map(fn, self.owner.backend.special)
@@ -176,7 +176,12 @@ class _ToGaussian(Reparam):
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
         self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
         normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
-        return pyro.sample(name + BASE, normal, infer={"probest_base": name})
+        return pyro.sample(name + BASE, normal, infer=_mark("probest_base", name))
+
+
+def _mark(key: str, name: str) -> Any:
+    """An ``infer`` dictionary of our own; Pyro's type knows only its own keys."""
+    return {key: name}
 
 
 @contextmanager
