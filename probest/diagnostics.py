@@ -20,6 +20,8 @@ from scipy import special, stats
 __all__ = [
     "binomial_interval",
     "conditional_ess",
+    "deviation_error",
+    "deviation_interval",
     "effective_sample_size",
     "log_mean_exp",
     "log_sum_exp",
@@ -190,21 +192,37 @@ def mean_interval(log_w: Floats, level: float = 0.95) -> tuple[float, float]:
         return -math.inf, math.inf
     if error == 0.0:
         return mean, mean
-    n = log_w.size
-    deviation = np.exp(log_w - mean) - 1.0
+    return deviation_interval(mean, np.exp(log_w - mean) - 1.0, level)
+
+
+def deviation_error(deviation: Floats) -> tuple[float, float]:
+    """Standard error of a mean from relative deviations of its terms, and the degrees of freedom behind it.
+
+    The variance is itself estimated, from few terms where a few of them carry it: allow it one standard error upwards.
+    """
+    n = deviation.size
     second = float(np.mean(deviation**2))
-    third = float(np.mean(deviation**3))
+    if second == 0.0:
+        return 0.0, n - 1.0
     kurtosis = float(np.mean(deviation**4)) / second**2
     dof = max(2.0, min(n - 1.0, 2.0 * n / max(kurtosis - 1.0, 1e-9)))
-    # the variance is itself estimated: allow it one standard error upwards
-    error *= 1.0 + 0.5 * math.sqrt(max(kurtosis - 1.0, 0.0) / n)
+    return math.sqrt(second / (n - 1.0)) * (1.0 + 0.5 * math.sqrt(max(kurtosis - 1.0, 0.0) / n)), dof
+
+
+def deviation_interval(log_mean: float, deviation: Floats, level: float = 0.95) -> tuple[float, float]:
+    """The interval of :func:`mean_interval`, from the logarithm of a mean and relative deviations of its terms."""
+    error, dof = deviation_error(deviation)
+    if error == 0.0:
+        return log_mean, log_mean
+    n = deviation.size
+    second = float(np.mean(deviation**2))
+    third = float(np.mean(deviation**3))
     t = float(special.stdtrit(dof, 0.5 + 0.5 * level))
     # a heavy upper tail moves the centre up: Johnson's first term and the first correction in the quadratic one
     shift = min(third / (6.0 * second * n), error)
     shift += min(third / (3.0 * second**2) * (error**2), error) if third > 0.0 else 0.0
-    lower = mean - t * error
-    upper = mean + t * error + shift
-    return lower, max(upper, lower)
+    lower = log_mean - t * error
+    return lower, max(log_mean + t * error + shift, lower)
 
 
 def systematic_resample(log_w: Floats, n: int, rng: np.random.Generator) -> Ints:

@@ -5,8 +5,11 @@
    replaces it: those are exact).
 3. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
 4. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
-   where the guide samples. If not, more particles and a new guide; if that fails too, tempering with all that
-   is left of the budget concludes, or the answer is "not converged". Disagreement is never averaged away.
+   where the guide samples. If not, more particles and a new guide. A guide that is hopeless already on its trial
+   (many curved modes, as of deep networks) is left at once.
+5. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
+   (:mod:`probest.estimators.families`). If methods disagree, the answer is "not converged". Disagreement is never
+   averaged away.
 
 It fails where tempering fails: a mode that no particle found, in a place that no fresh sample reached.
 
@@ -18,18 +21,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
+from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
 from probest.estimators.monte_carlo import MonteCarlo
-from probest.estimators.tempering import Prior, State, Tempering, temper
+from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
 
 __all__ = ["Combined"]
 
 _ENOUGH_HITS = 60  # crude hits that make a guide without tempering
+_GIVE_UP = 0.25  # standard error that a guide has to promise to be worth its samples
+_SHARE = 0.85  # of what is left that a tempering run is sized for: levels and moves vary from run to run
+_MOST = 30_000_000  # numbers of z in one run at most
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 
 
@@ -61,14 +69,20 @@ class Combined:
         """The conclusion alone; :meth:`run_ledger` has the evidence it rests on."""
         return self.run_ledger(event, budget=budget, seed=seed)[-1]
 
-    def run_ledger(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> tuple[Evidence, ...]:
-        """All evidence in the order it was found; the last is the conclusion, whose ``calls`` are the sum."""
+    def run_ledger(
+        self, event: EventLike, *, budget: int, seed: np.random.SeedSequence, lines: list[Evidence] | None = None
+    ) -> list[Evidence]:
+        """All evidence in the order it was found; the last is the conclusion, whose ``calls`` are the sum.
+
+        lines: an empty list that is filled as evidence comes, so that an interrupted run loses nothing.
+        """
         Meter(event, budget)  # checks the budget
         started = time.perf_counter()
-        ledger = _Ledger(budget)
+        ledger = _Ledger(budget, [] if lines is None else lines)
         conclusion = self._conclude(event, ledger, seed)
-        total = replace(conclusion, method=self.name, calls=budget - ledger.left, seconds=time.perf_counter() - started)
-        return (*ledger.lines, total)
+        seconds = time.perf_counter() - started
+        ledger.lines.append(replace(conclusion, method=self.name, calls=budget - ledger.left, seconds=seconds))
+        return ledger.lines
 
     def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
         aim = self.precision or 0.02
@@ -84,21 +98,38 @@ class Combined:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
             if weighed.converged and _agree(weighed, crude):
                 return weighed
-        found, state, prior = self._temper(event, ledger, child_seed(seed, 3), self.particles, 0.8)
+        runs: list[_Run] = []
+        share, particles = 0.8, self.particles
         for attempt in range(2):
-            if state is None:
+            run = self._temper(event, ledger, child_seed(seed, 3, attempt), particles, share)
+            if run is None:
                 break
+            runs.append(run)
             weighed = self._weigh(
-                event, ledger, child_seed(seed, 4, attempt), population_of(state), prior_population_of(prior)
+                event, ledger, child_seed(seed, 4, attempt), population_of(run.state), prior_population_of(run.prior)
             )
+            found = _pooled(runs)
             if weighed.converged and _agree(weighed, found):
-                return _with_prior(weighed, found)
-            per_particle = found.calls / max(1, len(state.z))
-            more = int(min(0.8 * ledger.left / per_particle, 4.0 * self.particles if attempt == 0 else math.inf))
-            if more < self.particles:
+                return _with_particles(weighed, found)
+            share, particles = 0.95, min(4 * self.particles, int(0.8 * ledger.left / run.cost))
+            if weighed.diagnostics["hopeless"] or particles < self.particles:
                 break
-            found, state, prior = self._temper(event, ledger, child_seed(seed, 5, attempt), more, 0.95)
-        return _judge(ledger, crude)
+        self._fall_back(event, ledger, seed, runs)
+        return _judge(ledger, crude, runs)
+
+    def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
+        """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
+        most = max(self.particles, _MOST // event.dim)
+        for attempt in range(8):
+            if not runs or (self.precision is not None and _pooled(runs).std_error <= self.precision):
+                return
+            particles = min(most, int(_SHARE * ledger.left / max(run.cost for run in runs)))
+            if particles < min(self.particles, max(run.size for run in runs) / 4):
+                return
+            run = self._temper(event, ledger, child_seed(seed, 5, attempt), particles, 1.0)
+            if run is None:
+                return
+            runs.append(run)
 
     def _finish_crude(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
@@ -135,11 +166,11 @@ class Combined:
 
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
-    ) -> tuple[Evidence, State | None, Prior | None]:
+    ) -> _Run | None:
         method = Tempering(particles=max(64, particles), max_moves=6)
         evidence, state, prior = temper(method, event, budget=max(1, int(share * ledger.left)), seed=seed)
         ledger.add(evidence)
-        return evidence, state, prior
+        return None if state is None else _Run(evidence, state, prior)
 
     def _weigh(
         self,
@@ -149,17 +180,38 @@ class Combined:
         population: Population,
         prior: Population | None,
     ) -> Evidence:
-        method = Importance(precision=self.precision)
+        method = Importance(precision=self.precision, give_up=_GIVE_UP)
         budget = ledger.left if self.precision is None else max(1, int(0.5 * ledger.left))
         return ledger.add(weigh(method, event, population, prior, budget=budget, seed=seed))
+
+
+class _Run(NamedTuple):
+    """A tempering run that reached the event."""
+
+    evidence: Evidence
+    state: State
+    prior: Prior | None
+
+    @property
+    def size(self) -> int:
+        return len(self.state.z)
+
+    @property
+    def cost(self) -> float:
+        """Model calls a particle."""
+        return self.evidence.calls / self.size
+
+
+def _pooled(runs: list[_Run]) -> Evidence:
+    return pool([(run.evidence, families_of(run.state, run.prior)) for run in runs])
 
 
 class _Ledger:
     """The evidence so far and what is left of the budget."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, lines: list[Evidence]) -> None:
         self.left = budget
-        self.lines: list[Evidence] = []
+        self.lines = lines
 
     def add(self, evidence: Evidence) -> Evidence:
         self.left -= evidence.calls
@@ -194,32 +246,35 @@ def _pool(a: Evidence, b: Evidence) -> Evidence:
     )
 
 
-def _with_prior(weighed: Evidence, found: Evidence) -> Evidence:
-    return replace(weighed, prior_particles=found.prior_particles)
+def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:
+    """The importance sample's estimate, with the better particles: tempering's where few of its own weights count."""
+    particles = weighed.particles
+    if found.particles is not None and weighed.diagnostics["ess"] < 0.5 * len(found.particles.z):
+        particles = found.particles
+    return replace(weighed, particles=particles, prior_particles=found.prior_particles)
 
 
-def _judge(ledger: _Ledger, crude: Evidence) -> Evidence:
-    """No importance sample passed its checks: the best tempering concludes if all agree with it."""
-    tempered = [line for line in ledger.lines if line.method == "tempering"]
-    finite = [line for line in tempered if math.isfinite(line.log_prob)]
-    weighed = [line for line in ledger.lines if line.method == "importance sampling" and math.isfinite(line.log_prob)]
+def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run]) -> Evidence:
+    """No importance sample passed its checks: all tempering runs as one conclude, if nothing speaks against it."""
     upper = crude.interval[1]
-    if not finite:
+    if not runs:
+        tempered = [line for line in ledger.lines if line.method == "tempering"]
         if math.isfinite(crude.log_prob):
             return replace(crude, converged=False, notes=(*crude.notes, *(n for line in tempered for n in line.notes)))
         last = tempered[-1] if tempered else crude
         return replace(last, interval=(-math.inf, upper), claim="upper", converged=False)
-    best = min(finite, key=lambda line: line.std_error)
+    best = _pooled(runs)
+    weighed = [line for line in ledger.lines if line.method == "importance sampling" and math.isfinite(line.log_prob)]
     notes = list(best.notes)
     lower, top = best.interval
-    others = [line for line in (*finite, *weighed) if line is not best]
-    agree = all(_agree(best, line) for line in others if line.converged) and best.interval[0] <= upper
+    agree = all(_agree(best, line) for line in weighed if line.converged) and lower <= upper
     if not agree:
         notes.append("the methods disagree beyond their errors: raise the budget, or look at the ledger's particles.")
-        seen = [line.log_prob for line in (*finite, *weighed)]
-        lower, top = min(lower, *seen), max(top, *seen)
+        seen = [line.log_prob for line in weighed]
+        lower, top = min(lower, *seen, lower), max(top, *seen, top)
     if weighed and agree:
         notes.append("the guide did not pass its checks (see the ledger): this is tempering's own estimate.")
-    enough = len(finite) >= 2 or best.diagnostics.get("island_ess", 0.0) > 4.0
-    converged = best.converged and agree and enough and best.std_error <= 0.3
+    if best.std_error > 0.3 and best.converged:
+        notes.append(f"the standard error is {best.std_error:.2f}: raise the budget.")
+    converged = best.converged and agree and best.std_error <= 0.3
     return replace(best, interval=(lower, top), converged=converged, notes=tuple(notes))

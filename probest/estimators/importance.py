@@ -73,6 +73,7 @@ class Weighed(NamedTuple):
     ess: float
     coverage: float
     unseen: float
+    hopeless: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Importance:
     max_samples: at most this many concluding samples.
     guide: a fixed proposal to use as it is; None finds particles by ``find`` and fits one.
     find: the tempering that finds particles, with at most half of the budget.
+    give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget,
+        or of whose trial only a handful of samples counts, is left after its trial; None samples regardless.
     """
 
     precision: float | None = 0.05
@@ -92,6 +95,7 @@ class Importance:
     max_samples: int = 1_000_000
     guide: Guide | None = None
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
+    give_up: float | None = None
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -125,19 +129,14 @@ class Importance:
 
 def population_of(state: State) -> Population:
     """The particles that tempering ended with."""
-    log_w = np.repeat(state.log_z, len(state.z) // len(state.log_z))
-    alive = np.isfinite(log_w)
-    if alive.all():
-        return _population(state.z, log_w, state.log_weight, state.rows)
-    return _population(state.z[alive], log_w[alive], state.log_weight[alive], state.rows)
+    return _population(state.z, np.zeros(len(state.z)), state.log_weight, state.rows)
 
 
 def prior_population_of(prior: Prior | None) -> Population | None:
     """The particles of the conditioned adversary that tempering passed through."""
     if prior is None:
         return None
-    log_w = np.repeat(prior.log_z, len(prior.z) // len(prior.log_z))
-    return _population(prior.z, log_w, prior.log_weight, prior.rows)
+    return _population(prior.z, np.zeros(len(prior.z)), prior.log_weight, prior.rows)
 
 
 def _population(z: Floats, log_w: Floats, log_weight: Floats, rows: Floats | None) -> Population:
@@ -276,17 +275,20 @@ def _weigh_target(
         new = _cost(population, fitted.guide, batch.log_w)
         gain = cost - new
         if new < cost:
-            best, cost = fitted, new
+            best, cost, tried = fitted, new, batch
         if gain < 0.2:
             break
+    hopeless = adapt and _hopeless(method.give_up, population, best.guide, cost, tried, meter.left - reserve)
     # a guide that was picked among several gets a fresh sample: the batches that picked it favour low estimates
     total = tried if fresh else None
     for _ in range(4):
         left = min(meter.left - reserve, method.max_samples - (0 if total is None else len(total.log_w)))
-        if left < 1:
+        if left < 1 or (hopeless and total is not None):
             break
         have = 0 if total is None else len(total.log_w)
-        if precision is None:
+        if hopeless:
+            more = min(left, size)
+        elif precision is None:
             more = left
         else:
             relative = max(0.0, math.expm1(cost)) if total is None else have * _safe_square(total.log_w)
@@ -311,7 +313,24 @@ def _weigh_target(
         diagnostics.effective_sample_size(total.log_w),
         coverage,
         unseen,
+        hopeless,
     )
+
+
+def _hopeless(
+    most: float | None, population: Population | None, guide: Guide, cost: float, tried: Batch, left: int
+) -> bool:
+    """Whether more samples of this guide would be wasted: they promise an error above ``most``, or few of them count.
+
+    The second moment of n weights is at most n, so a small trial cannot show how bad a guide is: that only a few of its
+    weights count, while particles lie where it gave none, says enough.
+    """
+    if most is None:
+        return False
+    if not cost < math.log(max(left, 1)) + 2.0 * math.log(most):
+        return True
+    ess = diagnostics.effective_sample_size(tried.log_w)
+    return ess < 4.0 or (ess < 15.0 and _seen(population, guide, tried.log_w)[1] > 0.2)
 
 
 def _safe_square(log_w: Floats) -> float:
@@ -365,11 +384,15 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
     if unseen > 0.05 or coverage < 0.2:
         notes.append("the particles show catastrophes where the guide does not sample: the estimate is likely too low.")
     wanted = max(0.1, 2.0 * (method.precision or 0.05))
-    if error > wanted and hits:
+    if any(t.hopeless for t in targets):
+        notes.append("the guide was given up after its trial: too few of its samples would count.")
+    elif error > wanted and hits:
         notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
     particles = None
     if hits:
+        # the largest weights are clipped at mean · √n: less variance for what averages over particles
         log_w = _kept_weights(joint.hits)
+        log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
         particles = Particles(joint.hits.z, log_w - diagnostics.log_sum_exp(log_w), joint.hits.severity)
     return Evidence(
         method=method.name,
@@ -391,6 +414,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
             "unseen": unseen,
             "rank": 0.0 if joint.fitted.basis is None else float(joint.fitted.basis.shape[1]),
             "components": float(joint.fitted.components),
+            "hopeless": float(any(t.hopeless for t in targets)),
         },
         notes=tuple(notes),
     )

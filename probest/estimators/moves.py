@@ -6,7 +6,7 @@ proposals that leave the standard normal φ alone, so that cost does not grow wi
 - *local* (:func:`move`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
 - *guided* (:func:`guided_sweep`): independent draws from a law fitted to the population in the few directions that
   matter (or of the radius, where no few do), pCN in all others. One forward call each, and it jumps between modes.
-  Each half of the islands is moved by the other half's law, since a kernel fitted to the particles that it moves
+  Each half of the population is moved by the other half's law, since a kernel fitted to the particles that it moves
   would be biased.
 
 Guided moves alone fail where the mixture lacks a mode: its particles would be stuck. So tempering always adds a
@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special, stats
 
 from probest import diagnostics
@@ -48,7 +49,10 @@ _BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
 
 @dataclass
 class State:
-    """The population: equal weights inside an island, ``log_z`` the running log-evidence of each island.
+    """The population: equal weights, ``family`` the island each particle's first ancestor was drawn in.
+
+    ``log_z`` ``(k,)`` is what each family alone says of the running log-evidence: their mean is the estimate. Particles
+    are in the order of their ancestors, so that relatives lie next to each other.
 
     z ``(n, dim)``; gradients ``(n, dim)`` or None (not known now); rows: gradient information for a subspace;
     ``inverse_noise`` = 1/σ, 0 at the start and inf in the event; rest: levels until guided moves are tried again.
@@ -68,6 +72,7 @@ class State:
     walk_angle: float = 1.0
     rows: Floats | None = None
     rest: int = 0
+    family: NDArray[np.intp] | None = None
     first_hits: int = 0
     levels: int = 0
     moves: int = 0
@@ -91,7 +96,7 @@ def log_target(severity: Floats, log_weight: Floats, power: float, inverse_noise
 
 
 def total(state: State) -> float:
-    """Running log-evidence over all islands."""
+    """Running log-evidence over all families."""
     return diagnostics.log_sum_exp(state.log_z) - math.log(len(state.log_z))
 
 
@@ -236,7 +241,7 @@ def _regression_rows(state: State) -> Floats | None:
 
 
 def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial, Mixture | Radial]:
-    """Laws for independent moves, one from each half of the islands: radial where no few directions matter.
+    """Laws for independent moves, one from each half of the population: radial where no few directions matter.
 
     Each half is moved by the other half's law: a kernel fitted to the particles that it moves would be biased.
     """
@@ -287,8 +292,7 @@ def _propose(
 
 
 def _middle(state: State) -> int:
-    k = len(state.log_z)
-    return (k // 2) * (len(state.z) // k)
+    return len(state.z) // 2
 
 
 def guided_sweep(

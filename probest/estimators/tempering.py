@@ -11,16 +11,21 @@ product estimates the evidence), the population is resampled and moved. Moves ar
 Langevin, reversible for φ, so their cost does not grow with the dimension; without a useful gradient they are
 plain pCN. Step sizes follow the acceptance; moves repeat until severities are decorrelated.
 
-The population is split into islands that never exchange particles and share only the schedule and the step
-size, so the spread of their estimates is an honest standard error (jackknife, Student t).
+The population is drawn in islands, and every particle keeps the name of the island its first ancestor came from.
+All particles compete in one resampling (islands that never exchanged particles would each have to find every mode
+by themselves, and the mean of their estimates would hang on the luckiest). The share that each island's family has
+in the end, relative to its fair share, is an estimate of P by itself; the spread of these is an honest standard error
+(Chan & Lai 2013; Lee & Whiteley 2018): where few families are left, moves did not forget their ancestors, and the error
+is large.
 
 It fails when catastrophes lie where no particle climbs (a plateau, a mode hidden behind a valley): a mode that
-no island finds is missing from the estimate *and* from its error. Compare with crude Monte Carlo where P is
+no particle finds is missing from the estimate *and* from its error. Compare with crude Monte Carlo where P is
 not too small, and with fresh importance samples elsewhere.
 
 References: Del Moral, Doucet & Jasra (2006), Sequential Monte Carlo samplers; Cotter, Roberts, Stuart & White
 (2013), MCMC methods for functions; Papaioannou, Papadimitriou & Straub (2016), Sequential importance sampling
-for structural reliability; Zhou, Johansen & Aston (2016) for the conditional ESS.
+for structural reliability; Zhou, Johansen & Aston (2016) for the conditional ESS; Chan & Lai (2013), A general theory
+of particle filters; Lee & Whiteley (2018), Variance estimation in the particle filter.
 """
 
 from __future__ import annotations
@@ -30,8 +35,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import special
 
 from probest import diagnostics
 from probest.estimators.base import (
@@ -44,6 +47,7 @@ from probest.estimators.base import (
     Particles,
     generator,
 )
+from probest.estimators.families import Families, combine
 from probest.estimators.moves import (
     State,
     ensure_gradient,
@@ -58,12 +62,12 @@ from probest.estimators.moves import (
     total,
 )
 
-__all__ = ["State", "Tempering", "temper"]
+__all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
 
 _MAX_LEVELS = 300
 _FLOOR = -2000.0  # log P below which the event counts as impossible
+_LEVEL_SHARE = 0.12  # of what is left of the budget, at most, for one level's local moves
 _LOG2 = math.log(2.0)
-_move = move  # the name that older callers import
 
 
 class Prior(NamedTuple):
@@ -81,7 +85,7 @@ class Tempering:
     """Sequential Monte Carlo from the adversary to the event.
 
     particles: size of the population, over all islands.
-    islands: independent groups; their spread gives the standard error.
+    islands: groups of first particles; the spread of what their families come to gives the standard error.
     target: share of the effective sample size that one step may leave (conditional ESS).
     max_moves: at most this many moves of every particle a level.
     decorrelation: moves stop once the severities' rank correlation with the level's start is below this.
@@ -90,7 +94,7 @@ class Tempering:
     """
 
     particles: int = 512
-    islands: int = 8
+    islands: int = 16
     target: float = 0.5
     max_moves: int = 8
     decorrelation: float = 0.5
@@ -248,39 +252,35 @@ def _next_noise(state: State, target: float) -> float | None:
 
 
 def _reweight(state: State, power: float, noise: float, rng: np.random.Generator, method: Tempering) -> bool:
-    """Weigh by the new target, update each island's evidence, resample inside islands. False when all died."""
+    """Weigh by the new target, resample, and count each family's share of the evidence. False when all died."""
     new = log_target(state.severity, state.log_weight, power, noise)
     old = log_target(state.severity, state.log_weight, state.power, state.inverse_noise)
     increment = _minus(new, old)
     k = method.islands
     each = len(increment) // k
     keep = min(each, method.particles // k)
-    log_z = np.array([diagnostics.log_sum_exp(part) for part in increment.reshape(k, each)]) - math.log(each)
-    if not np.any(np.isfinite(log_z + state.log_z)):
+    keep *= k
+    gain = diagnostics.log_mean_exp(increment)[0]
+    if not math.isfinite(gain):
         return False
     if math.isfinite(noise):
         state.drift_noise = noise
-    shrink = keep < each
-    pick: list[NDArray[np.intp]] = []
-    for i in range(k):
-        part = increment[i * each : (i + 1) * each]
-        if math.isfinite(log_z[i]):
-            pick.append(i * each + diagnostics.systematic_resample(part, keep, rng))
-        else:  # a dead island: its particles stay, with weight zero from here on
-            pick.append(i * each + np.arange(keep))
-    state.log_z = state.log_z + log_z
+    family = np.repeat(np.arange(k), each) if state.family is None else state.family
+    overall = total(state) + gain
+    index = diagnostics.systematic_resample(increment, keep, rng)
     for name in ("z", "severity_grad", "weight_grad"):
         value = getattr(state, name)
         if value is None:
             continue
-        if shrink:
-            setattr(state, name, value[np.concatenate(pick)])
+        if keep < len(increment):
+            setattr(state, name, value[index])
         else:
-            for i in range(k):  # island by island, so that no second copy of the population is alive
-                value[i * each : (i + 1) * each] = value[pick[i]]
-    index = np.concatenate(pick)
+            value[:] = value[index]
     state.severity = state.severity[index]
     state.log_weight = state.log_weight[index]
+    state.family = family[index]
+    with np.errstate(divide="ignore"):
+        state.log_z = overall + np.log(np.bincount(state.family, minlength=k) * (k / keep))
     state.power, state.inverse_noise = power, noise
     state.levels += 1
     return True
@@ -307,18 +307,22 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
                 state.rest = 2
                 break
         state.correlation = rank_correlation(start, slow(state))
-        if unmoved <= 0.35:
+        if unmoved <= 0.35 and state.correlation <= max(method.decorrelation, 0.6):
             # a mode that the mixture lacks would be stuck, and die out: one small step for everyone
             if meter.left >= len(state.z):
                 walked = move(state, meter, rng, False, state.walk_angle)
                 state.walk_angle = float(np.clip(state.walk_angle * math.exp(2.0 * (walked - 0.35)), 1e-4, 1.4))
                 state.moves += 1
             return True
+        if unmoved <= 0.35:  # accepted, but only since it moved little in all other directions
+            state.rest = 2
     state.rest = max(0, state.rest - 1)
     gradient = ensure_gradient(state, meter, gradient)
     cost = len(state.z) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
     aim = 0.55 if gradient else 0.35
     most = method.max_moves if gradient else 2 * method.max_moves
+    # where the budget is short, fewer moves a level: a run that ends without reaching the event says nothing
+    most = min(most, max(1, int(_LEVEL_SHARE * meter.left / cost)))
     for i in range(most):
         if meter.left < cost:
             return i > 0
@@ -331,79 +335,45 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
     return True
 
 
-def _combine(log_z: Floats, log_prior: Floats | None) -> tuple[float, float, float]:
-    """log P from islands, its jackknife standard error, and the larger spread of the islands' own logs."""
-    k = len(log_z)
-
-    def value(mask: NDArray[np.bool_]) -> float:
-        top = diagnostics.log_sum_exp(log_z[mask])
-        below = diagnostics.log_sum_exp(log_prior[mask]) if log_prior is not None else math.log(mask.sum())
-        return top - below
-
-    everything = np.ones(k, dtype=np.bool_)
-    estimate = value(everything)
-    left_out = []
-    for i in range(k):
-        mask = everything.copy()
-        mask[i] = False
-        left_out.append(value(mask))
-    left = np.array(left_out)
-    if not np.isfinite(left).all():
-        return estimate, math.inf, math.inf
-    error = float(np.sqrt((k - 1) / k * np.sum((left - left.mean()) ** 2)))
-    each = log_z - (0.0 if log_prior is None else log_prior)
-    spread = float(np.std(each, ddof=1)) if np.isfinite(each).all() else math.inf
-    return estimate, error, spread
+def families_of(state: State, prior: Prior | None) -> Families:
+    """What each family of a finished run says of P."""
+    return Families(state.log_z, None if prior is None else prior.log_z, float(len(state.z)))
 
 
 def _finished(method: Tempering, meter: Meter, state: State, prior: Prior | None) -> Evidence:
-    log_prior = None if prior is None else prior.log_z
-    log_prob, error, spread = _combine(state.log_z, log_prior)
-    k = method.islands
-    each = len(state.z) // k
-    weight = np.repeat(state.log_z, each)
-    alive = np.isfinite(weight)
-    dead = int(np.count_nonzero(~np.isfinite(state.log_z)))
-    t = float(special.stdtrit(k - 1, 0.975))
-    # logs of islands that spread widely mean that the mean hangs on a few of them: it errs low
-    width = max(error, min(spread, 2.0) / math.sqrt(k))
-    above = 0.5 * min(spread, 2.0) ** 2 / k * t if math.isfinite(spread) else 1.0
-    interval = (-math.inf, 0.0)
-    if math.isfinite(error):
-        interval = (log_prob - t * width, min(0.0, log_prob + t * width + above))
+    verdict = combine([families_of(state, prior)])
+    n = len(state.z)
+    few = verdict.effective < 4.0
     notes = []
-    if dead:
-        notes.append(f"{dead} of {k} islands found no catastrophe: raise the particles or the budget.")
+    if few:
+        notes.append("the particles descend from a few first ones: raise the particles, max_moves or the budget.")
     if state.correlation > 0.9:
         notes.append("the particles hardly move inside the event: raise max_moves or the budget.")
-    converged = dead == 0 and width <= 0.5 and state.correlation <= 0.9
-    if width > 0.5 and not dead:
-        notes.append(f"the islands disagree (standard error {width:.2f}): raise the particles or the budget.")
-    particles = Particles(state.z[alive], weight[alive] - diagnostics.log_sum_exp(weight[alive]), state.severity[alive])
+    if verdict.error > 0.5 and not few:
+        notes.append(f"the standard error is {verdict.error:.2f}: raise the particles or the budget.")
+    converged = not notes
+    particles = Particles(state.z, np.full(n, -math.log(n)), state.severity)
     prior_particles = None
     if prior is not None:
-        prior_weight = np.repeat(prior.log_z, len(prior.z) // k)
-        prior_weight = prior_weight - diagnostics.log_sum_exp(prior_weight)
-        prior_particles = Particles(prior.z, prior_weight, prior.severity)
+        prior_particles = Particles(prior.z, np.full(len(prior.z), -math.log(len(prior.z))), prior.severity)
     return Evidence(
         method=method.name,
-        log_prob=min(log_prob, 0.0),
-        std_error=width,
-        interval=interval,
+        log_prob=min(verdict.log_prob, 0.0),
+        std_error=verdict.error,
+        interval=verdict.interval,
         claim="consistent",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=converged,
         particles=particles,
         prior_particles=prior_particles,
-        log_evidence=0.0 if prior is None else diagnostics.log_sum_exp(prior.log_z) - math.log(k),
+        log_evidence=0.0 if prior is None else diagnostics.log_mean_exp(prior.log_z)[0],
         diagnostics={
             "levels": float(state.levels),
             "moves": float(state.moves),
             "acceptance": state.acceptance,
             "correlation": state.correlation,
-            "island_ess": diagnostics.effective_sample_size(state.log_z),
-            "island_spread": spread,
+            "island_ess": verdict.effective,
         },
         notes=tuple(notes),
     )
@@ -423,9 +393,9 @@ def _unfinished(
         if drawn and not meter.event.weighted:
             upper = diagnostics.binomial_interval(state.first_hits, drawn)[1]
         if 0.0 < state.inverse_noise < math.inf:
-            info["soft_upper"] = _combine(state.log_z, None if prior is None else prior.log_z)[0] + _LOG2
+            info["soft_upper"] = combine([families_of(state, prior)]).log_prob + _LOG2
         if prior is not None:
-            log_evidence = diagnostics.log_sum_exp(prior.log_z) - math.log(method.islands)
+            log_evidence = diagnostics.log_mean_exp(prior.log_z)[0]
         info |= {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
     return Evidence(
         method=method.name,
