@@ -219,6 +219,14 @@ class Event:
         )
         return Evaluation(severity, log_weight, severity_grad, weight_grad if self.weighted else None)
 
+    def severity(self, z: Floats) -> Floats:
+        """Severity at each row of z, ``(n,)``."""
+        return self.evaluate(z).severity
+
+    def log_weight(self, z: Floats) -> Floats:
+        """Log-weight of observed sites and factors at each row of z, ``(n,)``."""
+        return self.evaluate(z).log_weight
+
     def scores(self, z: Array, held: dict[str, Array], parts: Parts) -> tuple[Array, Array]:
         """Severity and log-weight at native z, differentiable in ``parts`` by the library's own autograd."""
         with self.backend.evaluating(*parts[:2], self.composition.checker):
@@ -311,6 +319,7 @@ def compile_event(
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
     )
     _check_repeatable(event, rng)
+    event.differentiable = event.differentiable and _has_gradient(event, rng)
     return event
 
 
@@ -512,6 +521,17 @@ def _check_repeatable(event: Event, rng: np.random.Generator) -> None:
             "own (dropout, a random generator, a key). Put it into evaluation mode, or draw it at a sample site"
         )
     event.model_calls = event.checker_calls = 0
+
+
+def _has_gradient(event: Event, rng: np.random.Generator) -> bool:
+    """Whether the severity can be differentiated at all: what passes through NumPy, say, cannot."""
+    try:
+        event.evaluate(rng.standard_normal((1, event.dim)), gradient=True)
+    except (RuntimeError, TypeError):
+        return False
+    finally:
+        event.model_calls = event.checker_calls = 0
+    return True
 
 
 def _default_chunk(backend: Backend, sites: tuple[Site, ...], value: PyTree) -> int:

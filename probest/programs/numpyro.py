@@ -104,8 +104,6 @@ class _Gaussianize:
         if message["name"] in self.held:
             return _Hold(self.held[message["name"]])
         _check(message)
-        if message["value"] is not None:
-            return _Hold(message["value"])
         return _ToGaussian(self, message)
 
 
@@ -146,6 +144,11 @@ class _ToGaussian(Reparam):
 
 def _check(message: dict[str, Any]) -> None:
     name = message["name"]
+    if message["value"] is not None:
+        raise SiteError(
+            f"site {name!r} is not observed and yet has a value already: it is inside numpyro's scan, or a handler has "
+            "substituted it. Draw all steps at one site before a jax.lax.scan, and fix values with handlers.condition"
+        )
     if message.get("scale") is not None:
         raise SiteError(
             f"site {name!r} is scaled or subsampled (handlers.scale, or plate with subsample_size): its law is then "

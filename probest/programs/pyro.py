@@ -135,7 +135,10 @@ class _Gaussianize:
         if msg["name"] in self.held:
             return _Hold(self.held[msg["name"]])
         if msg["value"] is not None:
-            return _Hold(msg["value"])
+            raise SiteError(
+                f"site {msg['name']!r} is not observed and yet has a value already: a handler (poutine.replay, say) has set "
+                "it. Fix values with poutine.condition"
+            )
         if not _is_one(msg["scale"]):
             raise SiteError(
                 f"site {msg['name']!r} is scaled or subsampled (poutine.scale, or plate with subsample_size): its "
