@@ -20,10 +20,12 @@ from exact_events import (
 )
 from scipy import special, stats
 
-from probest.estimators.base import Evaluation, Evidence, Floats
+from probest.estimators.base import Evaluation, Evidence, Floats, Meter
 from probest.estimators.combined import Combined
+from probest.estimators.families import Families, combine
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.moves import State, refresh
 from probest.estimators.tempering import Tempering
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
@@ -78,7 +80,7 @@ def test_every_estimator_on_every_exact_event(method: Method, event: ExactEvent)
         p = math.exp(event.log_prob)
         assert min(stats.binom.cdf(hits, n, p), stats.binom.sf(hits - 1, n, p)) > TEST_FAILURE_RATE / 2
     elif evidence.converged:
-        # errors of log P are judged by Student t, with the freedom of the eight islands where those gave the error
+        # errors of log P are judged by Student t, with half the freedom of the families where those gave the error
         freedom = 7 if evidence.method == "tempering" or "island_ess" in evidence.diagnostics else 60
         reach = float(special.stdtrit(freedom, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
         assert abs(evidence.log_prob - event.log_prob) < reach
@@ -210,9 +212,101 @@ def test_calls_do_not_grow_with_the_dimension() -> None:
 
 
 def test_ledger_ends_with_the_conclusion() -> None:
-    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0))
+    lines: list[Evidence] = []
+    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0), lines=lines)
+    assert ledger is lines
     assert [line.method for line in ledger] == ["monte carlo", "tempering", "importance sampling", "combined"]
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
+
+
+def test_an_interrupted_ledger_keeps_its_lines() -> None:
+    whole = half_space(10, 5.0)
+    calls = 0
+
+    def severity(z: Floats) -> Floats:
+        nonlocal calls
+        calls += len(z)
+        if calls > 2000:
+            raise KeyboardInterrupt
+        return whole.severity(z)
+
+    lines: list[Evidence] = []
+    with pytest.raises(KeyboardInterrupt):
+        Combined().run_ledger(replace(whole, severity=severity), budget=BUDGET, seed=seed(0), lines=lines)
+    assert [line.method for line in lines] == ["monte carlo"]
+
+
+def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
+    """``count`` balls in random directions, at distance ``beta`` from the origin: no mixture of a few parts fits."""
+    rng = np.random.Generator(np.random.Philox(7))
+    centres = rng.standard_normal((count, dim))
+    centres *= beta / np.linalg.norm(centres, axis=1, keepdims=True)
+
+    def severity(z: Floats) -> Floats:
+        square = np.sum(z**2, axis=1)[:, None] - 2.0 * z @ centres.T + beta**2
+        return np.asarray(0.7 * math.sqrt(dim) - np.sqrt(square.min(axis=1)), dtype=np.float64)
+
+    def gradient(z: Floats) -> Floats:
+        square = np.sum(z**2, axis=1)[:, None] - 2.0 * z @ centres.T + beta**2
+        away = z - centres[np.argmin(square, axis=1)]
+        return np.asarray(-away / np.linalg.norm(away, axis=1, keepdims=True), dtype=np.float64)
+
+    # distances from a centre at radius β: noncentral chi-square, and the balls are disjoint up to a negligible rest
+    log_prob = math.log(count) + float(stats.ncx2.logcdf(0.49 * dim, dim, beta**2))
+    return ExactEvent(f"many_modes_{count}", dim, log_prob, severity, gradient)
+
+
+def test_a_hopeless_guide_is_left_and_tempering_spends_the_budget() -> None:
+    event = many_modes(40, 60, 5.5)
+    ledger = Combined().run_ledger(event, budget=BUDGET, seed=seed(0))
+    check_evidence(ledger[-1], event, BUDGET)
+    assert ledger[-1].calls > 0.7 * BUDGET
+    weighed = [line for line in ledger if line.method == "importance sampling"]
+    assert sum(line.calls for line in weighed) < 0.2 * BUDGET
+    assert ledger[-1].interval[0] <= event.log_prob <= ledger[-1].interval[1]
+    particles = ledger[-1].particles
+    assert particles is not None
+    assert 1.0 / np.sum(np.exp(2.0 * particles.log_weight)) > 200
+
+
+def test_pooled_families_are_unbiased_and_weighted_by_size() -> None:
+    rng = np.random.Generator(np.random.Philox(0))
+    sizes = (100.0, 900.0)
+    pairs = [[Families(np.log(rng.gamma(2.0, 0.5, 16)), None, size) for size in sizes] for _ in range(500)]
+    verdicts = [combine(pair) for pair in pairs]
+    values = np.exp([verdict.log_prob for verdict in verdicts])
+    by_hand = [sum(size * np.exp(run.log_z).mean() for run, size in zip(pair, sizes, strict=True)) for pair in pairs]
+    np.testing.assert_allclose(values, np.array(by_hand) / sum(sizes))
+    assert abs(values.mean() - 1.0) < stats.norm.isf(TEST_FAILURE_RATE / 2) * values.std() / math.sqrt(len(values))
+    covered = sum(verdict.interval[0] <= 0.0 <= verdict.interval[1] for verdict in verdicts)
+    assert stats.binom.cdf(covered, len(verdicts), 0.93) > TEST_FAILURE_RATE
+
+
+def test_one_family_alone_claims_nothing() -> None:
+    verdict = combine([Families(np.where(np.arange(16) == 0, 0.0, -np.inf), None, 160.0)])
+    assert verdict.error > 1.0
+    assert verdict.effective == pytest.approx(1.0)
+
+
+def test_refreshed_coordinates_leave_the_target_alone() -> None:
+    # exact draws of a half-space's posterior stay exact draws, whatever the coordinates
+    beta, dim, n = 2.0, 6, 4000
+    event = half_space(dim, beta)
+    rng = np.random.Generator(np.random.Philox(1))
+    axis = np.full(dim, 1.0 / math.sqrt(dim))
+    z = rng.standard_normal((n, dim))
+    law = stats.truncnorm(beta, np.inf)
+    z += (law.rvs(n, random_state=rng) - z @ axis)[:, None] * axis
+    state = State(z, event.severity(z), np.zeros(n), None, None, np.zeros(4), inverse_noise=math.inf)
+    meter = Meter(event, 100 * n)
+    before = z.copy()
+    for _ in range(20):
+        refresh(state, meter, rng)
+    assert np.mean(np.any(state.z != before, axis=1)) > 0.9
+    assert stats.kstest(state.z @ axis, law.cdf).pvalue > TEST_FAILURE_RATE
+    side = state.z[:, 0] - state.z[:, 1]
+    assert stats.kstest(side / math.sqrt(2.0), "norm").pvalue > TEST_FAILURE_RATE
+    assert state.severity.min() >= 0.0
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])

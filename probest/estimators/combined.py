@@ -36,7 +36,7 @@ __all__ = ["Combined"]
 
 _ENOUGH_HITS = 60  # crude hits that make a guide without tempering
 _GIVE_UP = 0.25  # standard error that a guide has to promise to be worth its samples
-_SHARE = 0.85  # of what is left that a tempering run is sized for: levels and moves vary from run to run
+_SHARE = 0.92  # of what is left that a tempering run is sized for: levels and moves vary from run to run
 _MOST = 30_000_000  # numbers of z in one run at most
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 
@@ -52,7 +52,7 @@ class Combined:
 
     precision: float | None = 0.05
     pilot: int = 500
-    particles: int = 320
+    particles: int = 256
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:

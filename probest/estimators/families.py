@@ -28,7 +28,9 @@ import numpy as np
 from probest import diagnostics
 from probest.estimators.base import Evidence, Floats, Particles
 
-__all__ = ["Families", "Verdict", "combine", "pool"]
+__all__ = ["Families", "Verdict", "combine", "complaints", "pool"]
+
+_OWN = ("the particles descend from a few first ones", "the standard error is")
 
 
 class Families(NamedTuple):
@@ -47,6 +49,15 @@ class Verdict(NamedTuple):
     interval: tuple[float, float]
     effective: float
     parts: Floats
+
+
+def complaints(verdict: Verdict) -> tuple[str, ...]:
+    """What is wrong with an estimate that rests on these families, and what to do."""
+    if verdict.effective < 4.0:
+        return (f"{_OWN[0]}: raise the particles, max_moves or the budget.",)
+    if verdict.error > 0.5:
+        return (f"{_OWN[1]} {verdict.error:.2f}: raise the particles or the budget.",)
+    return ()
 
 
 def combine(runs: Sequence[Families]) -> Verdict:
@@ -91,11 +102,11 @@ def pool(runs: Sequence[tuple[Evidence, Families]]) -> Evidence:
         return runs[0][0]
     lines = [line for line, _ in runs]
     verdict = combine([families for _, families in runs])
-    few = verdict.effective < 4.0
     largest = max(runs, key=lambda run: run[1].size)[0]
     sizes = np.array([families.size for _, families in runs])
     log_evidence = np.array([line.log_evidence for line in lines]) + np.log(sizes / sizes.sum())
-    notes = [note for note in largest.notes if few or "descend" not in note]
+    own = [note for line in lines for note in line.notes if not note.startswith(_OWN)]
+    notes = (*dict.fromkeys(own), *complaints(verdict))
     both = zip(lines, verdict.parts, strict=True)
     sets = [(line.particles, part) for line, part in both if line.particles is not None]
     particles = Particles(
@@ -110,7 +121,7 @@ def pool(runs: Sequence[tuple[Evidence, Families]]) -> Evidence:
         interval=verdict.interval,
         particles=particles._replace(log_weight=particles.log_weight - diagnostics.log_sum_exp(particles.log_weight)),
         log_evidence=diagnostics.log_sum_exp(log_evidence),
-        converged=largest.converged and not few,
+        converged=not notes,
         diagnostics={**largest.diagnostics, "island_ess": verdict.effective, "runs": float(len(runs))},
-        notes=tuple(notes),
+        notes=notes,
     )

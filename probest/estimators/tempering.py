@@ -9,7 +9,9 @@ first λ from 0 to 1 (a conditioned adversary's own evidence), then σ from ∞ 
 event. Each step is as long as the conditional effective sample size allows; weights are averaged (their
 product estimates the evidence), the population is resampled and moved. Moves are preconditioned Crank–Nicolson
 Langevin, reversible for φ, so their cost does not grow with the dimension; without a useful gradient they are
-plain pCN. Step sizes follow the acceptance; moves repeat until severities are decorrelated.
+plain pCN. Between them a few coordinates at a time are drawn afresh, which crosses what lies between modes. Step sizes
+follow the acceptance; moves repeat until severities are decorrelated. The first draws are several times as many as the
+particles, and the population shrinks by halves: where modes part, many draws are worth more than many moves.
 
 The population is drawn in islands, and every particle keeps the name of the island its first ancestor came from.
 All particles compete in one resampling (islands that never exchanged particles would each have to find every mode
@@ -47,7 +49,7 @@ from probest.estimators.base import (
     Particles,
     generator,
 )
-from probest.estimators.families import Families, combine
+from probest.estimators.families import Families, combine, complaints
 from probest.estimators.moves import (
     State,
     ensure_gradient,
@@ -57,6 +59,7 @@ from probest.estimators.moves import (
     move,
     probe,
     rank_correlation,
+    refresh,
     slow,
     soft,
     total,
@@ -66,7 +69,8 @@ __all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
 
 _MAX_LEVELS = 300
 _FLOOR = -2000.0  # log P below which the event counts as impossible
-_LEVEL_SHARE = 0.12  # of what is left of the budget, at most, for one level's local moves
+_LEVEL_SHARE = 0.18  # of what is left of the budget, at most, for one level's local moves
+_WIDE = 8  # times as many first draws as particles, where the budget is large enough
 _LOG2 = math.log(2.0)
 
 
@@ -84,7 +88,7 @@ class Prior(NamedTuple):
 class Tempering:
     """Sequential Monte Carlo from the adversary to the event.
 
-    particles: size of the population, over all islands.
+    particles: size of the population, over all islands (the first levels take more).
     islands: groups of first particles; the spread of what their families come to gives the standard error.
     target: share of the effective sample size that one step may leave (conditional ESS).
     max_moves: at most this many moves of every particle a level.
@@ -179,6 +183,8 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
     """Draw the population; more of it where most severities are equal (boolean checkers, plateaus)."""
     k = method.islands
     each = min(method.particles // k, meter.budget // (2 * k) or 1)
+    wide = int(min(_WIDE, 0.12 * meter.budget / (each * k)))
+    each *= max(1, wide)
     z = rng.standard_normal((k * each, meter.event.dim))
     first = meter.evaluate(z)
     severity, log_weight = first.severity, first.log_weight
@@ -258,8 +264,8 @@ def _reweight(state: State, power: float, noise: float, rng: np.random.Generator
     increment = _minus(new, old)
     k = method.islands
     each = len(increment) // k
-    keep = min(each, method.particles // k)
-    keep *= k
+    # the first levels decide which modes there are, and moves are cheap there: the population shrinks by halves
+    keep = k * min(each, max(method.particles // k, each // 2))
     gain = diagnostics.log_mean_exp(increment)[0]
     if not math.isfinite(gain):
         return False
@@ -317,8 +323,15 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
         if unmoved <= 0.35:  # accepted, but only since it moved little in all other directions
             state.rest = 2
     state.rest = max(0, state.rest - 1)
+    n = len(state.z)
+    if gradient:
+        most = min(method.max_moves, int(0.5 * _LEVEL_SHARE * meter.left / n))
+        for _ in range(most):
+            state.acceptance = refresh(state, meter, rng)
+            state.moves += 1
+        state.correlation = rank_correlation(start, slow(state))
     gradient = ensure_gradient(state, meter, gradient)
-    cost = len(state.z) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
+    cost = n * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
     aim = 0.55 if gradient else 0.35
     most = method.max_moves if gradient else 2 * method.max_moves
     # where the budget is short, fewer moves a level: a run that ends without reaching the event says nothing
@@ -326,11 +339,14 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
     for i in range(most):
         if meter.left < cost:
             return i > 0
-        state.acceptance = move(state, meter, rng, gradient, state.angle)
+        if not gradient and i % 2 == 0:
+            state.acceptance = refresh(state, meter, rng)
+        else:
+            state.acceptance = move(state, meter, rng, gradient, state.angle)
+            state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
         state.moves += 1
-        state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
         state.correlation = rank_correlation(start, slow(state))
-        if state.correlation <= method.decorrelation and state.acceptance > 0.15:
+        if i > 0 and state.correlation <= method.decorrelation and state.acceptance > 0.15:
             break
     return True
 
@@ -343,14 +359,9 @@ def families_of(state: State, prior: Prior | None) -> Families:
 def _finished(method: Tempering, meter: Meter, state: State, prior: Prior | None) -> Evidence:
     verdict = combine([families_of(state, prior)])
     n = len(state.z)
-    few = verdict.effective < 4.0
-    notes = []
-    if few:
-        notes.append("the particles descend from a few first ones: raise the particles, max_moves or the budget.")
+    notes = list(complaints(verdict))
     if state.correlation > 0.9:
         notes.append("the particles hardly move inside the event: raise max_moves or the budget.")
-    if verdict.error > 0.5 and not few:
-        notes.append(f"the standard error is {verdict.error:.2f}: raise the particles or the budget.")
     converged = not notes
     particles = Particles(state.z, np.full(n, -math.log(n)), state.severity)
     prior_particles = None
