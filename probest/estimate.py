@@ -91,7 +91,7 @@ def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:
 def _run(method: Estimator, event: Event, budget: int, seed: np.random.SeedSequence, ledger: list[Evidence]) -> None:
     """Fill the ledger as evidence comes, the conclusion last."""
     if isinstance(method, Combined):
-        ledger[:] = method.run_ledger(event, budget=budget, seed=seed)
+        method.run_ledger(event, budget=budget, seed=seed, lines=ledger)
     else:
         ledger.append(method.run(event, budget=budget, seed=seed))
 
