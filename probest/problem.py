@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from probest.programs.event import Batching, Event, ProblemError, compile_event, compose
+from probest.programs.compile import compile_event
+from probest.programs.event import Batching, Event, ProblemError, compose
 
 __all__ = ["Problem"]
 

@@ -13,7 +13,7 @@ from library import library
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Problem, estimate
+from probest import Problem, Tempering, estimate
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -92,7 +92,8 @@ def test_the_same_program_in_both_libraries() -> None:
         pytest.importorskip(name)
         lib = library(name)
         problem = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 22.0)
-        results[name] = (problem.event.evaluate(z, gradient=True), estimate(problem, **QUIET))
+        result = estimate(problem, estimator=Tempering(particles=256), **QUIET)
+        results[name] = (problem.event.evaluate(z, gradient=True), result)
     (one, first), (two, second) = results["pyro"], results["numpyro"]
     np.testing.assert_allclose(one.severity, two.severity, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(one.severity_grad, two.severity_grad, rtol=2e-3, atol=2e-3)
@@ -108,11 +109,11 @@ def test_batching_does_not_change_the_numbers(backend: str, batching: Any) -> No
         return lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1))
 
     problem = Problem(adversary, lambda x: 2.0 * x, lambda x, y: y[..., 0] - 1.0 + 0.0 * x[..., 0], batching=batching)
-    z = np.random.default_rng(3).standard_normal((7, 3))
+    z = np.random.default_rng(3).standard_normal((2, 3))
     at = problem.event.evaluate(z, gradient=True)
     np.testing.assert_allclose(at.severity, 2 * z[:, 0] - 1.0, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(at.severity_grad, np.tile([2.0, 0.0, 0.0], (7, 1)), atol=1e-6)
-    assert problem.event.model_calls == 21
+    np.testing.assert_allclose(at.severity_grad, np.tile([2.0, 0.0, 0.0], (2, 1)), atol=1e-6)
+    assert problem.event.model_calls == 6
 
 
 def test_chunks_do_not_change_the_numbers(backend: str) -> None:
@@ -235,7 +236,7 @@ def test_modules_of_torch_keep_their_mode() -> None:
     problem = Problem(
         lambda: pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1)), model, lambda x, y: y[0] + x[0] - 3.0
     )
-    result = estimate(problem, budget=3_000, **QUIET)
+    result = estimate(problem, estimator=Tempering(particles=64), **QUIET)
     assert [m.training for m in model.modules()] == modes
     result.log_prob_at().backward()
     assert [m.training for m in model.modules()] == modes

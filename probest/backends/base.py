@@ -81,17 +81,24 @@ class Backend(Protocol):
 
     def on_host(
         self,
-        fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+        fn: Callable[[Parts, Array, dict[str, Array]], PyTree],
         parts: Parts,
         z: np.ndarray,
         held: dict[str, np.ndarray],
         *,
-        gradient: bool,
-    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        """A batched ``fn`` (hashable by value) from host to host, compiled once per shape.
+        gradient: bool = False,
+    ) -> tuple[PyTree, list[np.ndarray] | None]:
+        """A batched ``fn`` (hashable by value; ``fn.compiled`` says whether it may be) from host to host.
 
-        Returns the outputs, each ``(n,)``, and with ``gradient`` the gradient of each in z, ``(n, dim)``.
+        Compiled once per shape. Returns the outputs, leaves of shape ``(n, ...)``; with ``gradient`` these are a tuple
+        of arrays ``(n,)``, and the gradient of each in z, ``(n, dim)``, is returned too.
         """
+
+    def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
+        """``fn()``, traced where that is quicker than running it step by step."""
+
+    def snapshot(self, leaf: Any) -> Any:
+        """A NumPy copy of a leaf that can be written to in place, or the leaf itself if it cannot."""
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         """No gradient is recorded inside."""

@@ -9,6 +9,7 @@ for the same reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from probest.backends.training_jax import JaxTrainer
 
 __all__ = ["JaxBackend"]
 
+UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 BATCH_SIZES = tuple(4**k for k in range(3, 13))
 
 
@@ -60,12 +62,8 @@ class JaxBackend:
     def rows(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
         try:
             return jax.vmap(lambda row, kept: fn(parts, row, kept))(z, held)
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-            raise BatchingError(
-                "the program, model or checker cannot be traced by jax.vmap. Replace Python control flow on values by "
-                "jax.numpy.where or jax.lax, and NumPy functions by jax.numpy; or pass batching='loop' to Problem, "
-                f"which runs one case at a time.\n{type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from error
+        except UNTRACEABLE as error:
+            raise _cannot_batch(error) from error
 
     def loop(self, fn: RowFunction, parts: Parts, z: Array, held: dict[str, Array]) -> PyTree:
         outputs = [fn(parts, row, {name: value[i] for name, value in held.items()}) for i, row in enumerate(z)]
@@ -73,25 +71,40 @@ class JaxBackend:
 
     def on_host(
         self,
-        fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+        fn: Callable[[Parts, Array, dict[str, Array]], PyTree],
         parts: Parts,
         z: np.ndarray,
         held: dict[str, np.ndarray],
         *,
-        gradient: bool,
-    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        gradient: bool = False,
+    ) -> tuple[PyTree, list[np.ndarray] | None]:
+        if _traced():
+            # Under somebody's jit, what happens on the host still happens now: tracing is a state of the thread.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(self._now, fn, parts, z, held, gradient).result()
+        return self._now(fn, parts, z, held, gradient)
+
+    def _now(
+        self, fn: Any, parts: Parts, z: np.ndarray, held: dict[str, np.ndarray], gradient: bool
+    ) -> tuple[PyTree, list[np.ndarray] | None]:
         n = len(z)
         size = next((size for size in BATCH_SIZES if size >= n), n)
         run = _compiled_run if getattr(fn, "compiled", True) else _run
         arrays, static = _split(parts)
-        # Under somebody's jit or grad, what happens on the host still happens now.
-        with jax.ensure_compile_time_eval():
-            rows = [
-                self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())
-            ]
-            values, grads = run(fn, static, gradient, arrays, rows[0], dict(zip(held, rows[1:], strict=True)))
-        trim = [self.to_host(value)[:n] for value in values]
-        return trim, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
+        rows = [self.from_host(np.concatenate([a, np.repeat(a[:1], size - n, axis=0)])) for a in (z, *held.values())]
+        values, grads = run(fn, static, gradient, arrays, rows[0], dict(zip(held, rows[1:], strict=True)))
+        trimmed = jax.tree.map(lambda value: self.to_host(value)[:n], values)
+        return trimmed, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
+
+    def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
+        # Step by step, every operation of the program would be compiled on its own.
+        try:
+            return jax.jit(fn)()
+        except UNTRACEABLE as error:
+            raise _cannot_batch(error) from error
+
+    def snapshot(self, leaf: Any) -> Any:
+        return leaf
 
     def trainer(self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any) -> JaxTrainer:
         return JaxTrainer(self, parts, scores, task, **options)
@@ -106,13 +119,13 @@ class JaxBackend:
 
 
 def _run(
-    fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+    fn: Callable[[Parts, Array, dict[str, Array]], PyTree],
     static: _Static,
     gradient: bool,
     arrays: list[Array],
     z: Array,
     held: dict[str, Array],
-) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+) -> tuple[PyTree, tuple[Array, ...] | None]:
     parts = _merge(arrays, static)
     if not gradient:
         return fn(parts, z, held), None
@@ -142,6 +155,18 @@ class _Identity:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and other.value is self.value
+
+
+def _cannot_batch(error: Exception) -> BatchingError:
+    return BatchingError(
+        "the program, model or checker cannot be traced by jax.vmap. Replace Python control flow on values by "
+        "jax.numpy.where or jax.lax, and NumPy functions by jax.numpy; or pass batching='loop' to Problem, "
+        f"which runs one case at a time.\n{type(error).__name__}: {str(error).splitlines()[0]}"
+    )
+
+
+def _traced() -> bool:
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -75,23 +75,29 @@ class TorchBackend:
 
     def on_host(
         self,
-        fn: Callable[[Parts, Array, dict[str, Array]], tuple[Array, ...]],
+        fn: Callable[[Parts, Array, dict[str, Array]], PyTree],
         parts: Parts,
         z: np.ndarray,
         held: dict[str, np.ndarray],
         *,
-        gradient: bool,
-    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        gradient: bool = False,
+    ) -> tuple[PyTree, list[np.ndarray] | None]:
         kept = {name: self.from_host(value) for name, value in held.items()}
         at = self.from_host(z)
         if not gradient:
             with torch.no_grad():
-                return [self.to_host(value) for value in fn(parts, at, kept)], None
+                return self.tree_map(self.to_host, fn(parts, at, kept)), None
         with torch.enable_grad():
             at = at.requires_grad_()
             values = fn(parts, at, kept)
             grads = [_gradient(value, at) for value in values]
-        return [self.to_host(value) for value in values], [self.to_host(grad) for grad in grads]
+        return self.tree_map(self.to_host, values), [self.to_host(grad) for grad in grads]
+
+    def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
+        return fn()
+
+    def snapshot(self, leaf: Any) -> Any:
+        return self.to_host(leaf) if self.owns(leaf) else leaf
 
     def trainer(
         self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any

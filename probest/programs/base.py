@@ -84,7 +84,8 @@ class Frontend(Protocol):
         """Handlers under which a program's latent sites take their base from ``source``.
 
         Sites in ``held`` take that value instead and add their log-density to the log-weight. ``params``
-        overrides ``param`` sites. ``seeded`` allows the program to draw keys (to initialise modules).
+        overrides ``param`` sites. ``seeded`` is for a rehearsal, outside any batching: the program may draw keys (to
+        initialise modules), and the library validates as the user has set it.
         """
 
     def adopt(self, part: Any) -> None:

@@ -7,33 +7,22 @@ to named sites, and what evaluates severities differentiably in the parameters o
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from probest.backends.base import Array, Backend, Parts, PyTree, chunks
 from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, Evaluation, Floats
-from probest.programs.base import BaseSource, Frontend, Recording, Run, Site
+from probest.programs.base import Frontend, Run, Site
 
-__all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compile_event"]
+__all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
 
 Batching = Literal["vmap", "model", "loop"]
 
-FRONTENDS = {
-    "pyro": ("probest.programs.pyro", "PyroFrontend"),
-    "numpyro": ("probest.programs.numpyro", "NumPyroFrontend"),
-}
-BACKEND_OF = {"torch": "pyro", "jax": "numpyro", "pyro": "pyro", "numpyro": "numpyro"}
 LARGE_SEVERITY = 1e30
-DEFAULT_CHUNK_BYTES = 2.5e8
-ACTIVATIONS_PER_NUMBER = 64
 
 
 class ProblemError(ValueError):
@@ -119,6 +108,29 @@ class Composition:
     def slices(self) -> dict[str, slice]:
         ends = np.cumsum([0, *(site.size for site in self.sites)])
         return {site.name: slice(int(a), int(b)) for site, a, b in zip(self.sites, ends, ends[1:], strict=False)}
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A composition's sites, observation and action, instead of its severity."""
+
+    composition: Composition
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.batching == "vmap"
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[dict[str, Array], PyTree, PyTree]:
+        backend = self.composition.frontend.backend
+        across = backend.rows if self.composition.batching == "vmap" else backend.loop
+        sites, observation, action = across(self._case, parts, z, held)
+        return sites, observation, action
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[dict[str, Array], PyTree, PyTree]:
+        backend = self.composition.frontend.backend
+        run = self.composition.run(parts, z, held)
+        observation, action = (backend.tree_map(backend.as_array, tree) for tree in run.value[:2])
+        return run.sites, observation, action
 
 
 def compose(
@@ -238,20 +250,13 @@ class Event:
 
     def decode(self, z: Floats) -> Cases:
         """The named sites, observation and action at each row of z, as NumPy arrays."""
-
-        def case(parts: Parts, row: Array, held: dict[str, Array]) -> tuple[Any, Any, Any]:
-            run = self.composition.run(parts, row, held)
-            observation, action, _ = run.value
-            return run.sites, *(self.backend.tree_map(self.backend.as_array, tree) for tree in (observation, action))
-
-        backend = self.backend
-        across = backend.rows if self.composition.batching == "vmap" else backend.loop
-        with backend.evaluating(*self.parts[:2], self.composition.checker), backend.no_gradient():
+        decoder = _Decoder(self.composition)
+        with self.backend.evaluating(*self.parts[:2], self.composition.checker):
             pieces = [
-                across(case, self.parts, backend.from_host(z[rows]), {}) for rows in chunks(len(z), self.chunk_size)
+                self.backend.on_host(decoder, self.parts, np.asarray(z[rows], dtype=np.float64), {})[0]
+                for rows in chunks(len(z), self.chunk_size)
             ]
-        hosted = [backend.tree_map(backend.to_host, piece) for piece in pieces]
-        return Cases(*backend.tree_map(lambda *leaves: np.concatenate(leaves), *hosted))
+        return Cases(*self.backend.tree_map(lambda *leaves: np.concatenate(leaves), *pieces))
 
     def replaced(self, *, model: Any = None, adversary: Any = None, params: Mapping[str, Array] | None = None) -> Event:
         """The same event with other parts of the same structure; counters start at zero."""
@@ -264,7 +269,7 @@ class Event:
             self.composition.frontend.adopt(part)
         return replace(self, parts=parts, model_calls=0, checker_calls=0)
 
-    def _checked(self, values: list[np.ndarray], z: Floats) -> tuple[Floats, Floats]:
+    def _checked(self, values: tuple[np.ndarray, ...], z: Floats) -> tuple[Floats, Floats]:
         severity, log_weight = values
         for label, value in (("severity", severity), ("log-weight", log_weight)):
             bad = np.isnan(value)
@@ -275,268 +280,6 @@ class Event:
                     "Make the checker return a number for every observation and action (large and negative when safe)"
                 )
         return np.clip(severity, -LARGE_SEVERITY, LARGE_SEVERITY), log_weight
-
-
-def compile_event(
-    adversary: Any,
-    model: Any,
-    checker: Any,
-    *,
-    backend: str | None = None,
-    batching: Batching = "vmap",
-    chunk_size: int | None = None,
-) -> Event:
-    """Run the program a few times, check everything that can be checked, and compile it to an :class:`Event`.
-
-    Raises ProblemError, SiteError or SeverityError, naming the part or site at fault.
-    """
-    closed_loop = _takes_model(adversary)
-    frontend = _find_frontend(adversary, model, closed_loop, backend)
-    _check_foreign(frontend, adversary=adversary, model=model, checker=checker)
-    for part in (adversary, model):
-        frontend.adopt(part)
-    rng = np.random.default_rng(0)
-    parts = Parts(adversary, model, {})
-    composition = Composition(frontend, checker, closed_loop, batching, ())
-    with frontend.backend.evaluating(adversary, model, checker), frontend.backend.no_gradient():
-        first = _rehearse(composition, parts, rng)
-        if frontend.name == "numpyro":
-            # Parameters become arguments. A second run with them given may draw no key: that would be hidden
-            # randomness.
-            parts = parts._replace(params=first.params)
-        second = _rehearse(composition, parts, rng)
-    sites = _ordered_sites(first, second)
-    composition = replace(composition, sites=sites)
-    severity = frontend.backend.as_array(first.value[2])
-    boolean = severity.dtype == frontend.backend.special.xp.bool
-    smooth = any(not site.discrete for site in sites)
-    event = Event(
-        composition=composition,
-        parts=parts,
-        boolean=boolean,
-        weighted=bool(first.conditioned),
-        differentiable=not boolean and smooth and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
-        chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
-    )
-    _check_repeatable(event, rng)
-    event.differentiable = event.differentiable and _has_gradient(event, rng)
-    return event
-
-
-def _takes_model(adversary: Any) -> bool:
-    """Whether the adversary is a closed loop ``adversary(model)``."""
-    target = adversary.forward if hasattr(adversary, "forward") else adversary
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(required) > 1:
-        raise ProblemError(
-            f"adversary takes {len(required)} required arguments ({', '.join(p.name for p in required)}). It must "
-            "take none, or one: the model, when it runs the closed loop itself and returns (observation, action). "
-            "Bind the others with functools.partial"
-        )
-    return len(required) == 1
-
-
-@cache
-def load_frontend(name: str) -> Frontend:
-    """The front end of ``pyro`` or ``numpyro``, one object for the whole process."""
-    module, attribute = FRONTENDS[name]
-    try:
-        frontend: Frontend = getattr(importlib.import_module(module), attribute)()
-    except ModuleNotFoundError as error:
-        raise ProblemError(f"the {name} backend needs {error.name}: pip install 'probest[{name}]'") from error
-    return frontend
-
-
-def _find_frontend(adversary: Any, model: Any, closed_loop: bool, backend: str | None) -> Frontend:
-    if backend is not None:
-        if backend not in BACKEND_OF:
-            raise ProblemError(f"backend={backend!r} is not known: choose 'torch' (Pyro) or 'jax' (NumPyro)")
-        return load_frontend(BACKEND_OF[backend])
-    candidates = [load_frontend(name) for name in FRONTENDS if name in sys.modules]
-    if not candidates:
-        raise ProblemError(
-            "neither pyro nor numpyro has been imported: write the adversary as a program of one of them"
-        )
-    recordings: dict[str, Recording] = {}
-    failure: Exception | None = None
-    with ExitStack() as stack:
-        for frontend in candidates:
-            for part in (adversary, model):
-                frontend.adopt(part)
-            source = _source(frontend.backend, np.zeros)
-            recordings[frontend.name] = stack.enter_context(frontend.recording(source, {}, {}, seeded=True))
-            stack.enter_context(frontend.backend.evaluating(adversary, model))
-        try:
-            adversary(model) if closed_loop else adversary()
-        except Exception as error:
-            failure = error
-    used = [frontend for frontend in candidates if recordings[frontend.name].layout]
-    if len(used) == 1:
-        return used[0]
-    if failure is not None:
-        raise failure
-    if not used:
-        raise ProblemError(
-            "adversary has no sample site: it must draw its randomness with pyro.sample or numpyro.sample "
-            "(an adversary without randomness has probability 0 or 1; call the checker instead)"
-        )
-    raise ProblemError("adversary samples from both Pyro and NumPyro: write it in one of them")
-
-
-def _source(backend: Backend, draw: Callable[[tuple[int, ...]], Any]) -> BaseSource:
-    """Base coordinates from ``draw(shape)``, whatever the site."""
-
-    def source(name: str, shape: tuple[int, ...]) -> Array:  # noqa: ARG001 - sites are all alike here
-        return backend.from_host(np.asarray(draw(shape), dtype=np.float64))
-
-    return source
-
-
-def _check_foreign(frontend: Frontend, **parts: Any) -> None:
-    for name, part in parts.items():
-        other = frontend.backend.foreign(part)
-        if other is not None:
-            raise ProblemError(
-                f"{name} is a {other} object, but the adversary is a {frontend.name} program "
-                f"({frontend.backend.name}). Write the adversary in {'Pyro' if other == 'torch' else 'NumPyro'}, or "
-                f"the {name} in {frontend.backend.name}"
-            )
-
-
-def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) -> Run:
-    """One run on fresh coordinates, with every check that needs no batch."""
-    frontend, checker = composition.frontend, composition.checker
-    backend = frontend.backend
-    source = _source(backend, rng.standard_normal)
-    seeded = not parts.params
-    with frontend.recording(source, {}, parts.params, seeded=seeded) as recording:
-        if composition.closed_loop:
-            pair = parts.adversary(parts.model)
-            if not (isinstance(pair, tuple) and len(pair) == 2):
-                raise ProblemError(
-                    "adversary takes the model, so it must return the pair (observation, action); "
-                    f"it returned {type(pair).__name__}"
-                )
-            observation, action = pair
-        else:
-            observation = parts.adversary()
-            _check_tree(backend, "adversary", "an observation", observation)
-            before = _snapshot(backend, observation)
-            action = parts.model(observation)
-            _check_same(backend, "model", "the observation", before, observation)
-        drawn = len(recording.layout)
-        _check_tree(backend, "adversary", "an observation", observation)
-        _check_tree(backend, "model", "an action", action)
-        before = _snapshot(backend, (observation, action))
-        severity = checker(observation, action)
-        _check_same(backend, "checker", "its arguments", before, (observation, action))
-    if not recording.layout:
-        raise ProblemError(
-            "adversary has no sample site: it must draw its randomness with pyro.sample or numpyro.sample"
-        )
-    if composition.batching == "model" and (composition.closed_loop or len(recording.layout) > drawn):
-        raise ProblemError(
-            "batching='model' calls the model once for a whole batch, outside the program; that cannot be done when "
-            "the model runs inside the adversary, or when the checker has sample sites. Use batching='loop'"
-        )
-    _check_severity(backend, severity)
-    run = recording.finish((observation, action, severity))
-    weight = backend.to_host(run.log_weight)
-    if np.isnan(weight):
-        raise ProblemError(f"the log-density of the observed sites ({', '.join(run.conditioned)}) is NaN")
-    return run
-
-
-def _ordered_sites(first: Run, second: Run) -> tuple[Site, ...]:
-    different = set(first.layout) ^ set(second.layout)
-    if different:
-        names = sorted({site.name for site in different})
-        raise ProblemError(
-            f"site(s) {', '.join(map(repr, names))} are not the same in two runs of the adversary. probest needs the "
-            "same sites with the same shapes in every run: draw them always, and choose with where()"
-        )
-    return first.layout
-
-
-def _check_severity(backend: Backend, severity: Any) -> None:
-    if severity is None:
-        raise SeverityError("checker returned None: return the severity, a number that is at least 0 for a catastrophe")
-    try:
-        value = backend.as_array(severity)
-    except (TypeError, ValueError) as error:
-        raise SeverityError(
-            f"checker returned {type(severity).__name__}: return a scalar severity, at least 0 for a catastrophe"
-        ) from error
-    if tuple(value.shape) != ():
-        raise SeverityError(
-            f"checker returned shape {tuple(value.shape)}; severity is one number a case, shape (). Programs and "
-            "checkers are written for one observation: reduce with max(), or index"
-        )
-    if "complex" in str(value.dtype):
-        raise SeverityError("checker returned a complex number: severity is real")
-    if np.isnan(float(backend.to_host(value))):
-        raise SeverityError("severity is NaN: the checker must return a number for every observation and action")
-
-
-def _check_tree(backend: Backend, who: str, what: str, tree: PyTree) -> None:
-    if tree is None:
-        raise ProblemError(f"{who} returned None: return {what}")
-    leaves = backend.leaves(tree)
-    if not leaves:
-        raise ProblemError(f"{who} returned an empty {type(tree).__name__}: return {what}, a pytree of arrays")
-    for leaf in leaves:
-        if not (backend.owns(leaf) or isinstance(leaf, bool | int | float | np.ndarray | np.generic)):
-            raise ProblemError(
-                f"{who} returned a pytree with a leaf of type {type(leaf).__name__}: {what} is a pytree of "
-                f"{backend.name} arrays"
-            )
-
-
-def _snapshot(backend: Backend, tree: PyTree) -> list[np.ndarray]:
-    return [backend.to_host(leaf) if backend.owns(leaf) else np.array(leaf) for leaf in backend.leaves(tree)]
-
-
-def _check_same(backend: Backend, who: str, what: str, before: list[np.ndarray], tree: PyTree) -> None:
-    after = _snapshot(backend, tree)
-    same = len(before) == len(after) and all(
-        np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(before, after, strict=True)
-    )
-    if not same:
-        raise ProblemError(f"{who} changes {what} in place: return a new value instead (copy before writing)")
-
-
-def _check_repeatable(event: Event, rng: np.random.Generator) -> None:
-    """The batched program must give the same numbers twice, and the numbers that single runs give."""
-    z = rng.standard_normal((3, event.dim))
-    one, two = event.evaluate(z), event.evaluate(z)
-    if not (np.array_equal(one.severity, two.severity) and np.array_equal(one.log_weight, two.log_weight)):
-        raise ProblemError(
-            "severity differs between two evaluations of the same draw: the model or checker uses randomness of its "
-            "own (dropout, a random generator, a key). Put it into evaluation mode, or draw it at a sample site"
-        )
-    event.model_calls = event.checker_calls = 0
-
-
-def _has_gradient(event: Event, rng: np.random.Generator) -> bool:
-    """Whether the severity can be differentiated at all: what passes through NumPy, say, cannot."""
-    try:
-        event.evaluate(rng.standard_normal((1, event.dim)), gradient=True)
-    except (RuntimeError, TypeError):
-        return False
-    finally:
-        event.model_calls = event.checker_calls = 0
-    return True
-
-
-def _default_chunk(backend: Backend, sites: tuple[Site, ...], value: PyTree) -> int:
-    numbers = sum(site.size for site in sites) + sum(int(np.size(leaf)) for leaf in _snapshot(backend, value))
-    return int(np.clip(DEFAULT_CHUNK_BYTES / (4 * ACTIVATIONS_PER_NUMBER * max(numbers, 1)), 64, 16_384))
 
 
 def _first_nan(backend: Backend, case: Cases) -> str:

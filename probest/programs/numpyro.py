@@ -40,6 +40,8 @@ class NumPyroFrontend:
             return None if of is None else source(of, message["fn"].shape())
 
         with ExitStack() as stack:
+            if not seeded:  # a rehearsal keeps the user's setting; evaluation need not check the same again
+                stack.enter_context(numpyro.validation_enabled(False))
             trace = stack.enter_context(_Trace())
             if seeded:
                 stack.enter_context(handlers.seed(rng_seed=0))

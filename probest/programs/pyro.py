@@ -39,7 +39,11 @@ class PyroFrontend:
     ) -> Iterator[PyroRecording]:
         gaussian = _Gaussianize(self.backend, held)
         with ExitStack() as stack:
-            stack.enter_context(_settings())
+            # Without local parameters gradients of PyroParam are silently 0; validation breaks vmap. A rehearsal
+            # keeps the user's setting of the latter.
+            stack.enter_context(pyro.settings.context(module_local_params=True))
+            if not seeded:
+                stack.enter_context(pyro.validation_enabled(False))
             trace = stack.enter_context(_Record())
             stack.enter_context(_Supply(source, params))
             stack.enter_context(ReparamMessenger(gaussian))
@@ -136,8 +140,8 @@ class _Gaussianize:
             return _Hold(self.held[msg["name"]])
         if msg["value"] is not None:
             raise SiteError(
-                f"site {msg['name']!r} is not observed and yet has a value already: a handler (poutine.replay, say) has set "
-                "it. Fix values with poutine.condition"
+                f"site {msg['name']!r} is not observed and yet has a value already: a handler (poutine.replay, say) "
+                "has set it. Fix values with poutine.condition"
             )
         if not _is_one(msg["scale"]):
             raise SiteError(
@@ -185,13 +189,6 @@ class _ToGaussian(Reparam):
 def _mark(key: str, name: str) -> Any:
     """An ``infer`` dictionary of our own; Pyro's type knows only its own keys."""
     return {key: name}
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Validation off (it breaks vmap), local parameters on (without them gradients of PyroParam are silently 0)."""
-    with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True):
-        yield
 
 
 def _is_one(scale: Any) -> bool:
