@@ -58,7 +58,7 @@ SURE = 0.999
 BATCH = 100
 DRAWN, KEPT = 256, 32  # of the baseline: images sampled a step, and trained on
 
-# Arguments of ``probest.train`` that work here.
+# Arguments of ``probest.train`` to start from; the fall of log P that they reach is not settled yet.
 TRAINING = {"weight": 1.0, "learning_rate": 1e-3, "batch_size": BATCH}
 
 
