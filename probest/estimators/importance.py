@@ -373,6 +373,8 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
     ess = min(t.ess for t in targets)
     coverage = min(t.coverage for t in targets)
     unseen = max(t.unseen for t in targets)
+    if math.isfinite(upper):  # further up by the variance and the mass that the particles show and the samples do not
+        upper = log_prob + (upper - log_prob) / math.sqrt(max(coverage, 0.1)) - math.log1p(-min(unseen, 0.5))
     notes = []
     if hits == 0:
         notes.append("no fresh sample of the guide was a catastrophe: use tempering, or raise the budget.")
