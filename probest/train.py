@@ -27,6 +27,8 @@ __all__ = ["Step", "TrainingRun", "train"]
 
 BEFORE, CHECK, AFTER, AUDIT, WALK, BATCH = range(6)
 AGREEMENT = 3.0
+FINAL_RATE = 0.1
+CALLS_A_PARTICLE = 150  # what tempering spends on each, on the way to an event of P = 1e-9 or so
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def train(
         steps: optimisation steps at most.
         weight: nats of task loss that one nat of log P is worth.
         batch_size: rows of ``data`` a step.
-        learning_rate: of Adam, unless ``optimizer`` is given.
+        learning_rate: of Adam, falling to a tenth over ``steps`` by a cosine; unless ``optimizer`` is given.
         optimizer: torch: a function of the parameters to a ``torch.optim.Optimizer``; jax: an optax transformation.
         max_norm: the gradient's norm is clipped to this.
         particles: size of the warm population.
@@ -205,7 +207,8 @@ def train(
                 )
                 z = walkers.z if walkers is not None else np.empty((0, event.dim))
                 noise = walkers.noise if walkers is not None else 1.0
-                loss, pressure = trainer.step(_batch(backend, data, chosen), z, noise, weight)
+                decay = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * state.step / steps))
+                loss, pressure = trainer.step(_batch(backend, data, chosen), z, noise, weight, decay)
                 if not math.isfinite(loss + pressure):
                     raise FloatingPointError(
                         f"the loss is not finite at step {state.step}: lower learning_rate or weight"
@@ -307,7 +310,7 @@ def _check(
     look = estimate(
         problem.replaced(model=trainer.model),
         budget=budget,
-        estimator=Tempering(particles=256),
+        estimator=Tempering(particles=max(256, budget // CALLS_A_PARTICLE)),
         seed=_number(root, CHECK, state.step),
         progress=False,
     )

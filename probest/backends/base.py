@@ -127,8 +127,8 @@ class Trainer(Protocol):
 
     def task_loss(self, batch: PyTree) -> float: ...
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float) -> tuple[float, float]:
-        """One step; returns the task loss and the mean of log Φ(severity / noise) over the particles z, before it."""
+    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
+        """One step, at ``decay`` times the learning rate (of the default optimizer); returns the task loss and the mean of log Φ(severity / noise) over the particles z, before it."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything a checkpoint needs, by name."""

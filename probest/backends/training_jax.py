@@ -32,7 +32,9 @@ class JaxTrainer:
         leaves, self.treedef = jax.tree.flatten(parts.model)
         self.fixed = [None if _trainable(leaf) else leaf for leaf in leaves]
         self.weights: list[Array] = [jnp.asarray(leaf) for leaf in leaves if _trainable(leaf)]
-        self.optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer or optax.adam(learning_rate))
+        clip = optax.clip_by_global_norm(max_norm)
+        self.optimizer = optax.chain(clip, optimizer or optax.adam(learning_rate))
+        decays = optimizer is None
         self.state = self.optimizer.init(self.weights)
         self.backend = backend
         self.task = task
@@ -46,9 +48,11 @@ class JaxTrainer:
             pressure = jnp.mean(backend.special.log_ndtr(severity / noise)) if len(z) else jnp.zeros(())
             return fit + weight * pressure, (fit, pressure)
 
-        def step(weights: list[Array], state: Any, *rest: Any) -> Any:
+        def step(weights: list[Array], state: Any, decay: Array, *rest: Any) -> Any:
             grads, parts_of_loss = jax.grad(loss, has_aux=True)(weights, *rest)
             updates, state = self.optimizer.update(grads, state, weights)
+            if decays:  # Adam's step is proportional to its rate
+                updates = jax.tree.map(lambda update: decay * update, updates)
             return optax.apply_updates(weights, updates), state, parts_of_loss
 
         self._step = jax.jit(step)
@@ -60,9 +64,9 @@ class JaxTrainer:
     def task_loss(self, batch: PyTree) -> float:
         return float(self.task(self.model, batch))
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float) -> tuple[float, float]:
+    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
         rest = (batch, self.backend.from_host(z), jnp.asarray(noise), jnp.asarray(weight))
-        self.weights, self.state, (fit, pressure) = self._step(self.weights, self.state, *rest)
+        self.weights, self.state, (fit, pressure) = self._step(self.weights, self.state, jnp.asarray(decay), *rest)
         return float(fit), float(pressure)
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -35,14 +35,17 @@ class TorchTrainer:
         self.task = task
         self.max_norm = max_norm
         self.weights = backend.parameters(self.model)
-        make = optimizer or (lambda weights: torch.optim.Adam(weights, lr=learning_rate))
-        self.optimizer = make(self.weights)
+        self.rate = None if optimizer else learning_rate
+        self.optimizer = (optimizer or torch.optim.Adam)(self.weights)
 
     def task_loss(self, batch: PyTree) -> float:
         with torch.no_grad():
             return _scalar(self.task(self.model, batch))
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float) -> tuple[float, float]:
+    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
+        if self.rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * decay
         self.optimizer.zero_grad()
         loss = self.task(self.model, batch)
         pressure = torch.zeros(())

@@ -2,12 +2,13 @@ r"""Particles kept warm: a population that follows the catastrophes while the mo
 
 *Idea.* Training moves the event a little at each step, so particles need not be found anew: they are a Markov chain on
 :math:`\pi_\sigma \propto \varphi(z)\, w(z)\, \Phi(s(z)/\sigma)`, moved by the same kernel as tempering. The noise σ is
-what the severity changes over the natural length of the tail: its gradient's norm divided by
-:math:`\beta = \sqrt{-2 \log P}`. So about half of the particles are catastrophes, and the smoothed event is as rare as
-the hard one to within a factor that barely depends on the model.
+``BREADTH`` times what the severity changes over one standard deviation of z. That is broad: near catastrophes count too,
+so that a model learns a margin, and new modes are seen before they matter. For a half-space at distance β the smoothed
+event has :math:`\log P_\sigma \approx \log P / (1 + \text{BREADTH}^2)`.
 
 The change of log P from model to model is followed by reweighting,
-:math:`\log P_{t+1} - \log P_t \approx \log \tfrac1n \sum_i \Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`.
+:math:`\log P_{\sigma, t+1} - \log P_{\sigma, t} \approx \log \tfrac1n \sum_i \Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`,
+and particles are resampled when these weights have become uneven.
 
 *When it fails.* A chain cannot know of a mode that it never visited, and the reweighting errs low with every step. So
 training re-seeds the population from a fresh tempering run now and then (:meth:`Walkers.reseed`), and what is reported
@@ -24,14 +25,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_ndtr
 
-from probest.diagnostics import log_mean_exp, systematic_resample
+from probest.diagnostics import effective_sample_size, log_mean_exp, systematic_resample
 from probest.estimators.base import GRADIENT_CALLS, EventLike, Floats, Meter, Particles
 from probest.estimators.moves import State, move
 
 __all__ = ["Walkers"]
 
 ACCEPTANCE = 0.55
-LEAST_TAIL = 1.0
+BREADTH = 0.6
+MAX_MOVES = 6
+LAG = 2.0  # nats by which the population's mean of log Φ(s/σ) may be below that of a half-space in equilibrium
 
 
 @dataclass
@@ -59,31 +62,45 @@ class Walkers:
         fresh = Walkers.seeded(particles, log_prob, len(self.z), rng)
         self.z, self.log_prob, self.severity = fresh.z, log_prob, None
 
-    def advance(self, event: EventLike, rng: np.random.Generator, moves: int = 1) -> int:
-        """Move the population on the event as it is now; returns the model calls spent."""
-        meter = Meter(event, len(self.z) * GRADIENT_CALLS * (moves + 1))
+    def advance(self, event: EventLike, rng: np.random.Generator) -> int:
+        """Reweight, resample and move the population on the event as it is now; returns the model calls spent.
+
+        Moves are repeated, up to ``MAX_MOVES`` times, until the population has caught up with the event.
+        """
+        n = len(self.z)
+        meter = Meter(event, n * GRADIENT_CALLS * (MAX_MOVES + 1))
         at = meter.evaluate(self.z, gradient=True)
         assert at.severity_grad is not None
-        if self.severity is not None:
-            change = log_ndtr(at.severity / self.noise) - log_ndtr(self.severity / self.noise)
-            self.log_prob = min(self.log_prob + log_mean_exp(change)[0], 0.0)
+        rows = np.arange(n)
+        before = None if self.severity is None else log_ndtr(self.severity / self.noise)
+        if before is not None:
+            change = log_mean_exp(log_ndtr(at.severity / self.noise) - before)[0]
+            self.log_prob = min(self.log_prob + (1 + BREADTH**2) * change, 0.0)
         slope = float(np.median(np.linalg.norm(at.severity_grad, axis=1)))
         if slope > 0 or math.isnan(self.noise):
-            self.noise = max(slope, 1e-12) / math.sqrt(max(-2.0 * self.log_prob, LEAST_TAIL))
+            self.noise = BREADTH * max(slope, 1e-12)
+        if before is not None:
+            weights = log_ndtr(at.severity / self.noise) - before
+            if effective_sample_size(weights) < n / 2:
+                rows = systematic_resample(weights, n, rng)
         state = State(
-            z=self.z,
-            severity=at.severity,
-            log_weight=at.log_weight,
-            severity_grad=at.severity_grad,
-            weight_grad=at.log_weight_grad,
+            z=self.z[rows],
+            severity=at.severity[rows],
+            log_weight=at.log_weight[rows],
+            severity_grad=at.severity_grad[rows],
+            weight_grad=None if at.log_weight_grad is None else at.log_weight_grad[rows],
             log_z=np.array([self.log_prob]),
             power=1.0,
             inverse_noise=1.0 / self.noise,
             drift_noise=1.0 / self.noise,
             angle=self.angle,
         )
-        for _ in range(moves):
+        typical = math.sqrt(max(-2.0 * self.log_prob, 0.0)) * BREADTH / (1 + BREADTH**2)
+        caught_up = float(log_ndtr(-typical)) - LAG
+        for _ in range(MAX_MOVES):
             acceptance = move(state, meter, rng, True)
             state.angle = float(np.clip(state.angle * math.exp(acceptance - ACCEPTANCE), 1e-3, 1.4))
+            if np.mean(log_ndtr(state.severity / self.noise)) >= caught_up:
+                break
         self.z, self.severity, self.angle = state.z, state.severity, state.angle
         return meter.calls
