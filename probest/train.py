@@ -93,6 +93,7 @@ class _Progress:
     task_calls: int = 0
     seconds: float = 0.0
     log_prob: float = math.nan
+    reached: int | None = None
     history: list[Step] = field(default_factory=list)
 
 
@@ -120,9 +121,10 @@ def train(
     """Train the model on ``task(model, batch) + weight · log P`` and audit the result.
 
     Each step moves a population of warm particles on the catastrophes of the present model and steps down the
-    gradient of their log-probability (smoothed by a noise that shrinks with them). Every ``check_every`` steps a fresh
-    tempering run looks for catastrophes anew, wherever they are by then; training ends when that falls below the
-    target, or after ``steps``. Then log P is estimated afresh, and audited by another method from another seed.
+    gradient of their log-probability (smoothed, so that near catastrophes count too). Every ``check_every`` steps a
+    fresh tempering run looks for catastrophes anew, wherever they are by then. Once it finds log P below the target,
+    the learning rate falls for another ``check_every`` steps; training ends if log P is still below, or after
+    ``steps``. Then log P is estimated afresh, and audited by another method from another seed.
 
     Args:
         problem: its model is trained: a torch ``nn.Module`` or a jax pytree with floating-point arrays.
@@ -186,61 +188,28 @@ def train(
 
     root = np.random.SeedSequence(seed)
     start = time.perf_counter()
+    path = None if checkpoint is None else Path(checkpoint)
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
         before = estimate(problem, budget=budget, seed=_number(root, BEFORE), progress=False)
         state = _Progress(calls=before.calls, log_prob=_level(before))
         walkers = _walkers(before, particles, generator(child_seed(root, WALK)))
-        path = None if checkpoint is None else Path(checkpoint)
         if path is not None and path.exists():
             state, walkers = _resume(path, trainer)
-        began = time.perf_counter() - state.seconds
-        interrupted = False
-        try:
-            while state.step < steps and not state.log_prob < until_log_prob:
-                rng = generator(child_seed(root, WALK, state.step + 1))
-                present = event.replaced(model=trainer.model)
-                if walkers is not None:
-                    state.calls += walkers.advance(present, rng)
-                chosen = generator(child_seed(root, BATCH, state.step)).choice(
-                    rows, min(batch_size, rows), replace=False
-                )
-                z = walkers.z if walkers is not None else np.empty((0, event.dim))
-                noise = walkers.noise if walkers is not None else 1.0
-                decay = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * state.step / steps))
-                loss, pressure = trainer.step(_batch(backend, data, chosen), z, noise, weight, decay)
-                if not math.isfinite(loss + pressure):
-                    raise FloatingPointError(
-                        f"the loss is not finite at step {state.step}: lower learning_rate or weight"
-                    )
-                state.calls += 3 * len(z)
-                state.task_calls += 3 * len(chosen)
-                state.step += 1
-                state.seconds = time.perf_counter() - began
-                reached = walkers is not None and walkers.log_prob < until_log_prob
-                if reached or state.step % check_every == 0 or state.step == steps:
-                    walkers = _check(problem, trainer, state, walkers, check_budget, particles, root)
-                followed = state.log_prob if walkers is None else walkers.log_prob
-                record = Step(state.step, loss, followed, pressure, noise, state.calls, time.perf_counter() - began)
-                state.history.append(record)
-                line.update(state.step, steps, f"log P {followed:.1f}, task loss {loss:.3g}")
-                if path is not None and state.step % check_every == 0:
-                    _save(path, trainer, walkers, state)
-        except KeyboardInterrupt:
-            interrupted = True
-            if path is not None:
-                _save(path, trainer, walkers, state)
+        descent = _Descent(
+            problem, trainer, data, rows, until_log_prob, steps, weight, batch_size, particles, check_every,
+            check_budget, root, path, line, state, walkers,
+        )  # fmt: skip
+        stopped = descent.run()
         trained = problem.replaced(model=trainer.model)
         line.update(state.step, steps, "estimating log P after training")
-        after = estimate(
-            trained, budget=check_budget if interrupted else budget, seed=_number(root, AFTER), progress=False
-        )
+        after = estimate(trained, budget=check_budget if stopped else budget, seed=_number(root, AFTER), progress=False)
         checked = None
-        if not interrupted:
+        if not stopped:
             line.update(state.step, steps, "auditing")
-            method = audit or Tempering(particles=1024)
+            method = audit or Tempering(particles=max(1024, budget // 100))
             checked = estimate(trained, budget=4 * budget, estimator=method, seed=_number(root, AUDIT), progress=False)
-    advice = _verdict(after, checked, until_log_prob)
+    advice = _verdict(after, checked, until_log_prob, stopped)
     return TrainingRun(
         model=trainer.model,
         adversary=problem.adversary,
@@ -255,6 +224,128 @@ def train(
         task_calls=state.task_calls,
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass
+class _Descent:
+    """The loop of :func:`train`: everything it needs, and what changes (``state`` and ``walkers``)."""
+
+    problem: Problem
+    trainer: Trainer
+    data: PyTree
+    rows: int
+    target: float
+    steps: int
+    weight: float
+    batch_size: int
+    particles: int
+    check_every: int
+    check_budget: int
+    root: np.random.SeedSequence
+    path: Path | None
+    line: Progress
+    state: _Progress
+    walkers: Walkers | None
+
+    def run(self) -> str:
+        """Descend until the target is reached and held, or the steps are over. Returns why it stopped early, or ''."""
+        good = self.trainer.arrays()
+        began = time.perf_counter() - self.state.seconds
+        try:
+            while self.state.step < self.steps and not self._done():
+                loss, pressure, noise = self._step()
+                if not math.isfinite(loss + pressure):
+                    self.trainer.restore(good)
+                    return f"the loss was not finite at step {self.state.step}: lower learning_rate or weight"
+                self.state.seconds = time.perf_counter() - began
+                if self._is_checked():
+                    self._check()
+                    good = self.trainer.arrays()
+                followed = self.state.log_prob if self.walkers is None else self.walkers.log_prob
+                self.state.history.append(
+                    Step(self.state.step, loss, followed, pressure, noise, self.state.calls, self.state.seconds)
+                )
+                self.line.update(self.state.step, self.steps, f"log P {followed:.1f}, task loss {loss:.3g}")
+                if self.state.step % self.check_every == 0:
+                    self._save()
+        except KeyboardInterrupt:
+            self._save()
+            return "training was interrupted"
+        except Exception:
+            self._save()
+            raise
+        return ""
+
+    def _step(self) -> tuple[float, float, float]:
+        """Move the particles on the present model, then the model; returns task loss, pressure and noise."""
+        state, walkers, event = self.state, self.walkers, self.problem.event
+        if walkers is not None:
+            rng = generator(child_seed(self.root, WALK, state.step + 1))
+            state.calls += walkers.advance(event.replaced(model=self.trainer.model), rng)
+        shuffle = generator(child_seed(self.root, BATCH, state.step))
+        chosen = shuffle.choice(self.rows, min(self.batch_size, self.rows), replace=False)
+        z = np.empty((0, event.dim)) if walkers is None else walkers.z
+        noise = 1.0 if walkers is None else walkers.noise
+        batch = _batch(event.backend, self.data, chosen)
+        loss, pressure = self.trainer.step(batch, z, noise, self.weight, self._rate())
+        state.calls += 3 * len(z)
+        state.task_calls += 3 * len(chosen)
+        state.step += 1
+        return loss, pressure, noise
+
+    def _rate(self) -> float:
+        """Share of the learning rate: a cosine over the steps, and a quicker one once the target has been reached."""
+        state = self.state
+        rate = _cosine(state.step / self.steps)
+        if state.reached is not None:
+            rate *= _cosine((state.step - state.reached) / self.check_every)
+        return rate
+
+    def _done(self) -> bool:
+        """Whether log P was below the target at a check and still is after as many steps at a falling rate."""
+        reached = self.state.reached
+        return reached is not None and self.state.step >= reached + self.check_every
+
+    def _is_checked(self) -> bool:
+        state = self.state
+        if state.reached is not None:
+            return state.step == state.reached + self.check_every
+        below = self.walkers is not None and self.walkers.log_prob < self.target
+        return below or state.step % self.check_every == 0 or state.step == self.steps
+
+    def _check(self) -> None:
+        """A fresh look for catastrophes; its particles replace the warm ones."""
+        state = self.state
+        look = estimate(
+            self.problem.replaced(model=self.trainer.model),
+            budget=self.check_budget,
+            estimator=Tempering(particles=max(256, self.check_budget // CALLS_A_PARTICLE)),
+            seed=_number(self.root, CHECK, state.step),
+            progress=False,
+        )
+        state.calls += look.calls
+        state.log_prob = _level(look)
+        if state.log_prob >= self.target:
+            state.reached = None
+        elif state.reached is None:
+            state.reached = state.step
+        found = look.conclusion.particles
+        if found is None or not math.isfinite(look.log_prob):
+            return
+        rng = generator(child_seed(self.root, WALK, state.step, CHECK))
+        if self.walkers is None:
+            self.walkers = Walkers.seeded(found, look.log_prob, self.particles, rng)
+        else:
+            self.walkers.reseed(found, look.log_prob, rng)
+
+    def _save(self) -> None:
+        if self.path is not None:
+            _save(self.path, self.trainer, self.walkers, self.state)
+
+
+def _cosine(share: float) -> float:
+    """From 1 at 0 down to ``FINAL_RATE`` at 1."""
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
 def agree(one: Estimate, other: Estimate) -> bool:
@@ -272,7 +363,7 @@ def _level(found: Estimate) -> float:
     return found.log_prob if math.isfinite(found.log_prob) else found.upper
 
 
-def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[str, ...]:
+def _verdict(after: Estimate, audit: Estimate | None, target: float, stopped: str) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept."""
     advice = []
     if after.upper > target:
@@ -284,7 +375,7 @@ def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[st
         advice.append("the estimate after training has not converged: " + "; ".join(after.advice))
     if audit is None:
         advice.append(
-            "training was interrupted before the audit: resume from the checkpoint, or audit run.problem yourself"
+            f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself"
         )
     elif not agree(after, audit):
         advice.append(
@@ -295,35 +386,6 @@ def _verdict(after: Estimate, audit: Estimate | None, target: float) -> tuple[st
     elif not audit.converged:
         advice.append("the audit has not converged: " + "; ".join(audit.advice))
     return tuple(advice)
-
-
-def _check(
-    problem: Problem,
-    trainer: Trainer,
-    state: _Progress,
-    walkers: Walkers | None,
-    budget: int,
-    particles: int,
-    root: np.random.SeedSequence,
-) -> Walkers | None:
-    """A fresh look for catastrophes; its particles replace the warm ones."""
-    look = estimate(
-        problem.replaced(model=trainer.model),
-        budget=budget,
-        estimator=Tempering(particles=max(256, budget // CALLS_A_PARTICLE)),
-        seed=_number(root, CHECK, state.step),
-        progress=False,
-    )
-    state.calls += look.calls
-    state.log_prob = _level(look)
-    found = look.conclusion.particles
-    if found is None or not math.isfinite(look.log_prob):
-        return walkers
-    rng = generator(child_seed(root, WALK, state.step, CHECK))
-    if walkers is None:
-        return Walkers.seeded(found, look.log_prob, particles, rng)
-    walkers.reseed(found, look.log_prob, rng)
-    return walkers
 
 
 def _walkers(found: Estimate, count: int, rng: np.random.Generator) -> Walkers | None:

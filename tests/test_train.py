@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from library import library
+from library import library, parameters
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate, train
@@ -44,8 +44,7 @@ def exact(gain: float, bias: float) -> float:
 
 
 def weights(model: Any) -> dict[str, float]:
-    found = model.weights if hasattr(model, "weights") else model.args[0]
-    return {name: found[name].item() for name in ("gain", "bias")}
+    return {name: value.item() for name, value in parameters(model).items()}
 
 
 OPTIONS: dict[str, Any] = {

@@ -128,7 +128,10 @@ class Trainer(Protocol):
     def task_loss(self, batch: PyTree) -> float: ...
 
     def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
-        """One step, at ``decay`` times the learning rate (of the default optimizer); returns the task loss and the mean of log Φ(severity / noise) over the particles z, before it."""
+        """One step, at ``decay`` times the learning rate (of the default optimizer).
+
+        Returns the task loss and the mean of log Φ(severity / noise) over the particles z, both before the step.
+        """
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything a checkpoint needs, by name."""

@@ -2,13 +2,13 @@ r"""Particles kept warm: a population that follows the catastrophes while the mo
 
 *Idea.* Training moves the event a little at each step, so particles need not be found anew: they are a Markov chain on
 :math:`\pi_\sigma \propto \varphi(z)\, w(z)\, \Phi(s(z)/\sigma)`, moved by the same kernel as tempering. The noise σ is
-``BREADTH`` times what the severity changes over one standard deviation of z. That is broad: near catastrophes count too,
+``BREADTH`` times what the severity changes over one standard deviation of z. That is broad: near catastrophes count,
 so that a model learns a margin, and new modes are seen before they matter. For a half-space at distance β the smoothed
 event has :math:`\log P_\sigma \approx \log P / (1 + \text{BREADTH}^2)`.
 
-The change of log P from model to model is followed by reweighting,
-:math:`\log P_{\sigma, t+1} - \log P_{\sigma, t} \approx \log \tfrac1n \sum_i \Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`,
-and particles are resampled when these weights have become uneven.
+The change of log P from model to model is followed by reweighting with
+:math:`\Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`, whose mean estimates :math:`P_{\sigma, t+1} / P_{\sigma, t}`;
+particles are resampled when these weights have become uneven.
 
 *When it fails.* A chain cannot know of a mode that it never visited, and the reweighting errs low with every step. So
 training re-seeds the population from a fresh tempering run now and then (:meth:`Walkers.reseed`), and what is reported
