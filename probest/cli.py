@@ -35,7 +35,8 @@ __all__ = ["InputError", "main"]
 CONVERGED, BAD_INPUT, NOT_CONVERGED = 0, 2, 3
 DEMOS = ("digits", "pendulum")
 DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
-DEMO_STEPS, DEMO_QUICK_STEPS = 400, 50
+DEMO_STEPS = 400
+DEMO_QUICK = {"steps": 50, "budget": 10_000, "check_budget": 10_000}
 
 
 class InputError(Exception):
@@ -205,13 +206,16 @@ def _demo(options: argparse.Namespace) -> int:
 
     console = Console()
     module = _ready_problem(options.model)
-    budget = 10_000 if options.quick else 50_000
+    settings: dict[str, Any] = {"budget": 50_000, "steps": DEMO_STEPS} | getattr(module, "TRAINING", {})
+    if options.quick:
+        settings |= DEMO_QUICK
+    budget = settings["budget"]
 
     def judged(name: str, model: Any, calls: int, seconds: float) -> Candidate:
         """An estimate of ``model``, and an audit of it by the method and budget that train() uses for its own."""
         problem = module.problem(model)
         found = estimate(problem, budget=budget, seed=1)
-        audit = estimate(problem, budget=4 * budget, estimator=Tempering(particles=1024), seed=2)
+        audit = estimate(problem, budget=4 * budget, estimator=Tempering(particles=max(1024, budget // 100)), seed=2)
         return Candidate(name, module.accuracy(model), found, audit, calls, seconds)
 
     console.print(f"Training M ({options.model}) the ordinary way")
@@ -227,11 +231,8 @@ def _demo(options: argparse.Namespace) -> int:
         module.problem(model),
         task=module.task_loss,
         data=module.load_data()[0],
-        until_log_prob=ordinary.estimate.log_prob - DEMO_NATS,
-        steps=DEMO_QUICK_STEPS if options.quick else DEMO_STEPS,
-        budget=budget,
         seed=3,
-        **getattr(module, "TRAINING", {}),
+        **({"until_log_prob": ordinary.estimate.log_prob - DEMO_NATS} | settings),
     )
     console.print(run.after)
     audit = run.audit or run.after

@@ -28,6 +28,7 @@ __all__ = ["Step", "TrainingRun", "train"]
 BEFORE, CHECK, AFTER, AUDIT, WALK, BATCH = range(6)
 AGREEMENT = 3.0
 FINAL_RATE = 0.1
+SLACK = 3.0
 CALLS_A_PARTICLE = 150  # what tempering spends on each, on the way to an event of P = 1e-9 or so
 
 
@@ -108,7 +109,7 @@ def train(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     optimizer: Any = None,
-    max_norm: float = 10.0,
+    max_norm: float = 1.0,
     particles: int = 128,
     check_every: int = 50,
     budget: int = 50_000,
@@ -132,7 +133,7 @@ def train(
         data: pytree of arrays with a common leading axis; minibatches are rows of it.
         until_log_prob: stop when log P is below this (natural logarithm).
         steps: optimisation steps at most.
-        weight: nats of task loss that one nat of log P is worth.
+        weight: nats of task loss that one nat of log P is worth, down to a few nats below the target and no further.
         batch_size: rows of ``data`` a step.
         learning_rate: of Adam, falling to a tenth over ``steps`` by a cosine; unless ``optimizer`` is given.
         optimizer: torch: a function of the parameters to a ``torch.optim.Optimizer``; jax: an optax transformation.
@@ -287,11 +288,16 @@ class _Descent:
         z = np.empty((0, event.dim)) if walkers is None else walkers.z
         noise = 1.0 if walkers is None else walkers.noise
         batch = _batch(event.backend, self.data, chosen)
-        loss, pressure = self.trainer.step(batch, z, noise, self.weight, self._rate())
+        loss, pressure = self.trainer.step(batch, z, noise, self._weight(), self._rate())
         state.calls += 3 * len(z)
         state.task_calls += 3 * len(chosen)
         state.step += 1
         return loss, pressure, noise
+
+    def _weight(self) -> float:
+        """The weight of log P; nothing from ``SLACK`` nats below the target on, lest the task pay for no gain."""
+        log_prob = self.state.log_prob if self.walkers is None else self.walkers.log_prob
+        return self.weight * min(max((log_prob - self.target) / SLACK + 1, 0.0), 1.0)
 
     def _rate(self) -> float:
         """Share of the learning rate: a cosine over the steps, and a quicker one once the target has been reached."""
@@ -310,8 +316,7 @@ class _Descent:
         state = self.state
         if state.reached is not None:
             return state.step == state.reached + self.check_every
-        below = self.walkers is not None and self.walkers.log_prob < self.target
-        return below or state.step % self.check_every == 0 or state.step == self.steps
+        return state.step % self.check_every == 0 or state.step == self.steps
 
     def _check(self) -> None:
         """A fresh look for catastrophes; its particles replace the warm ones."""

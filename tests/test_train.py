@@ -12,7 +12,7 @@ from library import library, parameters
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate, train
-from probest.train import agree
+from probest.train import _Descent, agree
 
 DIM = 10
 TRUE = 0.5
@@ -76,13 +76,23 @@ def test_log_prob_falls_and_the_audit_agrees(backend: str) -> None:
     assert run.history[-1].log_prob == pytest.approx(run.after.log_prob, abs=2.0)
 
 
-def test_a_checkpoint_resumes_where_it_was(backend: str, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_where_it_was(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, data = regression(backend)
     options = OPTIONS | {"steps": 40, "check_every": 10, "until_log_prob": -300.0}
     whole = train(problem, **data, **options)
     path = tmp_path / "run.safetensors"
-    half = train(problem, **data, **(options | {"steps": 20}), checkpoint=path)
+    step = _Descent._step
+
+    def interrupted(self: _Descent) -> tuple[float, float, float]:
+        if self.state.step == 20:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Descent, "_step", interrupted)
+        half = train(problem, **data, **options, checkpoint=path)
     assert path.exists()
+    assert len(half.history) == 20
     rest = train(problem, **data, **options, checkpoint=path)
     assert [step.step for step in rest.history] == list(range(1, 41))
     assert [s.task_loss for s in rest.history[:20]] == [s.task_loss for s in half.history]

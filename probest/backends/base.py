@@ -130,7 +130,8 @@ class Trainer(Protocol):
     def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
         """One step, at ``decay`` times the learning rate (of the default optimizer).
 
-        Returns the task loss and the mean of log Φ(severity / noise) over the particles z, both before the step.
+        Returns the task loss and the mean of log Φ(severity / noise) over the particles z, both before the step. A step
+        with a gradient that is not finite is left out.
         """
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -50,7 +50,11 @@ class JaxTrainer:
 
         def step(weights: list[Array], state: Any, decay: Array, *rest: Any) -> Any:
             grads, parts_of_loss = jax.grad(loss, has_aux=True)(weights, *rest)
-            updates, state = self.optimizer.update(grads, state, weights)
+            finite = jnp.isfinite(optax.tree.norm(grads))
+            updates, moved = self.optimizer.update(grads, state, weights)
+            # A gradient that is not finite would ruin the weights: leave them and the optimizer as they are.
+            state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+            updates = jax.tree.map(lambda update: jnp.where(finite, update, 0.0), updates)
             if decays:  # Adam's step is proportional to its rate
                 updates = jax.tree.map(lambda update: decay * update, updates)
             return optax.apply_updates(weights, updates), state, parts_of_loss

@@ -54,8 +54,9 @@ class TorchTrainer:
                 severity, _ = self.scores(self.parts, self.backend.from_host(z), {})
             pressure = self.backend.special.log_ndtr(severity / noise).mean()
         (loss + weight * pressure).backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm)
+        if torch.isfinite(norm):  # else a step would ruin the weights
+            self.optimizer.step()
         return _scalar(loss), float(pressure.detach())
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ from probest.estimators.moves import State, move
 __all__ = ["Walkers"]
 
 ACCEPTANCE = 0.55
-BREADTH = 0.6
+BREADTH = 0.8
 MAX_MOVES = 6
 LAG = 2.0  # nats by which the population's mean of log Φ(s/σ) may be below that of a half-space in equilibrium
 
