@@ -64,7 +64,7 @@ TRAINING = {
     "weight": 0.5,
     "learning_rate": 3e-3,
     "batch_size": BATCH,
-    "steps": 750,
+    "steps": 900,
     "check_every": 100,
     "check_budget": 100_000,
     "budget": 200_000,
