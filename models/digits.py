@@ -56,7 +56,7 @@ READER_REJECTS = 4.0  # squared distance at which one image and "no digit" are e
 SURE = 0.9995
 
 BATCH = 100
-DRAWN, KEPT = 256, 32  # of the baseline: images sampled a step, and trained on
+DRAWN, KEPT = 1024, 128  # of the baseline: images sampled a step, and trained on
 
 # Arguments of ``probest.train`` that work here. There are many modes, and a call is cheap: the budgets are large.
 TRAINING = {
