@@ -214,7 +214,7 @@ def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Modu
     generator = torch.Generator().manual_seed(seed)
     event, rng = problem(model).event, np.random.default_rng(seed)
     for _ in range(max(1, calls // (DRAWN + 3 * KEPT))):
-        images = torch.as_tensor(event.decode(rng.standard_normal((DRAWN, event.dim))).observation).float()
+        images = event.observe(rng.standard_normal((DRAWN, event.dim)))
         with torch.no_grad():
             severity = torch.vmap(checker)(images, model(images))
         worst = images[severity.topk(KEPT).indices]

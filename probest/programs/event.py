@@ -248,6 +248,11 @@ class Event:
         """Values of latent and deterministic sites (all, or those in ``names``), each ``(n, ...)``."""
         return {k: v for k, v in self.decode(z).sites.items() if names is None or k in names}
 
+    def observe(self, z: Floats) -> PyTree:
+        """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs (open loop)."""
+        with self.backend.no_gradient():
+            return self.backend.rows(self.composition._observe, self.parts, self.backend.from_host(z), {})[0]
+
     def decode(self, z: Floats) -> Cases:
         """The named sites, observation and action at each row of z, as NumPy arrays."""
         decoder = _Decoder(self.composition)
