@@ -1,0 +1,323 @@
+r"""Design points: the most likely catastrophes, found by gradient steps from many starts at once.
+
+A design point is a local minimum of ‖z‖ on the boundary of the event: the centre of a mode, and the outer normal
+there is the direction in which the mode is left fastest. From a point u with severity s and gradient g the linearised
+boundary is nearest to the origin at
+
+.. math:: u^\ast = \frac{g \cdot u - s}{\|g\|^2}\, g ,
+
+to which every start steps (Hasofer & Lind 1974; Rackwitz & Fiessler 1978) if the merit ½‖u‖² + c |s| falls there
+(Zhang & Der Kiureghian 1995). If not, the boundary bends or has a corner: the linearisation there joins the one at u,
+and the next target is nearest to the origin beyond both, and so on (cutting planes, Kelley 1960; exact where the event
+is convex); after some of these the step is halved. Starts whose targets meet go on as one, so that a linear boundary
+costs one gradient a start and one more to see that it is linear. Starts are normal draws at several scales: wide ones
+see branches whose severity shows only near their limit.
+
+The half-space beyond the design point gives the first-order estimate (FORM) Φ(−β), β = ‖u‖. It is a heuristic.
+It fails on curved boundaries, and where modes were missed; :mod:`probest.estimators.line` mends the first, and the
+number of starts that arrived at each mode tells of the second.
+
+References: Kelley (1960), The cutting-plane method for solving convex programs; Lawson & Hanson (1974), ch. 23;
+Hasofer & Lind (1974), Exact and invariant second-moment code format; Rackwitz & Fiessler (1978),
+Structural reliability under combined random load sequences; Zhang & Der Kiureghian (1995), Two improved algorithms
+for reliability analysis; Der Kiureghian & Dakessian (1998), Multiple design points in first and second-order
+reliability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.special import log_ndtr
+
+from probest.diagnostics import log_sum_exp
+from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
+
+__all__ = ["DesignPoints", "Search", "find_design_points"]
+
+_SCALES = (1.0, 3.0, 1.0, 2.0)
+_STEPS = 14
+_FIRST = 2  # starts of the first batch
+_SUFFICIENT = 0.3  # share of the hoped-for fall of the merit that a step must bring
+_NEAR = 2.0  # linearisations further away than this are forgotten when a step succeeds
+_PLANES = 5  # linearisations that a walk keeps before it shortens its step
+_CLOSE = 0.1  # a target this near counts as reached: lines need the direction only roughly
+_SAME_MODE = 0.35  # design points nearer than this (relative to their norm, plus as much) are one mode
+_COUNTS = math.log(0.02)  # as likely as this, compared to the likeliest, a mode counts when starts are counted
+_NEGLIGIBLE = math.log(1e-3)  # share of the first-order estimate below which a mode is left out
+
+
+class DesignPoints(NamedTuple):
+    """Distinct modes, the most likely first.
+
+    direction: ``(k, dim)`` unit outer normals. beta: ``(k,)`` distance of the boundary from the origin along them.
+    slope: ``(k,)`` rise of the severity per unit of distance. starts: ``(k,)`` how many starts arrived at each.
+    left_out: first-order probability of modes that were too unlikely to keep, relative to the kept.
+    lost: starts that did not arrive anywhere. origin: severity at z = 0.
+    """
+
+    direction: Floats
+    beta: Floats
+    slope: Floats
+    starts: np.ndarray
+    left_out: float
+    lost: int
+    origin: float
+
+    @property
+    def log_form(self) -> float:
+        """First-order estimate of log P, modes added up."""
+        return min(0.0, log_sum_exp(np.asarray(log_ndtr(-self.beta), dtype=np.float64)))
+
+
+@dataclass
+class _Walk:
+    """A gradient walk: the last accepted point, linearisations since then, and where it goes next."""
+
+    u: Floats
+    severity: float
+    grad: Floats
+    target: Floats
+    planes: list[_Plane]
+    weight: int = 1
+    part: float = 1.0
+    stuck: bool = False
+
+    @classmethod
+    def at(cls, u: Floats, severity: float, grad: Floats, weight: int = 1, part: float = 1.0) -> _Walk:
+        plane = _plane(u, severity, grad)
+        return cls(u, severity, grad, plane.normal * plane.offset, [plane], weight, part)
+
+    @property
+    def candidate(self) -> Floats:
+        return self.u + self.part * (self.target - self.u)
+
+    @property
+    def gap(self) -> float:
+        """Distance of the boundary from u, by the linearisation."""
+        return abs(self.severity) / float(np.linalg.norm(self.grad))
+
+    @property
+    def arrived(self) -> bool:
+        reach = float(np.linalg.norm(self.target))
+        if self.gap > _CLOSE * max(1.0, 0.2 * reach):
+            return False
+        return self.stuck or float(np.linalg.norm(self.target - self.u)) <= _CLOSE * max(1.0, 0.2 * reach)
+
+    @property
+    def _cornered(self) -> bool:
+        """Whether planes found right here already make u the nearest point."""
+        here = [plane for plane in self.planes if float(np.linalg.norm(plane.base - self.u)) <= 0.5]
+        target = _nearest(here)
+        return target is not None and float(np.linalg.norm(target - self.u)) <= 2.0 * _CLOSE
+
+    def meets(self, other: _Walk, distance: float) -> bool:
+        """Whether the targets are within ``distance``, in units that grow with the distance from the origin."""
+        apart = float(np.linalg.norm(self.target - other.target))
+        return apart <= distance * (1.0 + 0.5 * float(np.linalg.norm(other.target)))
+
+    def stepped(self, severity: float, grad: Floats) -> _Walk:
+        """The walk after the candidate was evaluated."""
+        candidate = self.candidate
+        norm = float(np.linalg.norm(self.grad))
+        price = (2.0 * max(float(np.linalg.norm(self.u)), float(np.linalg.norm(self.target))) + 1.0) / norm
+        before = 0.5 * float(self.u @ self.u) + price * abs(self.severity)
+        after = 0.5 * float(candidate @ candidate) + price * abs(severity)
+        telling = _telling(severity, grad)
+        hoped = 0.5 * float(candidate @ candidate)
+        if telling and after < before - _SUFFICIENT * max(before - hoped, 0.0):
+            ahead = _Walk.at(candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part))
+            near = [plane for plane in self.planes if float(np.linalg.norm(plane[2] - candidate)) < _NEAR]
+            if len(self.planes) > 1 and near:  # where planes together helped they still bound the event
+                planes = [*near, *ahead.planes][-_PLANES:]
+                target = _nearest(planes)
+                if target is not None:
+                    together = replace(ahead, planes=planes, target=target)
+                    # standing still between planes from elsewhere is not arriving: here the event is not convex
+                    return together if not together.arrived or together._cornered else replace(ahead, part=0.5)
+            return ahead
+        planes = [*self.planes, _plane(candidate, severity, grad)] if telling else self.planes
+        if telling and self.part == 1.0 and len(planes) <= _PLANES:
+            target = _nearest(planes)
+            if target is not None:
+                return _Walk(self.u, self.severity, self.grad, target, planes, self.weight)
+        if self.part < 0.1:  # no step helps: at best this is a corner on the boundary
+            return _Walk(self.u, self.severity, self.grad, self.u, planes, self.weight, stuck=True)
+        first = _Walk.at(self.u, self.severity, self.grad)
+        return _Walk(self.u, self.severity, self.grad, first.target, first.planes, self.weight, 0.4 * self.part)
+
+
+def _telling(severity: float, grad: Floats) -> bool:
+    norm = float(np.linalg.norm(grad))
+    return math.isfinite(severity) and math.isfinite(norm) and norm > 1e-12 * abs(severity)
+
+
+class _Plane(NamedTuple):
+    """The event linearised at ``base``: ``normal · z >= offset``."""
+
+    normal: Floats
+    offset: float
+    base: Floats
+
+
+def _plane(u: Floats, severity: float, grad: Floats) -> _Plane:
+    norm = float(np.linalg.norm(grad))
+    return _Plane(grad / norm, float(grad @ u - severity) / norm, u)
+
+
+def _nearest(planes: list[_Plane]) -> Floats | None:
+    """The point of least norm beyond all planes (least distance programming); None if there is none."""
+    normals, offsets = np.array([plane.normal for plane in planes]), np.array([plane.offset for plane in planes])
+    basis, inside = np.linalg.qr(normals.T)
+    matrix = np.vstack([inside, offsets])
+    goal = np.zeros(len(matrix))
+    goal[-1] = 1.0
+    residual = matrix @ nnls(matrix, goal)[0] - goal
+    if abs(residual[-1]) < 1e-9:
+        return None
+    return np.asarray(basis @ (-residual[:-1] / residual[-1]))
+
+
+Room = Callable[[int], bool]
+
+
+def find_design_points(
+    meter: Meter, rng: np.random.Generator, *, starts: int = 8, most: int = 48, calls: int | None = None
+) -> DesignPoints | None:
+    """Distinct design points from ``starts`` starts, and from more while modes turn up that few starts have seen.
+
+    most: at most so many starts. calls: at most so many model calls (default: all that are left).
+    Returns None where gradients say nothing, or where no start arrives.
+    """
+    search = Search(meter, calls)
+    return search.points() if search.run(rng, starts, most) else None
+
+
+@dataclass
+class Search:
+    """A search that can be resumed with more starts, once other evidence suggests where a mode may be."""
+
+    meter: Meter
+    calls: int | None = None
+    arrived: list[_Walk] = field(default_factory=list)
+    begun: int = 0
+    lost: int = 0
+    origin: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.floor = self.meter.left - min(self.meter.left, self.calls if self.calls is not None else self.meter.left)
+
+    def _room(self, rows: int) -> bool:
+        return self.meter.left - self.floor >= GRADIENT_CALLS * rows
+
+    def run(self, rng: np.random.Generator, starts: int, most: int) -> bool:
+        """Random starts; False when they find nothing."""
+        dim = self.meter.event.dim
+        if not self._room(starts + 2):
+            return False
+        self.origin = float(self.meter.evaluate(np.zeros((1, dim))).severity[0])
+        wanted = min(_FIRST, starts)  # the others may then meet what the first ones found, and stop early
+        while self.begun < wanted and self._room(2 * (wanted - self.begun)):
+            count = wanted - self.begun
+            z = rng.standard_normal((count, dim)) * np.resize(_SCALES, count)[:, None]
+            told = self.start_from(z)
+            if (self.begun >= starts and not self.arrived) or told < count / 2:
+                return False
+            wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
+        return bool(self.arrived)
+
+    def start_from(self, z: Floats) -> int:
+        """Walks from the rows of z; returns how many had a gradient to follow."""
+        if not self._room(len(z)):
+            return 0
+        self.begun += len(z)
+        result = self.meter.evaluate(z, gradient=True)
+        assert result.severity_grad is not None
+        cases = zip(z, result.severity.tolist(), result.severity_grad, strict=True)
+        walks = [_Walk.at(*case) for case in cases if _telling(case[1], case[2])]
+        told = len(walks)
+        ended = _follow(self.meter, walks, self.arrived, self._room)
+        self.lost += len(z) - sum(walk.weight for walk in ended)
+        self.arrived = _merge([*self.arrived, *ended], _SAME_MODE)
+        return told
+
+    def _wanted(self, starts: int) -> int:
+        """Starts that it takes to believe that no mode of a size like the known ones was missed.
+
+        Each known mode that counts should have been met twice, and six starts a mode should have arrived at such.
+        """
+        counted = self._counted()
+        known, met = len(counted), sum(walk.weight for walk in counted)
+        if known >= 6 and known > 0.6 * met:  # every start arrives somewhere else: more will not change that
+            return self.begun
+        rare = known > 1 and min(walk.weight for walk in counted) < 2
+        missing = max(starts, 6 * known if known > 1 else 0) - met
+        return self.begun + max(missing, 4 if rare else 0)
+
+    def _counted(self) -> list[_Walk]:
+        log_p = [_log_form(walk) for walk in self.arrived]
+        return [walk for walk, value in zip(self.arrived, log_p, strict=True) if value > max(log_p) + _COUNTS]
+
+    def points(self) -> DesignPoints:
+        """What was found, the most likely first."""
+        walks = sorted(self.arrived, key=_log_form, reverse=True)
+        log_p = np.array([_log_form(walk) for walk in walks])
+        keep = int(np.count_nonzero(log_p >= log_p[0] + _NEGLIGIBLE))
+        left_out = math.exp(log_sum_exp(log_p[keep:]) - log_sum_exp(log_p[:keep])) if keep < len(walks) else 0.0
+        sides = [_normal(walk) for walk in walks[:keep]]
+        return DesignPoints(
+            np.array([side[0] for side in sides]),
+            np.array([side[1] for side in sides]),
+            np.array([max(float(w.grad @ s[0]), 0.05 * float(np.linalg.norm(w.grad))) for w, s in zip(walks, sides)]),
+            np.array([walk.weight for walk in walks[:keep]]),
+            left_out,
+            self.lost,
+            self.origin,
+        )
+
+
+def _normal(walk: _Walk) -> tuple[Floats, float]:
+    """Direction and distance. At a corner the way to it is the better direction than any one face's normal."""
+    normal, offset, _ = _plane(walk.u, walk.severity, walk.grad)
+    away = float(np.linalg.norm(walk.target))
+    if away > 0.0 and abs(float(normal @ walk.target)) < 0.98 * away:
+        return walk.target / away, away
+    return normal, offset
+
+
+def _log_form(walk: _Walk) -> float:
+    return float(log_ndtr(-_normal(walk)[1]))
+
+
+def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room) -> list[_Walk]:
+    """Step all walks together until each has arrived or strayed; returns those that arrived."""
+    ended: list[_Walk] = []
+    for step in range(_STEPS):
+        walks = _merge(walks, 0.5 * _SAME_MODE if step else 0.05)
+        done = [w.arrived or (step > 0 and any(w.meets(k, 0.7 * _SAME_MODE) for k in known)) for w in walks]
+        ended += [walk for walk, end in zip(walks, done, strict=True) if end]
+        walks = [walk for walk, end in zip(walks, done, strict=True) if not end and not walk.stuck]
+        if not walks or not room(len(walks)):
+            break
+        result = meter.evaluate(np.array([walk.candidate for walk in walks]), gradient=True)
+        assert result.severity_grad is not None
+        seen = zip(walks, result.severity.tolist(), result.severity_grad, strict=True)
+        walks = [walk.stepped(severity, grad) for walk, severity, grad in seen]
+    return _merge(ended, _SAME_MODE)
+
+
+def _merge(walks: list[_Walk], distance: float) -> list[_Walk]:
+    """Walks with nearly the same target as one: the one nearest to its own target."""
+    kept: list[_Walk] = []
+    for walk in sorted(walks, key=lambda w: float(np.linalg.norm(w.target - w.u)) + w.gap):
+        same = next((other for other in kept if walk.meets(other, distance)), None)
+        if same is None:
+            kept.append(walk)
+        else:
+            same.weight += walk.weight
+    return kept

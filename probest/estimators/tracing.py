@@ -1,0 +1,246 @@
+"""Where lines meet the event: by few calls where a line is simple, on a grid where it is not.
+
+A line is expected to enter the event once. Newton's method (with the slope of the mode) and then secants find where; one
+random point beyond, drawn from the law of catastrophes there, has to be a catastrophe. If it is not, if the severity rose
+and fell without a root, or on request, the line is looked at on a grid and all its roots are refined. All lines advance
+together, so that each step is one batch.
+
+It fails where an island is thinner than the grid, and the short way missed it too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from probest.estimators.base import Floats, Meter
+from probest.estimators.position import Position, between, log_mass
+
+__all__ = ["Intervals", "Pencil", "Traced", "trace"]
+
+_TOLERANCE = 0.03  # nats that the last step of a root may change the mass beyond it
+_STEPS = 6
+_REFINEMENTS = 7
+_AHEAD, _BEHIND = 10, 4  # grid points on either side of the origin
+_LONGEST = 2.5  # step of a root search
+
+
+class Pencil(NamedTuple):
+    """Lines ``offset + r · direction``, r with law ``law``. offset, direction: ``(n, dim)``."""
+
+    offset: Floats
+    direction: Floats
+    law: Position
+
+    def at(self, line: np.ndarray, r: Floats) -> Floats:
+        return np.asarray(self.offset[line] + r[:, None] * self.direction[line], dtype=np.float64)
+
+    def take(self, lines: np.ndarray) -> Pencil:
+        return Pencil(self.offset[lines], self.direction[lines], self.law)
+
+
+class Intervals(NamedTuple):
+    """Parts of lines that lie in the event, sorted along each line: ``low < r < high`` on line ``owner``."""
+
+    owner: np.ndarray
+    low: Floats
+    high: Floats
+
+    def of(self, lines: np.ndarray) -> Intervals:
+        """Those on the lines where ``lines`` (a mask) is true."""
+        return Intervals(*(value[lines[self.owner]] for value in self))
+
+    def join(self, other: Intervals, shift: int = 0) -> Intervals:
+        moved = other._replace(owner=other.owner + shift)
+        return Intervals(*(np.concatenate(pair) for pair in zip(self, moved, strict=True)))
+
+
+class Traced(NamedTuple):
+    """What was found on ``n`` lines.
+
+    intervals: of the event. on, at, severity: one catastrophe on each line that has any, drawn from its intervals: its
+    line, z and severity. root: ``(n,)`` where each line first enters the event, nan where it does not.
+    gradient: ``(n, dim)`` of the severity at the guess, nan where not asked for. slip: ``(n,)`` nats that are uncertain
+    since the root is. leaves: ``(n,)`` whether the line was seen to leave the event again.
+    """
+
+    intervals: Intervals
+    on: np.ndarray
+    at: Floats
+    severity: Floats
+    root: Floats
+    gradient: Floats
+    slip: Floats
+    leaves: np.ndarray
+
+
+class _Entries(NamedTuple):
+    root: Floats
+    gradient: Floats
+    slip: Floats
+    doubtful: np.ndarray
+
+
+def trace(
+    meter: Meter,
+    lines: Pencil,
+    rng: np.random.Generator,
+    *,
+    guess: Floats,
+    slope: float,
+    far: float,
+    gradient: bool,
+    scan: np.ndarray,
+) -> Traced:
+    """Find the event on each line.
+
+    guess: ``(n,)`` where each line may enter. slope: rise of the severity along lines there, if known (else 0).
+    far: beyond this nothing counts. gradient: evaluate the gradient at the guess. scan: ``(n,)`` lines that get a grid.
+    """
+    n = len(lines.offset)
+    found = _enter(meter, lines, guess, slope, far, gradient)
+    rooted = np.flatnonzero(np.isfinite(found.root))
+    intervals = Intervals(rooted, found.root[rooted], np.full(len(rooted), np.inf))
+    on, at, severity = _draw(meter, lines, intervals, rng)
+    leaves = np.zeros(n, dtype=np.bool_)
+    leaves[on[severity < 0.0]] = True
+    root = found.root
+    doubt = scan | found.doubtful | leaves
+    if doubt.any():
+        rows = np.flatnonzero(doubt)
+        seen = _scan(meter, lines.take(rows), guess[rows], far)
+        seen = seen._replace(owner=rows[seen.owner])
+        intervals = intervals.of(~doubt).join(seen)
+        order = np.lexsort((intervals.low, intervals.owner))
+        intervals = Intervals(*(value[order] for value in intervals))
+        leaves[seen.owner[np.isfinite(seen.high)]] = True
+        root = np.full(n, np.nan)
+        root[intervals.owner[::-1]] = intervals.low[::-1]
+        kept = ~doubt[on]
+        anew = _draw(meter, lines, seen, rng)
+        on, at, severity = (np.concatenate([a[kept], b]) for a, b in zip((on, at, severity), anew, strict=True))
+    hit = severity >= 0.0
+    return Traced(intervals, on[hit], at[hit], severity[hit], root, found.gradient, found.slip, leaves)
+
+
+def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float, gradient: bool) -> _Entries:
+    """One root a line, where there is one that Newton's method and secants reach."""
+    n, dim = lines.offset.shape
+    law = lines.law
+    start = max(law.low, -far)
+    r = np.clip(guess, start, far)
+    result = meter.evaluate(lines.at(np.arange(n), r), gradient=gradient)
+    severity = result.severity
+    gradients = np.full((n, dim), np.nan)
+    rise = np.full(n, slope)
+    if gradient:
+        assert result.severity_grad is not None
+        gradients = result.severity_grad
+        own = np.sum(gradients * lines.direction, axis=1)
+        rise = np.where(np.isfinite(own) & (own > 0.05 * slope), own, slope)
+    below, above = np.full(n, -np.inf), np.full(n, np.inf)
+    root, slip = np.full(n, np.nan), np.zeros(n)
+    fell = np.zeros(n, dtype=np.bool_)
+    active = np.ones(n, dtype=np.bool_)
+    for step in range(_STEPS):
+        below = np.where(active & (severity < 0.0), np.maximum(below, r), below)
+        above = np.where(active & (severity >= 0.0), np.minimum(above, r), above)
+        with np.errstate(all="ignore"):
+            ahead = r - severity / rise
+        bracketed = np.isfinite(below) & np.isfinite(above)
+        outside = ~((ahead > below) & (ahead < above))
+        ahead = np.where(bracketed & outside, 0.5 * (below + above), ahead)
+        ahead = np.where(np.isnan(ahead), r, ahead)
+        ahead = np.clip(np.clip(ahead, r - _LONGEST, r + _LONGEST), start, far)
+        change = np.abs(_log_tail(law, ahead) - _log_tail(law, r))
+        reached = active & (change <= _TOLERANCE) & ~((r >= far) & (severity < 0.0))
+        root[reached], slip[reached] = ahead[reached], 0.25 * change[reached]
+        everything = active & (r <= start) & (severity >= 0.0)  # no entry: the line is inside from its beginning
+        absent = active & (r >= far) & (severity < 0.0)
+        active &= ~reached & ~absent & ~everything
+        fell |= everything
+        rows = np.flatnonzero(active)
+        if not len(rows) or step == _STEPS - 1 or meter.left < len(rows):
+            break
+        now = severity.copy()
+        now[rows] = meter.evaluate(lines.at(rows, ahead[rows])).severity
+        with np.errstate(all="ignore"):
+            secant = (now - severity) / (ahead - r)
+        good = active & np.isfinite(secant) & (secant > 0.0)
+        fell |= active & (secant <= 0.0)
+        rise = np.where(good, secant, rise)
+        r, severity = np.where(active, ahead, r), np.where(active, now, severity)
+    return _Entries(root, gradients, slip, active | (fell & ~np.isfinite(root)))
+
+
+def _log_tail(law: Position, r: Floats) -> Floats:
+    return law.log_sf(r)
+
+
+def _scan(meter: Meter, lines: Pencil, guess: Floats, far: float) -> Intervals:
+    """All intervals of each line that a grid and the guess reveal, their ends refined."""
+    n = len(lines.offset)
+    empty = np.empty(0)
+    ahead = np.linspace(0.0, far, _AHEAD)
+    behind = np.linspace(-far, 0.0, _BEHIND + 1)[:-1] if lines.law.low < 0.0 else empty
+    common = np.concatenate([behind, ahead])
+    grid = np.sort(np.column_stack([np.tile(common, (n, 1)), np.clip(guess, -far, far)]), axis=1)
+    points = grid.shape[1]
+    if meter.left < n * (points + 2):
+        return Intervals(np.empty(0, dtype=np.intp), empty, empty)
+    severity = meter.evaluate(lines.at(np.repeat(np.arange(n), points), grid.ravel())).severity.reshape(n, points)
+    inside = severity >= 0.0
+    line, cell = np.nonzero(inside[:, 1:] != inside[:, :-1])
+    ends = _refine(
+        meter, lines, line, grid[line, cell], grid[line, cell + 1], severity[line, cell], severity[line, cell + 1]
+    )
+    rising = inside[line, cell + 1]
+    whole = np.flatnonzero(inside[:, 0])
+    last = np.flatnonzero(inside[:, -1])
+    low_owner = np.concatenate([whole, line[rising]])
+    low = np.concatenate([np.full(len(whole), lines.law.low), ends[rising]])
+    high_owner = np.concatenate([line[~rising], last])
+    high = np.concatenate([ends[~rising], np.full(len(last), np.inf)])
+    first, second = np.lexsort((low, low_owner)), np.lexsort((high, high_owner))
+    return Intervals(low_owner[first], low[first], high[second])
+
+
+def _refine(meter: Meter, lines: Pencil, line: np.ndarray, a: Floats, b: Floats, at_a: Floats, at_b: Floats) -> Floats:
+    """Roots between a and b, where the severity changes sign, by the Illinois rule."""
+    a, b, at_a, at_b = a.copy(), b.copy(), at_a.copy(), at_b.copy()
+    root = 0.5 * (a + b)
+    for _ in range(_REFINEMENTS):
+        with np.errstate(all="ignore"):
+            root = a - at_a * (b - a) / (at_b - at_a)
+        root = np.where(np.isfinite(root) & (root > a) & (root < b), root, 0.5 * (a + b))
+        wide = np.abs(lines.law.log_sf(a) - lines.law.log_sf(b)) > _TOLERANCE
+        near = np.minimum(np.abs(lines.law.log_sf(root) - lines.law.log_sf(a)), np.abs(b - root)) > 0.3 * _TOLERANCE
+        rows = np.flatnonzero(wide & near)
+        if not len(rows) or meter.left < len(rows):
+            break
+        value = meter.evaluate(lines.at(line[rows], root[rows])).severity
+        left = (value >= 0.0) == (at_a[rows] >= 0.0)  # the root lies to the right of this point
+        moved_a, moved_b = rows[left], rows[~left]
+        a[moved_a], at_a[moved_a] = root[moved_a], value[left]
+        at_b[moved_a] *= 0.5
+        b[moved_b], at_b[moved_b] = root[moved_b], value[~left]
+        at_a[moved_b] *= 0.5
+    return np.asarray(root)
+
+
+def _draw(
+    meter: Meter, lines: Pencil, intervals: Intervals, rng: np.random.Generator
+) -> tuple[np.ndarray, Floats, Floats]:
+    """One point on each line that has intervals, from the law of r given that it lies in them; and its severity."""
+    owner, low, high = intervals
+    keys = log_mass(lines.law, low, high) + rng.gumbel(
+        size=len(owner)
+    )  # the largest is drawn in proportion to its mass
+    order = np.lexsort((keys, owner))
+    last = order[np.append(owner[order][1:] != owner[order][:-1], True)] if len(order) else order
+    last = last[np.isfinite(keys[last])][: max(meter.left, 0)]
+    r = between(lines.law, low[last], high[last], rng.random(len(last)))
+    at = lines.at(owner[last], r)
+    severity = meter.evaluate(at).severity if len(at) else np.empty(0)
+    return owner[last], at, severity
