@@ -200,13 +200,17 @@ def find_design_points(
 
 @dataclass
 class Search:
-    """A search that can be resumed with more starts, once other evidence suggests where a mode may be."""
+    """A search that can be resumed with more starts, once other evidence suggests where a mode may be.
+
+    each: starts for each mode, where there are several.
+    """
 
     meter: Meter
     calls: int | None = None
     arrived: list[_Walk] = field(default_factory=list)
     begun: int = 0
     lost: int = 0
+    each: int = 8
     origin: float = math.nan
 
     def __post_init__(self) -> None:
@@ -249,14 +253,14 @@ class Search:
     def _wanted(self, starts: int) -> int:
         """Starts that it takes to believe that no mode of a size like the known ones was missed.
 
-        Each known mode that counts should have been met twice, and six starts a mode should have arrived at such.
+        Each known mode that counts should have been met twice, and ``each`` starts a mode should have arrived at such.
         """
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)
         if known >= 6 and known > 0.6 * met:  # every start arrives somewhere else: more will not change that
             return self.begun
         rare = known > 1 and min(walk.weight for walk in counted) < 2
-        missing = max(starts, 6 * known if known > 1 else 0) - met
+        missing = max(starts, self.each * known if known > 1 else 0) - met
         return self.begun + max(missing, 4 if rare else 0)
 
     def _counted(self) -> list[_Walk]:
@@ -268,13 +272,16 @@ class Search:
         walks = sorted(self.arrived, key=_log_form, reverse=True)
         log_p = np.array([_log_form(walk) for walk in walks])
         keep = int(np.count_nonzero(log_p >= log_p[0] + _NEGLIGIBLE))
-        left_out = math.exp(log_sum_exp(log_p[keep:]) - log_sum_exp(log_p[:keep])) if keep < len(walks) else 0.0
-        sides = [_normal(walk) for walk in walks[:keep]]
+        left_out = math.exp(log_sum_exp(log_p[keep:]) - log_sum_exp(log_p[:keep])) if keep < len(log_p) else 0.0
+        walks = walks[:keep]
+        sides = [_normal(walk) for walk in walks]
+        slopes = [float(walk.grad @ side[0]) for walk, side in zip(walks, sides, strict=True)]
+        least = [0.05 * float(np.linalg.norm(walk.grad)) for walk in walks]
         return DesignPoints(
             np.array([side[0] for side in sides]),
             np.array([side[1] for side in sides]),
-            np.array([max(float(w.grad @ s[0]), 0.05 * float(np.linalg.norm(w.grad))) for w, s in zip(walks, sides)]),
-            np.array([walk.weight for walk in walks[:keep]]),
+            np.maximum(slopes, least),
+            np.array([walk.weight for walk in walks]),
             left_out,
             self.lost,
             self.origin,

@@ -1,23 +1,26 @@
 r"""Line sampling: one direction is integrated exactly, the others are sampled.
 
-Along a unit vector a, z splits into :math:`z_\perp + r a`, and the event cuts each line in intervals whose ends are roots
-of the severity. With h_k a partition of unity over the modes k and q_k a law of :math:`z_\perp`,
+Along a unit vector a, z splits into :math:`z_\perp + r a`, and the event cuts each line in intervals whose ends are
+roots of the severity. With h_k a partition of unity over the modes k and q_k a law of :math:`z_\perp`,
 
 .. math:: P = \sum_k E_{q_k}\Big[ \frac{\varphi(z_\perp)}{q_k(z_\perp)}
           \int_{s \ge 0} h_k(z_\perp + r a_k)\, \varphi(r)\, dr \Big].
 
 It is unbiased for *any* directions, if all roots are found; good directions make what is averaged nearly constant. They
-are those of the design points (:mod:`probest.estimators.design`), or rays from the origin where catastrophes surround it
-(then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: its shares are those of
-unit normals at the design points, weighted by their first-order probabilities.
+are those of the design points (:mod:`probest.estimators.design`), or rays from the origin where catastrophes surround
+it (then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: its shares are those
+of unit normals at the design points, weighted by their first-order probabilities.
 
-*Rounds.* A first round of lines learns: roots and the gradients there give a quadratic model r̂(u) of the boundary over
-the few coordinates u of :math:`z_\perp` that matter (second-order, SORM-like). Gradients that point to an unknown mode
-start a new walk. The model gives a proposal q_k close to φ Φ(−r̂), a guess of every root, and a control variate whose mean is
-computed without model calls; fresh lines then measure what the model misses, so the estimate stays unbiased.
+*Rounds.* First lines learn: roots and the gradients there give a quadratic model of the boundary over the few
+coordinates that matter (:mod:`probest.estimators.boundary`). Gradients that point to an unknown mode start a new walk,
+and so do catastrophes on a sphere around the origin that no known mode explains (in few dimensions). The model gives a
+proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines measure what the
+model misses, so the estimate stays unbiased. Where they show the model to be poor it learns once more, and fresh lines
+are drawn anew.
 
-*All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that answer "safe", and a few others for
-audit, are looked at on a grid (:mod:`probest.estimators.tracing`). Where lines were seen to leave the event again, all are.
+*All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that
+answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.estimators.tracing`). Where lines were seen to
+leave the event again, or to enter it elsewhere, all are.
 
 It fails where there are more modes than directions (deep networks): the lines' contributions then vary wildly, and the
 estimate is not converged. It cannot tell of modes that no gradient leads to.
@@ -34,16 +37,16 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import log_ndtr
+from scipy.special import chdtri, log_ndtr, ndtri
+from scipy.stats import qmc
 
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, generator
-from probest.estimators.boundary import Boundary, fit_boundary, propose
+from probest.estimators.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.estimators.design import DesignPoints, Search
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
 from probest.estimators.tracing import Intervals, Pencil, Traced, trace
 from probest.guides.base import Guide, Prior
-from probest.guides.mixture import Mixture
 
 __all__ = ["LineSampling"]
 
@@ -52,8 +55,13 @@ _FAR = math.log(1e-4)  # what lies beyond is at most this share of the mode
 _FLOOR = 0.005  # of the standard error: what lines that agree cannot tell
 _MOST_MODES = 12
 _LEAST = 5  # fresh lines a mode
-_ROUNDS = 5
+_ROUNDS = 8
+_LESSONS = 3
+_POOR = 0.2  # misfit of a model, in nats
+_MANY = 32  # fresh lines where the model is poor
 _STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
+_FEW = 6  # dimensions in which a sphere around the origin can be looked at
+_AROUND = 16  # points on it
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,9 @@ class LineSampling:
     """
 
     precision: float | None = 0.05
-    starts: int = 8
+    starts: int = 10
     first: int = 8
-    fresh: int = 12
+    fresh: int = 8
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -96,22 +104,30 @@ class LineSampling:
 
 
 class _Model(NamedTuple):
-    """A boundary, the proposal made from it, and the log of its own probability with its relative error."""
+    """The boundaries of all modes, and for one of them a proposal made from them."""
 
-    boundary: Boundary
-    guide: Guide
-    log_mean: float
-    error: float
+    boundaries: tuple[Boundary | None, ...]
+    proposal: Proposal
 
 
 class _Round(NamedTuple):
-    """Lines of one mode, drawn from one law: ``log_w`` is log φ/q of each; ``model`` was fixed before they were drawn."""
+    """Lines of one mode, drawn from one law: log φ/q of each, and the model that was fixed before they were drawn."""
 
     lines: Pencil
     log_w: Floats
     traced: Traced
     model: _Model | None
     learning: bool
+
+
+class _Values(NamedTuple):
+    """What each fresh line of a mode says of its probability, relative to the scale; their standard deviation, at least
+    what is known of it; and an error that all have in common.
+    """
+
+    values: Floats
+    spread: float
+    error: float
 
 
 @dataclass
@@ -123,7 +139,7 @@ class _Mode:
     slope: float
     law: Position
     rounds: list[_Round] = field(default_factory=list)
-    leaves: bool = False
+    rough: bool = False
 
     @property
     def far(self) -> float:
@@ -147,15 +163,16 @@ class _Campaign:
     rng: np.random.Generator
     modes: list[_Mode] = field(default_factory=list)
     spent: int = 0
-    searched: int = 0
+    price: float = 0.0
     scale: float = 0.0
 
     def run(self) -> list[Evidence]:
-        search = Search(self.meter, calls=self.meter.left // 2)
-        if not search.run(self.rng, self.method.starts, 6 * self.method.starts):
+        few = self.meter.event.dim <= _FEW  # then a sphere around the origin is looked at as well
+        starts = (3 * self.method.starts) // 5 if few else self.method.starts
+        search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8)
+        if not search.run(self.rng, starts, 5 * self.method.starts):
             return [self._nothing("gradients lead to no boundary of the event.")]
         points = search.points()
-        self.searched = self.meter.calls
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
         around = points.origin >= 0.0 or (len(points.beta) >= 6 and bool(np.all(points.starts == 1)))
         if around:
@@ -169,19 +186,27 @@ class _Campaign:
         self.scale = max(self._learnt(k) for k in range(len(self.modes)))
         if not math.isfinite(self.scale):
             return [*ledger, self._nothing("no line through the design points meets the event.")]
-        for attempt in range(_ROUNDS):
-            models = [self._model(k) for k in range(len(self.modes))]
-            if attempt == 0 and not around:
-                second = diagnostics.log_sum_exp(np.array([m.log_mean for m in models if m is not None]))
-                ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
-            counts = self._counts(models, attempt)
-            if counts is None:
-                break
-            for k, (model, count) in enumerate(zip(models, counts, strict=True)):
-                if count:
-                    self._measure(k, model, count)
+        models = self._models()
+        if not around:
+            second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
+            ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
+        lessons = 0
+        counts = self._first_counts(models)
+        for _ in range(_ROUNDS):
+            for k, count in enumerate(counts):
+                self._measure(k, models[k], count)
             if self._precise():
                 break
+            counts = self._further_counts()
+            if not sum(counts):
+                if around or lessons == _LESSONS or self.meter.left < 8 * self.method.first * len(self.modes):
+                    break
+                lessons += 1
+                self._relearn(models)
+                models = self._models()
+                counts = self._first_counts(models)
+            else:
+                models = self._models()
         return [*ledger, self._conclude(points, search)]
 
     # --- finding modes ---------------------------------------------------------------------------------------------
@@ -190,17 +215,20 @@ class _Campaign:
         """Rays from the origin instead of modes."""
         dim = self.meter.event.dim
         beta = float(np.median(np.abs(points.beta)))
-        self.modes = [_Mode(None, beta, float(np.median(points.slope)), Chi(dim), leaves=points.origin >= 0.0)]
+        self.modes = [_Mode(None, beta, float(np.median(points.slope)), Chi(dim), rough=points.origin >= 0.0)]
+        self._normals = np.empty((0, dim))
         self._learn(0)
 
     def _explore(self, search: Search, points: DesignPoints) -> DesignPoints:
         """First lines through every mode; where their gradients lead to further modes, these too."""
-        for _ in range(3):
+        for attempt in range(3):
             self._adopt(points)
             for k in range(len(self.modes)):
                 if not self.modes[k].rounds:
                     self._learn(k)
             suspects = self._suspects()
+            if attempt == 0:
+                suspects = np.concatenate([suspects, self._unexplained()])
             before = len(points.beta)
             if not len(suspects) or len(self.modes) > _MOST_MODES or not search.start_from(suspects):
                 break
@@ -222,7 +250,7 @@ class _Campaign:
         self._log_p = np.asarray(log_ndtr(-points.beta)) - 0.5 * points.beta**2
 
     def _suspects(self) -> Floats:
-        """Points on lines whose gradients lead to a boundary that is about as near as the known modes, but elsewhere."""
+        """Points on lines whose gradients lead to a boundary about as near as the known modes, but elsewhere."""
         least = min(mode.beta for mode in self.modes)
         found = []
         for mode in self.modes:
@@ -240,6 +268,18 @@ class _Campaign:
         every = np.concatenate(found)
         return every[np.argsort(np.linalg.norm(every, axis=1), kind="stable")[:4]]
 
+    def _unexplained(self) -> Floats:
+        """Catastrophes on a sphere about as far away as the known modes, that none of these explains."""
+        dim = self.meter.event.dim
+        if dim > _FEW or dim < 2 or self.meter.left < 4 * _AROUND:
+            return np.empty((0, dim))
+        z = _even_normals(_AROUND, dim, self.rng)
+        radius = 1.25 * max(min(mode.beta for mode in self.modes), 0.0) + 0.5
+        z *= radius / np.linalg.norm(z, axis=1, keepdims=True)
+        beyond = np.max([z @ m.direction - m.beta for m in self.modes if m.direction is not None], axis=0)
+        rows = np.flatnonzero((self.meter.evaluate(z).severity >= 0.0) & (beyond < -0.1))
+        return np.asarray(z[rows[np.argsort(beyond[rows], kind="stable")[:4]]])
+
     # --- lines -----------------------------------------------------------------------------------------------------
 
     def _lines(self, k: int, guide: Guide, n: int) -> tuple[Pencil, Floats]:
@@ -256,53 +296,75 @@ class _Campaign:
         """The first lines of a mode: with gradients, one of them on a grid, drawn wide in few dimensions."""
         mode, dim = self.modes[k], self.meter.event.dim
         n = max(1, min(self.method.first, self.meter.left // 12))
-        wide = Mixture(np.eye(dim), np.ones(1), np.zeros((1, dim)), _STRETCH * np.eye(dim)[None]) if dim <= 6 else None
-        guide = wide or Prior(dim)
-        lines, log_w = self._lines(k, guide, n)
+        if mode.direction is None or not 1 < dim <= _FEW:
+            lines, log_w = self._lines(k, Prior(dim), n)
+        else:  # spread out evenly, so that what bends away is seen
+            across = np.linalg.qr(np.column_stack([mode.direction, np.eye(dim)]))[0][:, 1:]
+            u = _STRETCH * _even_normals(n, dim - 1, self.rng)
+            log_w = np.sum(0.5 * (u / _STRETCH) ** 2 - 0.5 * u**2 + math.log(_STRETCH), axis=1)
+            lines = Pencil(u @ across.T, np.broadcast_to(mode.direction, (n, dim)), mode.law)
         self._add(k, lines, log_w, np.full(n, mode.beta), None, learning=True)
 
-    def _measure(self, k: int, model: _Model | None, n: int) -> None:
+    def _relearn(self, models: list[_Model | None]) -> None:
+        """More lines with gradients where the model now puts the event; what was measured so far only teaches."""
+        for k, (mode, model) in enumerate(zip(self.modes, models, strict=True)):
+            mode.rounds = [r._replace(learning=True) for r in mode.rounds]
+            self._measure(k, model, self.method.first, learning=True)
+
+    def _measure(self, k: int, model: _Model | None, n: int, *, learning: bool = False) -> None:
         """Fresh lines of a mode, drawn from the model's proposal."""
         mode = self.modes[k]
-        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.guide, n)
-        guess = np.full(n, mode.beta) if model is None else model.boundary.root(lines.offset @ model.boundary.basis)
-        self._add(k, lines, log_w, guess, model, learning=False)
+        n = min(n, self.meter.left // 6)
+        if n < 1:
+            return
+        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.proposal.guide, n)
+        guess = np.full(n, mode.beta)
+        if model is not None and (own := model.boundaries[k]) is not None:
+            guess = self._entry(k, model.boundaries, lines.offset @ own.basis)
+        self._add(k, lines, log_w, guess, model, learning=learning)
 
     def _add(
         self, k: int, lines: Pencil, log_w: Floats, guess: Floats, model: _Model | None, *, learning: bool
     ) -> None:
         mode = self.modes[k]
         n = len(log_w)
-        scan = np.full(n, mode.leaves)
-        if learning:
-            scan[:1] = True
+        scan = np.full(n, mode.rough)
+        scan[: n // 16 + (1 if learning else 0)] = True  # audit
+        before = self.meter.calls
         traced = trace(
             self.meter,
             lines,
             self.rng,
             guess=guess,
             slope=mode.slope,
+            rate=mode.rate,
+            near=mode.beta,
             far=mode.far,
             gradient=learning and mode.direction is not None,
             scan=scan,
         )
+        self.price = max((self.meter.calls - before) / n, 0.5 * self.price)
         mode.rounds.append(_Round(lines, log_w, traced, model, learning))
-        if not mode.leaves and traced.leaves.any():
-            mode.leaves = True
+        if traced.rough.any():
+            mode.rough = True
 
-    def _log_f(self, k: int, lines: Pencil, intervals: Intervals) -> Floats:
-        """log of the (partitioned) probability of the event on each line."""
+    def _log_f(self, k: int, base: Floats, intervals: Intervals) -> Floats:
+        """log of the (partitioned) probability of the event on each line; base: scalar products with design points."""
         owner, low, high = intervals
-        mass = log_mass(lines.law, low, high)
+        law = self.modes[k].law
+        mass = log_mass(law, low, high)
         if len(self.modes) > 1:
             along = self._normals @ self.modes[k].direction
-            base = lines.offset @ self._normals.T
-            r = between(lines.law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
+            r = between(law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
             share = self._log_share(k, base[owner][:, None, :] + r[:, :, None] * along)
             mass = mass + np.log(np.exp(share) @ (0.5 * _NODE_WEIGHTS))
-        total = np.full(len(lines.offset), -np.inf)
+        total = np.full(len(base), -np.inf)
         np.logaddexp.at(total, owner, mass)
         return total
+
+    def _log_line(self, k: int, r: _Round) -> Floats:
+        """log of what each line of a round says of its mode's probability."""
+        return r.log_w + self._log_f(k, r.lines.offset @ self._normals.T, r.traced.intervals)
 
     def _log_share(self, k: int, levels: Floats) -> Floats:
         """log h_k, from the scalar products of the points with all design points (last axis)."""
@@ -312,32 +374,79 @@ class _Campaign:
 
     # --- the model of the boundary ---------------------------------------------------------------------------------
 
-    def _model(self, k: int) -> _Model | None:
-        mode = self.modes[k]
-        if mode.direction is None:
-            return None
-        offset = np.concatenate([r.lines.offset for r in mode.rounds])
-        root = np.concatenate([r.traced.root for r in mode.rounds])
-        gradient = np.concatenate([r.traced.gradient for r in mode.rounds])
-        log_f = np.concatenate([r.log_w + self._log_f(k, r.lines, r.traced.intervals) for r in mode.rounds])
-        rows = np.flatnonzero(np.isfinite(root) & np.isfinite(log_f))
-        if len(rows) < 2:
-            return None
-        rise = gradient[rows] @ mode.direction
-        with np.errstate(all="ignore"):
-            slopes = -(gradient[rows] - rise[:, None] * mode.direction) / rise[:, None]
-        slopes[~(rise > 0.05 * mode.slope)] = np.nan
-        weight = np.exp(np.maximum(0.5 * (log_f[rows] - log_f[rows].max()), math.log(0.05)))
-        others = np.delete(self._normals, k, axis=0)
-        others = others - (others @ mode.direction)[:, None] * mode.direction
-        boundary = fit_boundary(offset[rows], root[rows], slopes, weight, mode.rate, others)
-        guide, log_mean, error = propose(boundary, lambda u: self._modelled(k, boundary, u), self.rng)
-        return _Model(boundary, guide, log_mean, error) if math.isfinite(log_mean) else None
+    def _models(self) -> list[_Model | None]:
+        """A model of every mode's boundary, from all roots that belong to the mode."""
+        if any(mode.direction is None for mode in self.modes):
+            return [None for _ in self.modes]
+        z, gradient, worth = self._roots()
+        home = np.argmax(self._log_p + z @ self._normals.T, axis=1)
+        boundaries = tuple(self._fit(k, z, gradient, worth, home) for k in range(len(self.modes)))
+        return [self._propose(k, boundaries, z[home == k]) for k in range(len(self.modes))]
 
-    def _modelled(self, k: int, boundary: Boundary, u: Floats) -> Floats:
-        """log f̂ at coordinates u, by the model."""
-        lines = Pencil(u @ boundary.basis.T, np.empty((len(u), 0)), self.modes[k].law)
-        return self._log_f(k, lines, Intervals(np.arange(len(u)), boundary.root(u), np.full(len(u), np.inf)))
+    def _roots(self) -> tuple[Floats, Floats, Floats]:
+        """All roots, the gradients there (nan where not known), and the logarithm of what each line is worth."""
+        z, gradient, worth = [], [], []
+        for k, mode in enumerate(self.modes):
+            for r in mode.rounds:
+                log_line = self._log_line(k, r)
+                rows = np.flatnonzero(np.isfinite(r.traced.root) & np.isfinite(log_line))
+                z.append(r.lines.at(rows, r.traced.root[rows]))
+                gradient.append(r.traced.gradient[rows])
+                worth.append(log_line[rows])
+        return np.concatenate(z), np.concatenate(gradient), np.concatenate(worth)
+
+    def _fit(self, k: int, z: Floats, gradient: Floats, worth: Floats, home: np.ndarray) -> Boundary | None:
+        rows = np.flatnonzero(home == k)
+        direction = self.modes[k].direction
+        if len(rows) < 2 or direction is None:
+            return None
+        rise = gradient[rows] @ direction
+        with np.errstate(all="ignore"):
+            slopes = -(gradient[rows] - rise[:, None] * direction) / rise[:, None]
+        slopes[~(rise > 0.05 * self.modes[k].slope)] = np.nan
+        weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(0.05)))
+        root = z[rows] @ direction
+        others = np.delete(self._normals, k, axis=0)
+        others = others - (others @ direction)[:, None] * direction
+        return fit_boundary(z[rows] - root[:, None] * direction, root, slopes, weight, self.modes[k].rate, others)
+
+    def _propose(self, k: int, boundaries: tuple[Boundary | None, ...], seen: Floats) -> _Model | None:
+        own = boundaries[k]
+        if own is None:
+            return None
+        proposal = propose(own, lambda u: self._modelled(k, boundaries, u), seen @ own.basis, self.rng)
+        return _Model(boundaries, proposal) if math.isfinite(proposal.log_mean) else None
+
+    def _entry(self, k: int, boundaries: tuple[Boundary | None, ...], u: Floats) -> Floats:
+        """Where lines of mode k at coordinates u first enter the event, by the models of all modes."""
+        own = boundaries[k]
+        assert own is not None
+        entry = own.root(u)
+        start = self.modes[k].direction
+        for j, other in enumerate(boundaries):
+            direction = self.modes[j].direction
+            if j == k or other is None or direction is None or start is None:
+                continue
+            across = own.basis.T @ np.column_stack([direction, other.basis])
+            along = start @ np.column_stack([direction, other.basis])
+            level = u @ across
+            entry = np.minimum(entry, other.crossing(level[:, 0], along[0], level[:, 1:], along[1:]))
+        return np.maximum(entry, own.least)
+
+    def _modelled(self, k: int, boundaries: tuple[Boundary | None, ...], u: Floats) -> Floats:
+        """log f̂ at coordinates u, by the models."""
+        own = boundaries[k]
+        assert own is not None
+        base = u @ (own.basis.T @ self._normals.T)
+        entry = self._entry(k, boundaries, u)
+        return self._log_f(k, base, Intervals(np.arange(len(u)), entry, np.full(len(u), np.inf)))
+
+    def _modelled_lines(self, k: int, r: _Round) -> Floats:
+        """log f̂ of a round's lines, by the model they were drawn from."""
+        assert r.model is not None
+        own = r.model.boundaries[k]
+        assert own is not None
+        return self._modelled(k, r.model.boundaries, r.lines.offset @ own.basis)
 
     # --- estimates -------------------------------------------------------------------------------------------------
 
@@ -349,65 +458,98 @@ class _Campaign:
         for r in self.modes[k].rounds:
             if r.learning != learning:
                 continue
-            value = np.exp(r.log_w + self._log_f(k, r.lines, r.traced.intervals) - self.scale)
+            value = np.exp(self._log_line(k, r) - self.scale)
             plain.append(value)
             if r.model is None:
                 varied.append(value)
                 continue
-            modelled = self._modelled(k, r.model.boundary, r.lines.offset @ r.model.boundary.basis)
-            mean = math.exp(r.model.log_mean - self.scale)
+            modelled = self._modelled_lines(k, r)
+            mean = math.exp(r.model.proposal.log_mean - self.scale)
             varied.append(value - np.exp(r.log_w + modelled - self.scale) + mean)
-            error = max(error, mean * r.model.error)
+            error = max(error, mean * math.hypot(r.model.proposal.error, 0.5 * r.model.proposal.unseen))
         return np.concatenate(plain), np.concatenate(varied), error
 
     def _learnt(self, k: int) -> float:
         mode = self.modes[k]
-        parts = [r.log_w + self._log_f(k, r.lines, r.traced.intervals) for r in mode.rounds if r.learning]
+        parts = [self._log_line(k, r) for r in mode.rounds if r.learning]
         return diagnostics.log_mean_exp(np.concatenate(parts))[0]
 
-    def _chosen(self, k: int) -> tuple[Floats, float]:
-        """Values of the fresh lines of a mode (those with the smaller variance), and the error common to them."""
+    def _chosen(self, k: int) -> _Values:
+        """Values of the fresh lines of a mode: those with the smaller variance.
+
+        Few lines may agree by chance. How much lines from the proposal should vary is known from the model.
+        """
         plain, varied, error = self._values(k, learning=False)
-        if len(plain) and np.var(varied) + error**2 * len(varied) < 0.7 * np.var(plain):
-            return varied, error
-        return plain, 0.0
+        models = [r.model.proposal for r in self.modes[k].rounds if r.model is not None and not r.learning]
+        expected = max((m.spread * math.exp(m.log_mean - self.scale) for m in models), default=0.0)
+        if not len(plain):
+            return _Values(plain, 0.0, 0.0)
+        spread = max(float(np.std(plain)), expected)
+        own = float(np.std(varied))
+        if own**2 + error**2 * len(varied) < 0.7 * spread**2:
+            return _Values(varied, own, error)
+        return _Values(plain, spread, 0.0)
 
     def _spread(self) -> tuple[float, float]:
         """The estimate relative to the scale, and its standard error."""
         chosen = [self._chosen(k) for k in range(len(self.modes))]
-        mean = sum(float(np.mean(values)) for values, _ in chosen if len(values))
-        square = sum(
-            float(np.var(values)) / max(len(values) - 1, 1) + error**2 for values, error in chosen if len(values)
-        )
+        mean = sum(float(np.mean(c.values)) for c in chosen if len(c.values))
+        square = sum(c.spread**2 / max(len(c.values) - 1, 1) + c.error**2 for c in chosen if len(c.values))
         return mean, math.sqrt(square)
+
+    def _misfit(self, k: int) -> float:
+        """Nats by which the model of a mode errs on fresh lines (root mean square, as each counts for the estimate)."""
+        square = weight = 0.0
+        for r in self.modes[k].rounds:
+            if r.model is not None and not r.learning:
+                log_line = self._log_line(k, r)
+                gap = log_line - r.log_w - self._modelled_lines(k, r)
+                share = np.exp(log_line - self.scale)
+                weight += float(share.sum())
+                square += float(share @ np.where(share > 0.0, gap, 0.0) ** 2)
+        return math.sqrt(square / weight) if weight > 0.0 else 0.0
+
+    def _least(self) -> Floats:
+        """Fresh lines that each mode needs: more where its model is poor, since few may then miss what matters."""
+        means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in map(self._chosen, range(len(self.modes)))])
+        share = means / max(float(means.sum()), 1e-300)
+        poor = np.array([self._misfit(k) > _POOR for k in range(len(self.modes))])
+        return np.where(poor, np.maximum(_MANY * np.sqrt(np.maximum(share, 0.0)), _LEAST), _LEAST)
 
     def _precise(self) -> bool:
         mean, error = self._spread()
-        return mean > 0.0 and self.method.precision is not None and error <= 0.9 * self.method.precision * mean
+        done = np.array([len(self._chosen(k).values) for k in range(len(self.modes))])
+        precision = self.method.precision
+        if precision is None or not mean > 0.0 or np.any(done < self._least()):
+            return False
+        # the error of few lines may be small by chance: its upper confidence limit counts
+        dof = max(int(done.sum()) - len(done), 1)
+        return error * math.sqrt(dof / float(chdtri(dof, 0.8))) <= precision * mean
 
-    def _counts(self, models: list[_Model | None], attempt: int) -> list[int] | None:
-        """Fresh lines for each mode, or None where the precision cannot be reached with the calls that are left."""
-        sizes = len(self.modes)
-        if attempt == 0:
-            sums = np.array([self._learnt(k) if m is None else m.log_mean for k, m in enumerate(models)])
-            share = np.exp(sums - diagnostics.log_sum_exp(sums))
-            first = np.maximum(_LEAST, np.rint(self.method.fresh * 0.5 * (1 + sizes) * share)).astype(int)
-            return first.tolist() if self.meter.left >= 6 * first.sum() else None
+    def _first_counts(self, models: list[_Model | None]) -> list[int]:
+        """Fresh lines for each mode, shared out by what the models say of the modes."""
+        sums = np.array([self._learnt(k) if m is None else m.proposal.log_mean for k, m in enumerate(models)])
+        share = np.exp(sums - diagnostics.log_sum_exp(sums))
+        lines = self.method.fresh * 0.5 * (1 + len(models))
+        return [max(_LEAST, round(lines * part)) for part in share.tolist()]
+
+    def _further_counts(self) -> list[int]:
+        """Fresh lines for each mode to reach the precision; zeros where the calls that are left do not suffice."""
+        sizes = range(len(self.modes))
         mean, _ = self._spread()
-        values = [self._chosen(k)[0] for k in range(sizes)]
-        spread, done = np.array([np.std(v) for v in values]), np.array([len(v) for v in values])
-        if not mean > 0.0 or not spread.sum() > 0.0:
-            return None
-        aim = (self.method.precision or 1e-9) * mean * 0.85
-        more = np.maximum(0.0, 1.1 * spread.sum() * spread / aim**2 - done)
-        ever = sum(len(r.log_w) for mode in self.modes for r in mode.rounds)
-        price = max(4.0, (self.meter.calls - self.searched) / ever)
-        afford = self.meter.left / (price * max(float(more.sum()), 1.0))
+        chosen = [self._chosen(k) for k in sizes]
+        spread, done = np.array([c.spread for c in chosen]), np.array([len(c.values) for c in chosen])
+        if not mean > 0.0 or not np.sum(spread) > 0.0:
+            return [0 for _ in sizes]
+        aim = (self.method.precision or 1e-9) * mean * 0.9
+        wanted = 1.1 * np.sum(spread) * spread / aim**2
+        more = np.maximum(0.0, np.maximum(wanted, self._least()) - done)
+        more = np.where(more > 0.0, np.maximum(more, _LEAST), 0.0)
+        afford = self.meter.left / (max(self.price, 2.0) * max(float(more.sum()), 1.0))
         if afford < 1.0 and self.method.precision is not None:
-            return None
+            return [0 for _ in sizes]
         capped = np.minimum(more * min(1.0, 0.9 * afford), np.maximum(3 * done, 2 * self.method.fresh))
-        counts = np.ceil(capped).astype(int)
-        return counts.tolist() if counts.sum() >= 1 and self.meter.left >= 2 * counts.sum() else None
+        return np.ceil(capped).astype(int).tolist()
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
@@ -434,19 +576,17 @@ class _Campaign:
 
     def _conclude(self, points: DesignPoints, search: Search) -> Evidence:
         chosen = [self._chosen(k) for k in range(len(self.modes))]
-        total = sum(len(values) for values, _ in chosen)
-        mean = sum(float(np.mean(values)) for values, _ in chosen if len(values))
-        if not mean > 0.0 or any(len(values) < _LEAST for values, _ in chosen):
-            return self._nothing(
-                "too few fresh lines met the event: the boundary is too rough, or the budget too small."
-            )
+        total = sum(len(c.values) for c in chosen)
+        mean = sum(float(np.mean(c.values)) for c in chosen if len(c.values))
+        if not mean > 0.0 or any(len(c.values) < _LEAST for c in chosen):
+            return self._nothing("too few lines met the event: its boundary is too rough, or the budget too small.")
         # deviations as if all lines were one sample: their mean square over n - 1 is the stratified variance
-        deviation = np.concatenate([(v - np.mean(v)) * (total / (len(v) * mean)) for v, _ in chosen])
+        deviation = np.concatenate([_deviations(c) * (total / (len(c.values) * mean)) for c in chosen])
         sampled, _ = diagnostics.deviation_error(deviation)
         log_prob = self.scale + math.log(mean)
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.traced.slip for r in rounds])))
-        systematic = math.hypot(*(error / mean for _, error in chosen), slip, _FLOOR, 0.5 * points.left_out)
+        systematic = math.hypot(*(c.error / mean for c in chosen), slip, _FLOOR, 0.5 * points.left_out)
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
         lower = log_prob - math.hypot(log_prob - lower, 1.96 * systematic)
@@ -505,6 +645,23 @@ class _Campaign:
         if not len(every):
             return None
         return Particles(np.concatenate(z), every - diagnostics.log_sum_exp(every), np.concatenate(severity))
+
+
+def _deviations(chosen: _Values) -> Floats:
+    """Deviations from the mean, stretched where more spread is known than they show."""
+    deviation = chosen.values - np.mean(chosen.values)
+    shown = float(np.std(chosen.values))
+    if shown >= 0.5 * chosen.spread:
+        return np.asarray(deviation * (chosen.spread / shown if shown > 0.0 else 1.0))
+    sign = np.where(np.arange(len(deviation)) % 2 == 0, 1.0, -1.0)
+    return np.asarray(sign * chosen.spread)
+
+
+def _even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:
+    """``n`` standard normals that fill space more evenly than independent ones (scrambled Sobol)."""
+    power = math.ceil(math.log2(max(n, 2)))
+    points = qmc.Sobol(dim, rng=rng).random_base2(power)[:n]
+    return np.asarray(ndtri(np.clip(points, 1e-12, 1.0 - 1e-12)), dtype=np.float64)
 
 
 def _line_masses(lines: Pencil, intervals: Intervals) -> Floats:

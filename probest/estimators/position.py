@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from probest.estimators.base import Floats
 
@@ -26,6 +26,9 @@ class Position(Protocol):
     def log_sf(self, r: Floats) -> Floats:
         """log P(R > r)."""
 
+    def log_cdf(self, r: Floats) -> Floats:
+        """log P(R < r)."""
+
     def isf(self, log_sf: Floats) -> Floats:
         """The r whose :meth:`log_sf` this is."""
 
@@ -39,6 +42,9 @@ class Normal:
     def log_sf(self, r: Floats) -> Floats:
         return np.asarray(special.log_ndtr(-r), dtype=np.float64)
 
+    def log_cdf(self, r: Floats) -> Floats:
+        return np.asarray(special.log_ndtr(r), dtype=np.float64)
+
     def isf(self, log_sf: Floats) -> Floats:
         return np.asarray(-special.ndtri_exp(log_sf), dtype=np.float64)
 
@@ -51,21 +57,26 @@ class Chi:
     low: float = 0.0
 
     def log_sf(self, r: Floats) -> Floats:
-        return np.asarray(stats.chi.logsf(np.maximum(r, 0.0), self.dim), dtype=np.float64)
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(special.gammaincc(0.5 * self.dim, 0.5 * np.maximum(r, 0.0) ** 2)))
+
+    def log_cdf(self, r: Floats) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(special.gammainc(0.5 * self.dim, 0.5 * np.maximum(r, 0.0) ** 2)))
 
     def isf(self, log_sf: Floats) -> Floats:
-        return np.asarray(stats.chi.isf(np.exp(log_sf), self.dim), dtype=np.float64)
+        return np.asarray(np.sqrt(2.0 * special.gammainccinv(0.5 * self.dim, np.exp(log_sf))))
 
 
 def log_mass(law: Position, low: Floats, high: Floats) -> Floats:
-    """log P(low < R < high); −inf where the interval is empty."""
-    upper, lower = law.log_sf(low), law.log_sf(high)
+    """log P(low < R < high), from the tail in which that is accurate; −inf where the interval is empty."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        mass = upper + np.log(-np.expm1(np.minimum(lower - upper, 0.0)))
-        if isinstance(law, Normal):  # below the median the other tail is the accurate one
-            mirror = law.log_sf(-high) + np.log(-np.expm1(np.minimum(law.log_sf(-low) - law.log_sf(-high), 0.0)))
-            mass = np.where(high < 0.0, mirror, mass)
-    return np.where(np.isnan(mass), -np.inf, mass)
+        above, beyond = law.log_sf(low), law.log_sf(high)
+        under, below = law.log_cdf(high), law.log_cdf(low)
+        upper = above + np.log(-np.expm1(np.minimum(beyond - above, 0.0)))
+        lower = under + np.log(-np.expm1(np.minimum(below - under, 0.0)))
+    mass = np.where(under < above, lower, upper)
+    return np.asarray(np.where(np.isnan(mass), -np.inf, mass), dtype=np.float64)
 
 
 def between(law: Position, low: Floats, high: Floats, share: Floats) -> Floats:

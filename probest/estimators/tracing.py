@@ -1,15 +1,16 @@
 """Where lines meet the event: by few calls where a line is simple, on a grid where it is not.
 
-A line is expected to enter the event once. Newton's method (with the slope of the mode) and then secants find where; one
-random point beyond, drawn from the law of catastrophes there, has to be a catastrophe. If it is not, if the severity rose
-and fell without a root, or on request, the line is looked at on a grid and all its roots are refined. All lines advance
-together, so that each step is one batch.
+A line is expected to enter the event once. Newton's method (with the slope of the mode) and then secants find where;
+one random point beyond, drawn from the law of catastrophes there, has to be a catastrophe. If it is not, if the
+severity rose and fell without a root, or on request, the line is looked at on a grid and all its roots are refined.
+All lines advance together, so that each step is one batch.
 
 It fails where an island is thinner than the grid, and the short way missed it too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ __all__ = ["Intervals", "Pencil", "Traced", "trace"]
 
 _TOLERANCE = 0.03  # nats that the last step of a root may change the mass beyond it
 _STEPS = 6
-_REFINEMENTS = 7
-_AHEAD, _BEHIND = 10, 4  # grid points on either side of the origin
+_REFINEMENTS = 9
+_CLOSE, _FINE, _COARSE = 1.5, 0.4, 0.9  # where the fine grid begins before the mode, and spacings
 _LONGEST = 2.5  # step of a root search
 
 
@@ -62,7 +63,8 @@ class Traced(NamedTuple):
     intervals: of the event. on, at, severity: one catastrophe on each line that has any, drawn from its intervals: its
     line, z and severity. root: ``(n,)`` where each line first enters the event, nan where it does not.
     gradient: ``(n, dim)`` of the severity at the guess, nan where not asked for. slip: ``(n,)`` nats that are uncertain
-    since the root is. leaves: ``(n,)`` whether the line was seen to leave the event again.
+    since the root is. rough: ``(n,)`` whether the short way does not do for the line: it leaves the event again, or
+    enters it elsewhere first.
     """
 
     intervals: Intervals
@@ -72,7 +74,7 @@ class Traced(NamedTuple):
     root: Floats
     gradient: Floats
     slip: Floats
-    leaves: np.ndarray
+    rough: np.ndarray
 
 
 class _Entries(NamedTuple):
@@ -89,39 +91,44 @@ def trace(
     *,
     guess: Floats,
     slope: float,
+    rate: float,
+    near: float,
     far: float,
     gradient: bool,
     scan: np.ndarray,
 ) -> Traced:
     """Find the event on each line.
 
-    guess: ``(n,)`` where each line may enter. slope: rise of the severity along lines there, if known (else 0).
-    far: beyond this nothing counts. gradient: evaluate the gradient at the guess. scan: ``(n,)`` lines that get a grid.
+    guess: ``(n,)`` where each line may enter. slope: rise of the severity along lines there. rate: nats that the mass
+    beyond loses per unit of r. near: where the mode begins; far: beyond this nothing counts. gradient: evaluate the
+    gradient at the guess. scan: ``(n,)`` lines that get a grid in any case.
     """
     n = len(lines.offset)
     found = _enter(meter, lines, guess, slope, far, gradient)
-    rooted = np.flatnonzero(np.isfinite(found.root))
-    intervals = Intervals(rooted, found.root[rooted], np.full(len(rooted), np.inf))
-    on, at, severity = _draw(meter, lines, intervals, rng)
-    leaves = np.zeros(n, dtype=np.bool_)
-    leaves[on[severity < 0.0]] = True
     root = found.root
-    doubt = scan | found.doubtful | leaves
+    rooted = np.flatnonzero(np.isfinite(root))
+    intervals = Intervals(rooted, root[rooted], np.full(len(rooted), np.inf))
+    on, at, severity = _draw(meter, lines, intervals, rng)
+    rough = np.zeros(n, dtype=np.bool_)
+    rough[on[severity < 0.0]] = True
+    doubt = scan | found.doubtful | rough
     if doubt.any():
         rows = np.flatnonzero(doubt)
-        seen = _scan(meter, lines.take(rows), guess[rows], far)
+        inside = np.where(np.isfinite(root), root + 0.3 / rate, guess)
+        seen = _scan(meter, lines.take(rows), np.column_stack([guess, inside])[rows], near, far)
         seen = seen._replace(owner=rows[seen.owner])
         intervals = intervals.of(~doubt).join(seen)
         order = np.lexsort((intervals.low, intervals.owner))
         intervals = Intervals(*(value[order] for value in intervals))
-        leaves[seen.owner[np.isfinite(seen.high)]] = True
+        rough[seen.owner[np.isfinite(seen.high) & (seen.high > 0.0)]] = True
         root = np.full(n, np.nan)
         root[intervals.owner[::-1]] = intervals.low[::-1]
+        rough |= doubt & (root < found.root - 2.0 * _TOLERANCE / rate) & (root > lines.law.low)
         kept = ~doubt[on]
         anew = _draw(meter, lines, seen, rng)
         on, at, severity = (np.concatenate([a[kept], b]) for a, b in zip((on, at, severity), anew, strict=True))
     hit = severity >= 0.0
-    return Traced(intervals, on[hit], at[hit], severity[hit], root, found.gradient, found.slip, leaves)
+    return Traced(intervals, on[hit], at[hit], severity[hit], root, found.gradient, found.slip, rough)
 
 
 def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float, gradient: bool) -> _Entries:
@@ -153,7 +160,7 @@ def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float,
         ahead = np.where(bracketed & outside, 0.5 * (below + above), ahead)
         ahead = np.where(np.isnan(ahead), r, ahead)
         ahead = np.clip(np.clip(ahead, r - _LONGEST, r + _LONGEST), start, far)
-        change = np.abs(_log_tail(law, ahead) - _log_tail(law, r))
+        change = _apart(law, ahead, r)
         reached = active & (change <= _TOLERANCE) & ~((r >= far) & (severity < 0.0))
         root[reached], slip[reached] = ahead[reached], 0.25 * change[reached]
         everything = active & (r <= start) & (severity >= 0.0)  # no entry: the line is inside from its beginning
@@ -174,18 +181,26 @@ def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float,
     return _Entries(root, gradients, slip, active | (fell & ~np.isfinite(root)))
 
 
-def _log_tail(law: Position, r: Floats) -> Floats:
-    return law.log_sf(r)
+def _apart(law: Position, a: Floats, b: Floats) -> Floats:
+    """Nats by which the mass above or below changes between a and b, whichever is more."""
+    with np.errstate(invalid="ignore"):
+        change = np.maximum(np.abs(law.log_sf(a) - law.log_sf(b)), np.abs(law.log_cdf(a) - law.log_cdf(b)))
+    return np.asarray(np.nan_to_num(change, nan=0.0, posinf=np.inf), dtype=np.float64)
 
 
-def _scan(meter: Meter, lines: Pencil, guess: Floats, far: float) -> Intervals:
-    """All intervals of each line that a grid and the guess reveal, their ends refined."""
+def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -> Intervals:
+    """All intervals of each line that a grid and known points ``(n, m)`` reveal, their ends refined."""
     n = len(lines.offset)
     empty = np.empty(0)
-    ahead = np.linspace(0.0, far, _AHEAD)
-    behind = np.linspace(-far, 0.0, _BEHIND + 1)[:-1] if lines.law.low < 0.0 else empty
-    common = np.concatenate([behind, ahead])
-    grid = np.sort(np.column_stack([np.tile(common, (n, 1)), np.clip(guess, -far, far)]), axis=1)
+    start = max(lines.law.low, -far)
+    close = max(near - _CLOSE, start)  # beyond is the mode; before it only what other modes left over
+    common = np.concatenate(
+        [
+            np.linspace(start, close, max(2, math.ceil((close - start) / _COARSE)))[:-1],
+            np.linspace(close, far, math.ceil((far - close) / _FINE) + 1),
+        ]
+    )
+    grid = np.sort(np.column_stack([np.tile(common, (n, 1)), np.clip(known, start, far)]), axis=1)
     points = grid.shape[1]
     if meter.left < n * (points + 2):
         return Intervals(np.empty(0, dtype=np.intp), empty, empty)
@@ -207,26 +222,32 @@ def _scan(meter: Meter, lines: Pencil, guess: Floats, far: float) -> Intervals:
 
 
 def _refine(meter: Meter, lines: Pencil, line: np.ndarray, a: Floats, b: Floats, at_a: Floats, at_b: Floats) -> Floats:
-    """Roots between a and b, where the severity changes sign, by the Illinois rule."""
+    """Roots between a and b, where the severity changes sign: bracketed until the ends are within the tolerance.
+
+    Secants, each aimed a little beyond the root so that the other end of the bracket comes in too; bisection where
+    that does not shrink it. A jump of the severity is bracketed like a root.
+    """
     a, b, at_a, at_b = a.copy(), b.copy(), at_a.copy(), at_b.copy()
-    root = 0.5 * (a + b)
-    for _ in range(_REFINEMENTS):
+    law, side = lines.law, np.zeros(len(a))
+    for step in range(_REFINEMENTS):
         with np.errstate(all="ignore"):
             root = a - at_a * (b - a) / (at_b - at_a)
         root = np.where(np.isfinite(root) & (root > a) & (root < b), root, 0.5 * (a + b))
-        wide = np.abs(lines.law.log_sf(a) - lines.law.log_sf(b)) > _TOLERANCE
-        near = np.minimum(np.abs(lines.law.log_sf(root) - lines.law.log_sf(a)), np.abs(b - root)) > 0.3 * _TOLERANCE
-        rows = np.flatnonzero(wide & near)
+        rows = np.flatnonzero(_apart(law, a, b) > _TOLERANCE)
         if not len(rows) or meter.left < len(rows):
             break
-        value = meter.evaluate(lines.at(line[rows], root[rows])).severity
+        pace = np.maximum(_apart(law, root, root + 1e-4), 1e-5) / 1e-4
+        ahead = np.clip(root + 0.5 * side * _TOLERANCE / pace, a + 0.01 * (b - a), b - 0.01 * (b - a))
+        ahead = np.where(step % 3 == 2, 0.5 * (a + b), ahead)[rows]
+        value = meter.evaluate(lines.at(line[rows], ahead)).severity
         left = (value >= 0.0) == (at_a[rows] >= 0.0)  # the root lies to the right of this point
         moved_a, moved_b = rows[left], rows[~left]
-        a[moved_a], at_a[moved_a] = root[moved_a], value[left]
-        at_b[moved_a] *= 0.5
-        b[moved_b], at_b[moved_b] = root[moved_b], value[~left]
-        at_a[moved_b] *= 0.5
-    return np.asarray(root)
+        a[moved_a], at_a[moved_a], side[moved_a] = ahead[left], value[left], 1.0
+        b[moved_b], at_b[moved_b], side[moved_b] = ahead[~left], value[~left], -1.0
+    with np.errstate(all="ignore"):
+        share = np.abs(at_a) / (np.abs(at_a) + np.abs(at_b))
+    smooth = (share > 0.02) & (share < 0.98)  # else the severity jumps, and no point of the bracket is better
+    return np.asarray(a + np.where(smooth, share, 0.5) * (b - a))
 
 
 def _draw(
