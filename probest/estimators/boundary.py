@@ -144,8 +144,8 @@ def propose(
 ) -> Proposal:
     """A proposal for the model's own target φ(u) f̂(u); no model calls.
 
-    log_mass: log f̂ at coordinates ``(n, r)``. seen ``(m, r)``: where the model was fitted. The Gaussian that matches the
-    target's moments is found by iterated importance sampling, and widened.
+    log_mass: log f̂ at coordinates ``(n, r)``. seen ``(m, r)``: where the model was fitted. The Gaussian that matches
+    the target's moments is found by iterated importance sampling, and widened.
     """
     dim, r = boundary.basis.shape
     if r == 0:

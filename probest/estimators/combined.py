@@ -1,19 +1,24 @@
-"""The default strategy: look, climb, aim, check.
+"""The default strategy: look, line up, climb, aim, check.
 
-1. *Look*: a small crude sample. If P is large enough, crude sampling finishes the job.
-2. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
+1. *Look*: a small crude sample. If P is large, crude sampling finishes the job.
+2. *Line up*: where the severity has a gradient, line sampling along the design points' directions
+   (:mod:`probest.estimators.line`) settles smooth problems and unions of smooth ones in some hundreds of calls. If its
+   lines vary too much, or its own checks fail, what follows starts from nothing.
+3. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
    replaces it: those are exact).
-3. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
-4. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
+4. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
+5. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
    where the guide samples. If not, more particles and a new guide. A guide that is hopeless already on its trial
    (many curved modes, as of deep networks) is left at once.
-5. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
+6. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
    (:mod:`probest.estimators.families`). If methods disagree, the answer is "not converged". Disagreement is never
    averaged away.
 
-It fails where tempering fails: a mode that no particle found, in a place that no fresh sample reached.
+It fails where gradients and tempering fail: a mode that no walk and no particle found, in a place that no fresh sample
+reached.
 
-Reference: for the parts see :mod:`probest.estimators.tempering` and :mod:`probest.estimators.importance`.
+Reference: for the parts see :mod:`probest.estimators.line`, :mod:`probest.estimators.tempering` and
+:mod:`probest.estimators.importance`.
 """
 
 from __future__ import annotations
@@ -24,11 +29,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
 from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
+from probest.estimators.line import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
 
@@ -38,26 +45,31 @@ _ENOUGH_HITS = 60  # crude hits that make a guide without tempering
 _GIVE_UP = 0.25  # standard error that a guide has to promise to be worth its samples
 _SHARE = 0.92  # of what is left that a tempering run is sized for: levels and moves vary from run to run
 _MOST = 30_000_000  # numbers of z in one run at most
+_CHEAP = 400.0  # calls for which crude sampling is preferred to lines
+_LINES = 0.4  # of the budget, at most, for line sampling
+_LEAST_LINES = 100  # calls without which it is not tried
+_CLOSE = 1.2  # times the precision, that will do
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 
 
 @dataclass(frozen=True)
 class Combined:
-    """Crude sample, tempering, importance sampling, and the checks between them.
+    """Crude sample, line sampling, tempering, importance sampling, and the checks between them.
 
     precision: wanted standard error of log P; stops there. None spends the budget.
-    pilot: size of the first crude sample.
+    look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
     """
 
     precision: float | None = 0.05
+    look: int = 20
     pilot: int = 500
     particles: int = 256
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
             raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
-        for name, least in (("pilot", 10), ("particles", 64)):
+        for name, least in (("look", 1), ("pilot", 10), ("particles", 64)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -86,11 +98,18 @@ class Combined:
 
     def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
         aim = self.precision or 0.02
-        crude = ledger.add(
-            MonteCarlo(max_samples=self.pilot).run(event, budget=min(self.pilot, ledger.left), seed=child_seed(seed, 0))
-        )
-        p = math.exp(crude.log_prob)
-        if not event.weighted and p > 0.0 and (1.0 - p) / (p * aim**2) <= min(0.8 * ledger.left, 4000.0):
+        lined: Evidence | None = None
+        if event.differentiable and not event.weighted:
+            look = self._sample(event, ledger, child_seed(seed, 8), self.look)
+            if _crude_cost(look, aim) <= min(0.8 * ledger.left, _CHEAP):
+                return self._finish_crude(event, ledger, seed, look)
+            lined = self._line_up(event, ledger, child_seed(seed, 9), look)
+            if lined is not None and lined.converged and lined.std_error <= _CLOSE * aim:
+                return lined
+        if ledger.left < 1:
+            return lined or look
+        crude = self._sample(event, ledger, child_seed(seed, 0), self.pilot)
+        if not event.weighted and _crude_cost(crude, aim) <= min(0.8 * ledger.left, 4000.0):
             return self._finish_crude(event, ledger, seed, crude)
         if event.boolean:
             return self._conclude_boolean(event, ledger, seed, crude)
@@ -109,13 +128,34 @@ class Combined:
                 event, ledger, child_seed(seed, 4, attempt), population_of(run.state), prior_population_of(run.prior)
             )
             found = _pooled(runs)
-            if weighed.converged and _agree(weighed, found):
+            if weighed.converged and _agree(weighed, found) and not _contradicts(lined, weighed):
                 return _with_particles(weighed, found)
             share, particles = 0.95, min(4 * self.particles, int(0.8 * ledger.left / run.cost))
             if weighed.diagnostics["hopeless"] or particles < self.particles:
                 break
         self._fall_back(event, ledger, seed, runs)
-        return _judge(ledger, crude, runs)
+        return _judge(ledger, crude, runs, lined)
+
+    def _sample(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, n: int) -> Evidence:
+        return ledger.add(MonteCarlo(max_samples=n).run(event, budget=min(n, ledger.left), seed=seed))
+
+    def _line_up(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, look: Evidence
+    ) -> Evidence | None:
+        """Line sampling; None where it does not apply, or the crude sample speaks against it."""
+        budget = int(_LINES * ledger.left)
+        if budget < _LEAST_LINES:
+            return None
+        *heuristics, lined = LineSampling(precision=self.precision).run_ledger(event, budget=budget, seed=seed)
+        for line in heuristics:
+            ledger.add(line)
+        low, high = (math.exp(end) for end in lined.interval)
+        hits, n = int(look.diagnostics["hits"]), int(look.diagnostics["samples"])
+        odd = stats.binom.sf(hits - 1, n, high) < 1e-3 or stats.binom.cdf(hits, n, low) < 1e-3
+        if odd and lined.converged:
+            note = "the crude sample speaks against this: a mode is missing, or lines miss parts of the event."
+            lined = replace(lined, converged=False, notes=(*lined.notes, note))
+        return ledger.add(lined)
 
     def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
@@ -135,7 +175,9 @@ class Combined:
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
     ) -> Evidence:
         """A fresh crude sample to the precision: the pilot decided on it, so the pilot is left out."""
-        method = MonteCarlo(precision=self.precision, first_batch=self.pilot)
+        # one batch that should do: looks in between would favour samples that look precise by chance
+        expected = _crude_cost(crude, self.precision or 0.02)
+        method = MonteCarlo(precision=self.precision, first_batch=max(self.look, int(min(1.1 * expected, ledger.left))))
         if ledger.left < 1:
             return crude
         more = method.run(event, budget=ledger.left, seed=child_seed(seed, 1))
@@ -185,6 +227,12 @@ class Combined:
         return ledger.add(weigh(method, event, population, prior, budget=budget, seed=seed))
 
 
+def _crude_cost(crude: Evidence, aim: float) -> float:
+    """Calls that crude sampling would need for a standard error ``aim``."""
+    p = math.exp(crude.log_prob)
+    return (1.0 - p) / (p * aim**2) if p > 0.0 else math.inf
+
+
 class _Run(NamedTuple):
     """A tempering run that reached the event."""
 
@@ -232,6 +280,10 @@ def _agree(a: Evidence, b: Evidence) -> bool:
     return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
 
 
+def _contradicts(lined: Evidence | None, other: Evidence) -> bool:
+    return lined is not None and lined.converged and not _agree(lined, other)
+
+
 def _pool(a: Evidence, b: Evidence) -> Evidence:
     """Two crude samples as one."""
     hits, n = (int(a.diagnostics[key] + b.diagnostics[key]) for key in ("hits", "samples"))
@@ -254,9 +306,11 @@ def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:
     return replace(weighed, particles=particles, prior_particles=found.prior_particles)
 
 
-def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run]) -> Evidence:
+def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run], lined: Evidence | None) -> Evidence:
     """No importance sample passed its checks: all tempering runs as one conclude, if nothing speaks against it."""
     upper = crude.interval[1]
+    if not runs and lined is not None and math.isfinite(lined.log_prob):
+        return lined
     if not runs:
         tempered = [line for line in ledger.lines if line.method == "tempering"]
         if math.isfinite(crude.log_prob):
@@ -268,9 +322,13 @@ def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run]) -> Evidence:
     notes = list(best.notes)
     lower, top = best.interval
     agree = all(_agree(best, line) for line in weighed if line.converged) and lower <= upper
+    if lined is not None and lined.converged and _agree(best, lined) and lined.std_error < best.std_error:
+        return lined
+    agree = agree and not _contradicts(lined, best)
     if not agree:
         notes.append("the methods disagree beyond their errors: raise the budget, or look at the ledger's particles.")
-        seen = [line.log_prob for line in weighed]
+        others = [lined] if lined is not None and lined.converged else []
+        seen = [line.log_prob for line in (*weighed, *others)]
         lower, top = min(lower, *seen, lower), max(top, *seen, top)
     if weighed and agree:
         notes.append("the guide did not pass its checks (see the ledger): this is tempering's own estimate.")

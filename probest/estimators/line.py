@@ -19,8 +19,8 @@ model misses, so the estimate stays unbiased. Where they show the model to be po
 are drawn anew.
 
 *All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that
-answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.estimators.tracing`). Where lines were seen to
-leave the event again, or to enter it elsewhere, all are.
+answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.estimators.tracing`). Where lines
+were seen to leave the event again, or to enter it elsewhere, all are.
 
 It fails where there are more modes than directions (deep networks): the lines' contributions then vary wildly, and the
 estimate is not converged. It cannot tell of modes that no gradient leads to.
@@ -54,9 +54,11 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(6)
 _FAR = math.log(1e-4)  # what lies beyond is at most this share of the mode
 _FLOOR = 0.005  # of the standard error: what lines that agree cannot tell
 _MOST_MODES = 12
+_CHEAP, _DEAR = 8, 40  # calls to keep for a line, if it is simple and if it needs a grid
+_LIGHTEST = 0.2  # weight in the fit of a line that hardly counts
 _LEAST = 5  # fresh lines a mode
-_ROUNDS = 8
-_LESSONS = 3
+_ROUNDS = 20
+_LESSONS = 4  # each with twice as many lines as the one before
 _POOR = 0.2  # misfit of a model, in nats
 _MANY = 32  # fresh lines where the model is poor
 _STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
@@ -164,6 +166,7 @@ class _Campaign:
     modes: list[_Mode] = field(default_factory=list)
     spent: int = 0
     price: float = 0.0
+    complete: bool = True
     scale: float = 0.0
 
     def run(self) -> list[Evidence]:
@@ -199,14 +202,13 @@ class _Campaign:
                 break
             counts = self._further_counts()
             if not sum(counts):
-                if around or lessons == _LESSONS or self.meter.left < 8 * self.method.first * len(self.modes):
+                size = self.method.first << lessons
+                if around or lessons == _LESSONS or self.meter.left < 12 * size * len(self.modes):
                     break
                 lessons += 1
-                self._relearn(models)
-                models = self._models()
-                counts = self._first_counts(models)
-            else:
-                models = self._models()
+                self._relearn(models, size)
+                counts = self._further_counts()
+            models = self._models()
         return [*ledger, self._conclude(points, search)]
 
     # --- finding modes ---------------------------------------------------------------------------------------------
@@ -303,28 +305,36 @@ class _Campaign:
             u = _STRETCH * _even_normals(n, dim - 1, self.rng)
             log_w = np.sum(0.5 * (u / _STRETCH) ** 2 - 0.5 * u**2 + math.log(_STRETCH), axis=1)
             lines = Pencil(u @ across.T, np.broadcast_to(mode.direction, (n, dim)), mode.law)
-        self._add(k, lines, log_w, np.full(n, mode.beta), None, learning=True)
+        self._add(k, lines, log_w, np.full(n, mode.beta), None, gradient=mode.direction is not None, learning=True)
 
-    def _relearn(self, models: list[_Model | None]) -> None:
-        """More lines with gradients where the model now puts the event; what was measured so far only teaches."""
+    def _relearn(self, models: list[_Model | None], n: int) -> None:
+        """Fresh lines with gradients where the model now puts the event; what was measured so far only teaches."""
         for k, (mode, model) in enumerate(zip(self.modes, models, strict=True)):
             mode.rounds = [r._replace(learning=True) for r in mode.rounds]
-            self._measure(k, model, self.method.first, learning=True)
+            self._measure(k, model, n, gradient=True)
 
-    def _measure(self, k: int, model: _Model | None, n: int, *, learning: bool = False) -> None:
+    def _measure(self, k: int, model: _Model | None, n: int, *, gradient: bool = False) -> None:
         """Fresh lines of a mode, drawn from the model's proposal."""
         mode = self.modes[k]
-        n = min(n, self.meter.left // 6)
+        n = min(n, self.meter.left // (_DEAR if mode.rough else _CHEAP))
         if n < 1:
             return
         lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.proposal.guide, n)
         guess = np.full(n, mode.beta)
         if model is not None and (own := model.boundaries[k]) is not None:
             guess = self._entry(k, model.boundaries, lines.offset @ own.basis)
-        self._add(k, lines, log_w, guess, model, learning=learning)
+        self._add(k, lines, log_w, guess, model, gradient=gradient)
 
     def _add(
-        self, k: int, lines: Pencil, log_w: Floats, guess: Floats, model: _Model | None, *, learning: bool
+        self,
+        k: int,
+        lines: Pencil,
+        log_w: Floats,
+        guess: Floats,
+        model: _Model | None,
+        *,
+        gradient: bool,
+        learning: bool = False,
     ) -> None:
         mode = self.modes[k]
         n = len(log_w)
@@ -340,13 +350,13 @@ class _Campaign:
             rate=mode.rate,
             near=mode.beta,
             far=mode.far,
-            gradient=learning and mode.direction is not None,
+            gradient=gradient,
             scan=scan,
         )
         self.price = max((self.meter.calls - before) / n, 0.5 * self.price)
         mode.rounds.append(_Round(lines, log_w, traced, model, learning))
-        if traced.rough.any():
-            mode.rough = True
+        mode.rough |= bool(traced.rough.any())
+        self.complete &= traced.complete
 
     def _log_f(self, k: int, base: Floats, intervals: Intervals) -> Floats:
         """log of the (partitioned) probability of the event on each line; base: scalar products with design points."""
@@ -354,7 +364,7 @@ class _Campaign:
         law = self.modes[k].law
         mass = log_mass(law, low, high)
         if len(self.modes) > 1:
-            along = self._normals @ self.modes[k].direction
+            along = self._normals @ _along(self.modes[k])
             r = between(law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
             share = self._log_share(k, base[owner][:, None, :] + r[:, :, None] * along)
             mass = mass + np.log(np.exp(share) @ (0.5 * _NODE_WEIGHTS))
@@ -404,7 +414,7 @@ class _Campaign:
         with np.errstate(all="ignore"):
             slopes = -(gradient[rows] - rise[:, None] * direction) / rise[:, None]
         slopes[~(rise > 0.05 * self.modes[k].slope)] = np.nan
-        weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(0.05)))
+        weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(_LIGHTEST)))
         root = z[rows] @ direction
         others = np.delete(self._normals, k, axis=0)
         others = others - (others @ direction)[:, None] * direction
@@ -422,15 +432,12 @@ class _Campaign:
         own = boundaries[k]
         assert own is not None
         entry = own.root(u)
-        start = self.modes[k].direction
         for j, other in enumerate(boundaries):
-            direction = self.modes[j].direction
-            if j == k or other is None or direction is None or start is None:
+            if j == k or other is None:
                 continue
-            across = own.basis.T @ np.column_stack([direction, other.basis])
-            along = start @ np.column_stack([direction, other.basis])
-            level = u @ across
-            entry = np.minimum(entry, other.crossing(level[:, 0], along[0], level[:, 1:], along[1:]))
+            frame = np.column_stack([_along(self.modes[j]), other.basis])
+            level, rise = u @ (own.basis.T @ frame), _along(self.modes[k]) @ frame
+            entry = np.minimum(entry, other.crossing(level[:, 0], float(rise[0]), level[:, 1:], rise[1:]))
         return np.maximum(entry, own.least)
 
     def _modelled(self, k: int, boundaries: tuple[Boundary | None, ...], u: Floats) -> Floats:
@@ -451,8 +458,9 @@ class _Campaign:
     # --- estimates -------------------------------------------------------------------------------------------------
 
     def _values(self, k: int, learning: bool) -> tuple[Floats, Floats, float]:
-        """What each line says of the mode's probability, relative to the scale: plain, with the control variate, and the
-        control variate's own error.
+        """What each line says of the mode's probability, relative to the scale.
+
+        Plain, with the control variate, and the control variate's own error.
         """
         plain, varied, error = [np.empty(0)], [np.empty(0)], 0.0
         for r in self.modes[k].rounds:
@@ -549,7 +557,7 @@ class _Campaign:
         if afford < 1.0 and self.method.precision is not None:
             return [0 for _ in sizes]
         capped = np.minimum(more * min(1.0, 0.9 * afford), np.maximum(3 * done, 2 * self.method.fresh))
-        return np.ceil(capped).astype(int).tolist()
+        return [int(count) for count in np.ceil(capped)]
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
@@ -620,6 +628,8 @@ class _Campaign:
         largest = float(np.max(np.abs(deviation))) / len(deviation)
         if largest > 0.25:
             notes.append("a single line carries much of the estimate: use tempering, or raise the budget.")
+        if not self.complete:
+            notes.append("the budget ran out while lines were looked at: raise it.")
         if search.lost > 0.6 * search.begun:
             notes.append("most gradient walks found no boundary: modes may have been missed; use tempering.")
         learnt = [self._values(k, learning=True)[0] for k in range(len(self.modes))]
@@ -645,6 +655,11 @@ class _Campaign:
         if not len(every):
             return None
         return Particles(np.concatenate(z), every - diagnostics.log_sum_exp(every), np.concatenate(severity))
+
+
+def _along(mode: _Mode) -> Floats:
+    assert mode.direction is not None
+    return mode.direction
 
 
 def _deviations(chosen: _Values) -> Floats:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from probest.estimators.base import Floats, Meter
+from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
 from probest.estimators.position import Position, between, log_mass
 
 __all__ = ["Intervals", "Pencil", "Traced", "trace"]
@@ -62,9 +62,9 @@ class Traced(NamedTuple):
 
     intervals: of the event. on, at, severity: one catastrophe on each line that has any, drawn from its intervals: its
     line, z and severity. root: ``(n,)`` where each line first enters the event, nan where it does not.
-    gradient: ``(n, dim)`` of the severity at the guess, nan where not asked for. slip: ``(n,)`` nats that are uncertain
+    gradient: ``(n, dim)`` of the severity at the root, nan where not asked for. slip: ``(n,)`` nats that are uncertain
     since the root is. rough: ``(n,)`` whether the short way does not do for the line: it leaves the event again, or
-    enters it elsewhere first.
+    enters it elsewhere first. complete: False if the calls did not suffice to look at all lines that needed it.
     """
 
     intervals: Intervals
@@ -75,11 +75,11 @@ class Traced(NamedTuple):
     gradient: Floats
     slip: Floats
     rough: np.ndarray
+    complete: bool
 
 
 class _Entries(NamedTuple):
     root: Floats
-    gradient: Floats
     slip: Floats
     doubtful: np.ndarray
 
@@ -100,22 +100,26 @@ def trace(
     """Find the event on each line.
 
     guess: ``(n,)`` where each line may enter. slope: rise of the severity along lines there. rate: nats that the mass
-    beyond loses per unit of r. near: where the mode begins; far: beyond this nothing counts. gradient: evaluate the
-    gradient at the guess. scan: ``(n,)`` lines that get a grid in any case.
+    beyond loses per unit of r. near: where the mode begins; far: beyond this nothing counts. gradient: evaluate
+    gradients at the roots. scan: ``(n,)`` lines that get a grid in any case.
     """
     n = len(lines.offset)
-    found = _enter(meter, lines, guess, slope, far, gradient)
+    found = _enter(meter, lines, guess, slope, far)
     root = found.root
     rooted = np.flatnonzero(np.isfinite(root))
     intervals = Intervals(rooted, root[rooted], np.full(len(rooted), np.inf))
     on, at, severity = _draw(meter, lines, intervals, rng)
     rough = np.zeros(n, dtype=np.bool_)
-    rough[on[severity < 0.0]] = True
+    gap = np.sum((at - lines.offset[on]) * lines.direction[on], axis=1) - root[on]
+    rough[on[(severity < 0.0) & (gap > 3.0 * _TOLERANCE / rate)]] = True  # nearer, the root is not that exact
     doubt = scan | found.doubtful | rough
+    complete = True
     if doubt.any():
         rows = np.flatnonzero(doubt)
         inside = np.where(np.isfinite(root), root + 0.3 / rate, guess)
-        seen = _scan(meter, lines.take(rows), np.column_stack([guess, inside])[rows], near, far)
+        looked = _scan(meter, lines.take(rows), np.column_stack([guess, inside])[rows], near, far)
+        complete = looked is not None
+        seen = looked or Intervals(np.empty(0, dtype=np.intp), np.empty(0), np.empty(0))
         seen = seen._replace(owner=rows[seen.owner])
         intervals = intervals.of(~doubt).join(seen)
         order = np.lexsort((intervals.low, intervals.owner))
@@ -128,24 +132,29 @@ def trace(
         anew = _draw(meter, lines, seen, rng)
         on, at, severity = (np.concatenate([a[kept], b]) for a, b in zip((on, at, severity), anew, strict=True))
     hit = severity >= 0.0
-    return Traced(intervals, on[hit], at[hit], severity[hit], root, found.gradient, found.slip, rough)
+    slopes = _gradients(meter, lines, root) if gradient else np.full(lines.offset.shape, np.nan)
+    return Traced(intervals, on[hit], at[hit], severity[hit], root, slopes, found.slip, rough, complete)
 
 
-def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float, gradient: bool) -> _Entries:
+def _gradients(meter: Meter, lines: Pencil, root: Floats) -> Floats:
+    """Gradients of the severity where lines enter the event; nan where they do not, or the calls do not suffice."""
+    rows = np.flatnonzero(np.isfinite(root))[: meter.left // GRADIENT_CALLS]
+    out = np.full(lines.offset.shape, np.nan)
+    if len(rows):
+        gradient = meter.evaluate(lines.at(rows, root[rows]), gradient=True).severity_grad
+        assert gradient is not None
+        out[rows] = gradient
+    return out
+
+
+def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float) -> _Entries:
     """One root a line, where there is one that Newton's method and secants reach."""
-    n, dim = lines.offset.shape
+    n = len(lines.offset)
     law = lines.law
     start = max(law.low, -far)
     r = np.clip(guess, start, far)
-    result = meter.evaluate(lines.at(np.arange(n), r), gradient=gradient)
-    severity = result.severity
-    gradients = np.full((n, dim), np.nan)
+    severity = meter.evaluate(lines.at(np.arange(n), r)).severity
     rise = np.full(n, slope)
-    if gradient:
-        assert result.severity_grad is not None
-        gradients = result.severity_grad
-        own = np.sum(gradients * lines.direction, axis=1)
-        rise = np.where(np.isfinite(own) & (own > 0.05 * slope), own, slope)
     below, above = np.full(n, -np.inf), np.full(n, np.inf)
     root, slip = np.full(n, np.nan), np.zeros(n)
     fell = np.zeros(n, dtype=np.bool_)
@@ -178,7 +187,7 @@ def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float,
         fell |= active & (secant <= 0.0)
         rise = np.where(good, secant, rise)
         r, severity = np.where(active, ahead, r), np.where(active, now, severity)
-    return _Entries(root, gradients, slip, active | (fell & ~np.isfinite(root)))
+    return _Entries(root, slip, active | (fell & ~np.isfinite(root)))
 
 
 def _apart(law: Position, a: Floats, b: Floats) -> Floats:
@@ -188,10 +197,12 @@ def _apart(law: Position, a: Floats, b: Floats) -> Floats:
     return np.asarray(np.nan_to_num(change, nan=0.0, posinf=np.inf), dtype=np.float64)
 
 
-def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -> Intervals:
-    """All intervals of each line that a grid and known points ``(n, m)`` reveal, their ends refined."""
+def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -> Intervals | None:
+    """All intervals of each line that a grid and known points ``(n, m)`` reveal, their ends refined.
+
+    None if the calls that are left do not suffice.
+    """
     n = len(lines.offset)
-    empty = np.empty(0)
     start = max(lines.law.low, -far)
     close = max(near - _CLOSE, start)  # beyond is the mode; before it only what other modes left over
     common = np.concatenate(
@@ -202,8 +213,8 @@ def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -
     )
     grid = np.sort(np.column_stack([np.tile(common, (n, 1)), np.clip(known, start, far)]), axis=1)
     points = grid.shape[1]
-    if meter.left < n * (points + 2):
-        return Intervals(np.empty(0, dtype=np.intp), empty, empty)
+    if meter.left < n * (points + _REFINEMENTS + 1):
+        return None
     severity = meter.evaluate(lines.at(np.repeat(np.arange(n), points), grid.ravel())).severity.reshape(n, points)
     inside = severity >= 0.0
     line, cell = np.nonzero(inside[:, 1:] != inside[:, :-1])
