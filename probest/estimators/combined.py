@@ -49,6 +49,7 @@ _CHEAP = 400.0  # calls for which crude sampling is preferred to lines
 _LINES = 0.4  # of the budget, at most, for line sampling
 _LEAST_LINES = 100  # calls without which it is not tried
 _CLOSE = 1.2  # times the precision, that will do
+_MARKOV = math.log(40.0)
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 
 
@@ -310,7 +311,8 @@ def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run], lined: Evidence |
     """No importance sample passed its checks: all tempering runs as one conclude, if nothing speaks against it."""
     upper = crude.interval[1]
     if not runs and lined is not None and math.isfinite(lined.log_prob):
-        return lined
+        # P̂ is unbiased whatever else is wrong: by Markov's inequality it is seldom 40 times too high
+        return replace(lined, converged=False, interval=(min(lined.interval[0], lined.log_prob - _MARKOV), upper))
     if not runs:
         tempered = [line for line in ledger.lines if line.method == "tempering"]
         if math.isfinite(crude.log_prob):

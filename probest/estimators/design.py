@@ -10,8 +10,11 @@ to which every start steps (Hasofer & Lind 1974; Rackwitz & Fiessler 1978) if th
 (Zhang & Der Kiureghian 1995). If not, the boundary bends or has a corner: the linearisation there joins the one at u,
 and the next target is nearest to the origin beyond both, and so on (cutting planes, Kelley 1960; exact where the event
 is convex); after some of these the step is halved. Starts whose targets meet go on as one, so that a linear boundary
-costs one gradient a start and one more to see that it is linear. Starts are normal draws at several scales: wide ones
-see branches whose severity shows only near their limit.
+costs one gradient a start and one more to see that it is linear.
+
+A steep branch of the severity shows only near its limit, hidden until there by flatter branches, so no start near the
+origin sees it. Hence :meth:`Search.look_around` asks points far out; catastrophes that no known mode explains become
+starts, at the place where the ray to them enters the event.
 
 The half-space beyond the design point gives the first-order estimate (FORM) Φ(−β), β = ‖u‖. It is a heuristic.
 It fails on curved boundaries, and where modes were missed; :mod:`probest.estimators.line` mends the first, and the
@@ -26,6 +29,7 @@ reliability.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,14 +37,20 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, ndtri
+from scipy.stats import qmc
 
 from probest.diagnostics import log_sum_exp
 from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
 
-__all__ = ["DesignPoints", "Search", "find_design_points"]
+__all__ = ["DesignPoints", "Search", "even_normals", "find_design_points"]
 
-_SCALES = (1.0, 3.0, 1.0, 2.0)
+_SCALES = (1.0, 2.0)  # of the starts
+_FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
+_FEW = 6  # dimensions in which a sphere can be covered
+_SUSPECTS = 3  # starts from unexplained catastrophes at a time
+_EARLIER = 0.9  # a catastrophe at this share of the way to the expected entry is unexplained
+_HALVINGS = 4
 _STEPS = 14
 _FIRST = 2  # starts of the first batch
 _SUFFICIENT = 0.3  # share of the hoped-for fall of the merit that a step must bring
@@ -235,6 +245,60 @@ class Search:
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
 
+    def look_around(self, rng: np.random.Generator, points: int) -> bool:
+        """Ask ``points`` points far out (in few dimensions also around the modes) for modes; True if one turned up."""
+        dim = self.meter.event.dim
+        if dim < 2 or not self.arrived:
+            return False
+        nearest = max(min(_normal(walk)[1] for walk in self.arrived), 0.0)
+        if dim <= _FEW:
+            near = even_normals(points, dim, rng)
+            near *= (1.25 * nearest + 0.5) / np.linalg.norm(near, axis=1, keepdims=True)
+            found = self._unexplained(near)
+            out = rng.uniform(-_FAR, _FAR, (points // 2, dim))
+        else:
+            found = np.empty((0, dim))
+            out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
+        with contextlib.suppress(ValueError):  # there the model need not be defined, and that is no error of the user's
+            found = np.concatenate([found, self._unexplained(out)])
+        known = len(self.arrived)
+        return len(found) > 0 and self.start_from(self._entries(found)) > 0 and len(self.arrived) > known
+
+    def _unexplained(self, z: Floats) -> Floats:
+        """Catastrophes among the rays through z that come earlier than any known mode has it; at most a few of them.
+
+        A known mode has it that a ray enters the event at its plane. Rays whose point z is safe are not followed.
+        """
+        if not self._room(len(z)):
+            return z[:0]
+        length = np.linalg.norm(z, axis=1)
+        sides = [_normal(walk) for walk in self.arrived]
+        with np.errstate(divide="ignore"):
+            planes = [np.where(z @ n > 0.0, max(b, 0.0) * length / (z @ n), np.inf) for n, b in sides]
+        expected = np.min(planes, axis=0)
+        caught = np.flatnonzero(self.meter.evaluate(z).severity >= 0.0)
+        early = caught[length[caught] < expected[caught] - 0.1]
+        late = np.setdiff1d(caught, early)
+        if len(z) and z.shape[1] <= _FEW and len(late) and self._room(len(late)):
+            before = z[late] * (_EARLIER * expected[late] / length[late])[:, None]
+            inside = self.meter.evaluate(before).severity >= 0.0
+            z = z.copy()
+            z[late[inside]] = before[inside]
+            early = np.concatenate([early, late[inside]])
+        margin = np.linalg.norm(z[early], axis=1) - expected[early]
+        return np.asarray(z[early[np.argsort(margin, kind="stable")[:_SUSPECTS]]])
+
+    def _entries(self, z: Floats) -> Floats:
+        """Where the rays to z enter the event, roughly."""
+        low, high = np.zeros(len(z)), np.ones(len(z))
+        for _ in range(_HALVINGS):
+            if not self._room(2 * len(z)):
+                break
+            middle = 0.5 * (low + high)
+            inside = self.meter.evaluate(z * middle[:, None]).severity >= 0.0
+            low, high = np.where(inside, low, middle), np.where(inside, middle, high)
+        return np.asarray(z * high[:, None])
+
     def start_from(self, z: Floats) -> int:
         """Walks from the rows of z; returns how many had a gradient to follow."""
         if not self._room(len(z)):
@@ -257,7 +321,7 @@ class Search:
         """
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)
-        if known >= 6 and known > 0.6 * met:  # every start arrives somewhere else: more will not change that
+        if known >= 5 and known > 0.5 * met:  # every start arrives somewhere else: more will not change that
             return self.begun
         rare = known > 1 and min(walk.weight for walk in counted) < 2
         missing = max(starts, self.each * known if known > 1 else 0) - met
@@ -286,6 +350,12 @@ class Search:
             self.lost,
             self.origin,
         )
+
+
+def even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:
+    """``n`` standard normals that fill space more evenly than independent ones (scrambled Sobol)."""
+    points = qmc.Sobol(dim, rng=rng).random_base2(math.ceil(math.log2(max(n, 2))))[:n]
+    return np.asarray(ndtri(np.clip(points, 1e-12, 1.0 - 1e-12)), dtype=np.float64)
 
 
 def _normal(walk: _Walk) -> tuple[Floats, float]:

@@ -12,8 +12,8 @@ it (then r is chi-distributed: directional sampling). Nothing is counted twice, 
 of unit normals at the design points, weighted by their first-order probabilities.
 
 *Rounds.* First lines learn: roots and the gradients there give a quadratic model of the boundary over the few
-coordinates that matter (:mod:`probest.estimators.boundary`). Gradients that point to an unknown mode start a new walk,
-and so do catastrophes on a sphere around the origin that no known mode explains (in few dimensions). The model gives a
+coordinates that matter (:mod:`probest.estimators.boundary`). Gradients that point to an unknown mode start a new walk.
+The model gives a
 proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines measure what the
 model misses, so the estimate stays unbiased. Where they show the model to be poor it learns once more, and fresh lines
 are drawn anew.
@@ -37,13 +37,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtri, log_ndtr, ndtri
-from scipy.stats import qmc
+from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, generator
 from probest.estimators.boundary import Boundary, Proposal, fit_boundary, propose
-from probest.estimators.design import DesignPoints, Search
+from probest.estimators.design import DesignPoints, Search, even_normals
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
 from probest.estimators.tracing import Intervals, Pencil, Traced, trace
 from probest.guides.base import Guide, Prior
@@ -62,8 +61,9 @@ _LESSONS = 4  # each with twice as many lines as the one before
 _POOR = 0.2  # misfit of a model, in nats
 _MANY = 32  # fresh lines where the model is poor
 _STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
-_FEW = 6  # dimensions in which a sphere around the origin can be looked at
-_AROUND = 16  # points on it
+_FEW = 6  # dimensions
+_LOOKS = 5
+_AROUND = 16  # points far out that are asked for modes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LineSampling:
     """
 
     precision: float | None = 0.05
-    starts: int = 10
+    starts: int = 8
     first: int = 8
     fresh: int = 8
 
@@ -170,22 +170,18 @@ class _Campaign:
     scale: float = 0.0
 
     def run(self) -> list[Evidence]:
-        few = self.meter.event.dim <= _FEW  # then a sphere around the origin is looked at as well
-        starts = (3 * self.method.starts) // 5 if few else self.method.starts
+        few = self.meter.event.dim <= _FEW
         search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8)
-        if not search.run(self.rng, starts, 5 * self.method.starts):
+        if not search.run(self.rng, self.method.starts, 6 * self.method.starts):
             return [self._nothing("gradients lead to no boundary of the event.")]
-        points = search.points()
+        points = self._look_around(search)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
-        around = points.origin >= 0.0 or (len(points.beta) >= 6 and bool(np.all(points.starts == 1)))
+        around = points.origin >= 0.0 or _endless(points)
+        if not around:
+            points = self._explore(search, points)
+            around = _endless(points)
         if around:
             self._surround(points)
-        elif len(points.beta) > _MOST_MODES:
-            return [*ledger, self._nothing("there are more modes than lines can serve.")]
-        else:
-            points = self._explore(search, points)
-            if len(points.beta) > _MOST_MODES:
-                return [*ledger, self._nothing("there are more modes than lines can serve.")]
         self.scale = max(self._learnt(k) for k in range(len(self.modes)))
         if not math.isfinite(self.scale):
             return [*ledger, self._nothing("no line through the design points meets the event.")]
@@ -213,6 +209,16 @@ class _Campaign:
 
     # --- finding modes ---------------------------------------------------------------------------------------------
 
+    def _look_around(self, search: Search) -> DesignPoints:
+        """Design points, after points far out have been asked for more of them (unless there is no end of them)."""
+        quiet = 0
+        for _ in range(_LOOKS):
+            points = search.points()
+            if _endless(points) or quiet == (1 if len(search.arrived) == 1 else 2):
+                break
+            quiet = 0 if search.look_around(self.rng, _AROUND) else quiet + 1
+        return search.points()
+
     def _surround(self, points: DesignPoints) -> None:
         """Rays from the origin instead of modes."""
         dim = self.meter.event.dim
@@ -223,14 +229,12 @@ class _Campaign:
 
     def _explore(self, search: Search, points: DesignPoints) -> DesignPoints:
         """First lines through every mode; where their gradients lead to further modes, these too."""
-        for attempt in range(3):
+        for _ in range(3):
             self._adopt(points)
             for k in range(len(self.modes)):
                 if not self.modes[k].rounds:
                     self._learn(k)
             suspects = self._suspects()
-            if attempt == 0:
-                suspects = np.concatenate([suspects, self._unexplained()])
             before = len(points.beta)
             if not len(suspects) or len(self.modes) > _MOST_MODES or not search.start_from(suspects):
                 break
@@ -270,18 +274,6 @@ class _Campaign:
         every = np.concatenate(found)
         return every[np.argsort(np.linalg.norm(every, axis=1), kind="stable")[:4]]
 
-    def _unexplained(self) -> Floats:
-        """Catastrophes on a sphere about as far away as the known modes, that none of these explains."""
-        dim = self.meter.event.dim
-        if dim > _FEW or dim < 2 or self.meter.left < 4 * _AROUND:
-            return np.empty((0, dim))
-        z = _even_normals(_AROUND, dim, self.rng)
-        radius = 1.25 * max(min(mode.beta for mode in self.modes), 0.0) + 0.5
-        z *= radius / np.linalg.norm(z, axis=1, keepdims=True)
-        beyond = np.max([z @ m.direction - m.beta for m in self.modes if m.direction is not None], axis=0)
-        rows = np.flatnonzero((self.meter.evaluate(z).severity >= 0.0) & (beyond < -0.1))
-        return np.asarray(z[rows[np.argsort(beyond[rows], kind="stable")[:4]]])
-
     # --- lines -----------------------------------------------------------------------------------------------------
 
     def _lines(self, k: int, guide: Guide, n: int) -> tuple[Pencil, Floats]:
@@ -302,7 +294,7 @@ class _Campaign:
             lines, log_w = self._lines(k, Prior(dim), n)
         else:  # spread out evenly, so that what bends away is seen
             across = np.linalg.qr(np.column_stack([mode.direction, np.eye(dim)]))[0][:, 1:]
-            u = _STRETCH * _even_normals(n, dim - 1, self.rng)
+            u = _STRETCH * even_normals(n, dim - 1, self.rng)
             log_w = np.sum(0.5 * (u / _STRETCH) ** 2 - 0.5 * u**2 + math.log(_STRETCH), axis=1)
             lines = Pencil(u @ across.T, np.broadcast_to(mode.direction, (n, dim)), mode.law)
         self._add(k, lines, log_w, np.full(n, mode.beta), None, gradient=mode.direction is not None, learning=True)
@@ -657,6 +649,11 @@ class _Campaign:
         return Particles(np.concatenate(z), every - diagnostics.log_sum_exp(every), np.concatenate(severity))
 
 
+def _endless(points: DesignPoints) -> bool:
+    """Whether there are more modes than directions could serve: as good as every start found its own."""
+    return len(points.beta) > _MOST_MODES or int(np.sum(points.starts == 1)) >= 5
+
+
 def _along(mode: _Mode) -> Floats:
     assert mode.direction is not None
     return mode.direction
@@ -670,13 +667,6 @@ def _deviations(chosen: _Values) -> Floats:
         return np.asarray(deviation * (chosen.spread / shown if shown > 0.0 else 1.0))
     sign = np.where(np.arange(len(deviation)) % 2 == 0, 1.0, -1.0)
     return np.asarray(sign * chosen.spread)
-
-
-def _even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:
-    """``n`` standard normals that fill space more evenly than independent ones (scrambled Sobol)."""
-    power = math.ceil(math.log2(max(n, 2)))
-    points = qmc.Sobol(dim, rng=rng).random_base2(power)[:n]
-    return np.asarray(ndtri(np.clip(points, 1e-12, 1.0 - 1e-12)), dtype=np.float64)
 
 
 def _line_masses(lines: Pencil, intervals: Intervals) -> Floats:
