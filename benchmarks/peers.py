@@ -1,0 +1,145 @@
+"""OpenTURNS on a probest event, in the event's own standard-normal space, its calls counted as probest counts them.
+
+``pip install openturns``; nothing but the benchmarks needs it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import openturns as ot
+from scipy.special import log_ndtr
+
+from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, EventLike
+
+SIZES = (300, 1_000, 3_000)
+MOST_CALLS = 50_000
+MOST_DIRECTIONS = 300  # each costs a line search of a dozen calls, one call at a time
+
+
+class Answer(NamedTuple):
+    """What a method says: log P (NaN if it failed), a 95 % interval (NaN if it states none), and what it cost."""
+
+    log_prob: float
+    interval: tuple[float, float]
+    calls: int
+    seconds: float
+
+
+class Counted:
+    """A probest event as an OpenTURNS function whose failure domain is below 0; gradients are the event's own."""
+
+    def __init__(self, event: EventLike) -> None:
+        self.event, self.calls = event, 0
+        self.function = ot.PythonFunction(event.dim, 1, self._one, func_sample=self._many, gradient=self._gradient)
+
+    def failure(self) -> Any:
+        law = ot.RandomVector(ot.Normal(self.event.dim))
+        return ot.ThresholdEvent(ot.CompositeRandomVector(self.function, law), ot.Less(), 0.0)
+
+    def _many(self, z: Any) -> np.ndarray:
+        z = np.array(z)
+        self._spend(FORWARD_CALLS * len(z))
+        return -self.event.evaluate(z).severity[:, None]
+
+    def _one(self, z: Any) -> list[float]:
+        return list(self._many([z])[0])
+
+    def _gradient(self, z: Any) -> list[list[float]]:
+        self._spend(GRADIENT_CALLS)
+        grad = self.event.evaluate(np.array([z]), gradient=True).severity_grad
+        assert grad is not None
+        return (-grad.T).tolist()
+
+    def _spend(self, calls: int) -> None:
+        self.calls += calls
+        if self.calls > MOST_CALLS:
+            raise RuntimeError(f"more than {MOST_CALLS} calls")
+
+
+def _form(counted: Counted, start: np.ndarray) -> Any:
+    """Search for the design point from near the origin (at it, symmetric limit states have no gradient)."""
+    search = ot.AbdoRackwitz()
+    search.setStartingPoint(start)
+    search.setMaximumIterationNumber(100)
+    for threshold in ("Absolute", "Relative", "Residual", "Constraint"):
+        getattr(search, f"setMaximum{threshold}Error")(1e-3)
+    form = ot.FORM(search, counted.failure(), start)
+    form.run()
+    return form.getResult()
+
+
+def _simulate(algorithm: Any, size: int, block: int) -> Any:
+    algorithm.setMaximumCoefficientOfVariation(0.0)
+    algorithm.setBlockSize(block)
+    algorithm.setMaximumOuterSampling(math.ceil(size / block))
+    algorithm.run()
+    return algorithm.getResult()
+
+
+def form(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    found = _form(counted, start)
+    beta = found.getHasoferReliabilityIndex()
+    return float(log_ndtr(beta if found.getIsStandardPointOriginInFailureSpace() else -beta)), math.nan
+
+
+def form_importance(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    return _read(_simulate(ot.PostAnalyticalImportanceSampling(_form(counted, start)), size, size))
+
+
+def subset(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    return _read(_simulate(ot.SubsetSampling(counted.failure()), size, size))
+
+
+def nais(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    return _read(_simulate(ot.NAIS(counted.failure(), 0.1), size, size))
+
+
+def cross_entropy(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    return _read(_simulate(ot.StandardSpaceCrossEntropyImportanceSampling(counted.failure(), 0.1), size, size))
+
+
+def directional(counted: Counted, size: int, start: np.ndarray) -> tuple[float, float]:
+    return _read(_simulate(ot.DirectionalSampling(counted.failure()), size, 1))
+
+
+def _read(result: Any) -> tuple[float, float]:
+    """P and the half-length of its 95 % interval."""
+    p = result.getProbabilityEstimate()
+    return (math.log(p) if p > 0 else -math.inf), result.getConfidenceLength(0.95) / 2
+
+
+METHODS: dict[str, tuple[Callable[[Counted, int, np.ndarray], tuple[float, float]], tuple[int, ...]]] = {
+    "FORM": (form, (0,)),
+    "FORM-IS": (form_importance, SIZES),
+    "subset": (subset, SIZES),
+    "NAIS": (nais, SIZES),
+    "cross-entropy": (cross_entropy, SIZES),
+    "directional": (directional, (100, MOST_DIRECTIONS)),
+}
+
+
+def names() -> list[str]:
+    """Every method at every sample size, ``method/size``."""
+    return [f"{name}/{size}" for name, (_, sizes) in METHODS.items() for size in sizes]
+
+
+def run(name: str, event: EventLike, seed: int) -> Answer:
+    """The method called ``name``, one of :func:`names`, on ``event``. A method that fails answers NaN."""
+    method, _, size = name.partition("/")
+    ot.Log.Show(ot.Log.NONE)
+    ot.RandomGenerator.SetSeed(seed)
+    start = 0.1 * np.random.default_rng(seed).standard_normal(event.dim)
+    counted, began = Counted(event), time.perf_counter()
+    try:
+        log_prob, half = METHODS[method][0](counted, int(size), start)
+    except (RuntimeError, TypeError):  # OpenTURNS raises these for whatever went wrong
+        log_prob, half = math.nan, math.nan
+    seconds = time.perf_counter() - began
+    p = math.exp(log_prob) if math.isfinite(log_prob) else 0.0
+    interval = (math.log(p - half) if p > half else -math.inf, math.log(p + half) if p + half > 0 else -math.inf)
+    return Answer(log_prob, interval if math.isfinite(half) else (math.nan, math.nan), counted.calls, seconds)
