@@ -37,7 +37,7 @@ class Counted:
         self.function = ot.PythonFunction(event.dim, 1, self._one, func_sample=self._many, gradient=self._gradient)
 
     def failure(self) -> Any:
-        law = ot.RandomVector(ot.Normal(self.event.dim))
+        law = ot.RandomVector(ot.JointDistribution([ot.Normal()] * self.event.dim))
         return ot.ThresholdEvent(ot.CompositeRandomVector(self.function, law), ot.Less(), 0.0)
 
     def _many(self, z: Any) -> np.ndarray:
@@ -75,7 +75,7 @@ def _design_point(task: Task) -> Any:
     search.setMaximumIterationNumber(100)
     for error in ("Absolute", "Relative", "Residual", "Constraint"):
         getattr(search, f"setMaximum{error}Error")(1e-3)
-    form = ot.FORM(search, task.counted.failure(), task.start)
+    form = ot.FORM(search, task.counted.failure())
     form.run()
     return form.getResult()
 
