@@ -142,7 +142,7 @@ def of_exact_event(event: Any, options: argparse.Namespace) -> Case:
 
 def summary(case: Case, method: str, runs: Sequence[Run]) -> Row:
     """What the runs say together. A run that failed (NaN) is infinitely wrong."""
-    errors = np.abs(np.nan_to_num([run.log_prob - case.log_prob for run in runs], nan=math.inf))
+    errors = np.array([_error(run.log_prob, case.log_prob) for run in runs])
     slack = 3 * case.tolerance
     wrong = (run.converged and e > MARGIN + 3 * run.std_error + slack for run, e in zip(runs, errors, strict=True))
     return Row(
@@ -158,6 +158,12 @@ def summary(case: Case, method: str, runs: Sequence[Run]) -> Row:
         float(np.median([run.seconds for run in runs[1:] or runs])),
         len(runs),
     )
+
+
+def _error(log_prob: float, truth: float) -> float:
+    if log_prob == truth:
+        return 0.0  # two impossibilities too
+    return math.inf if math.isnan(log_prob) else abs(log_prob - truth)
 
 
 def peer_runs(case: Case, seeds: range) -> Iterator[Row]:
