@@ -293,41 +293,33 @@ def exact(options: argparse.Namespace) -> Iterator[Case]:
     yield from (of_exact_event(event, options) for event in EXACT_EVENTS if event.name in names)
 
 
-UNIFORM_HITS = {
-    **dict(
-        zip(
-            [f"2_{j}" for j in range(1, 10)],
-            (76040, 134800, 176895, 91300, 183489, 121202, 265104, 194563, 28810),
-            strict=True,
-        )
-    ),
-    **dict(
-        zip(
-            [f"4_{j}" for j in range(1, 10)],
-            (42628, 0, 142096, 98212, 177353, 225369, 183453, 185648, 14447),
-            strict=True,
-        )
-    ),
-}
 UNIFORM_DRAWS = 10_000_000
-"""Violations of property 2 in so many uniform draws from its box, networks 2_1 to 2_9 and 4_1 to 4_9."""
+UNIFORM_HITS = {
+    "2": (76040, 134800, 176895, 91300, 183489, 121202, 265104, 194563, 28810),
+    "4": (42628, 0, 142096, 98212, 177353, 225369, 183453, 185648, 14447),
+}
+"""Violations of property 2 in ``UNIFORM_DRAWS`` draws from its box, networks 2_1 to 2_9 and 4_1 to 4_9."""
 
 
 def acas(options: argparse.Namespace) -> Iterator[Case]:
     path = needed(options.reference / "acas_xu.npz")
+    counted = [f"{i}_{j}" for i, hits in UNIFORM_HITS.items() for j in range(1, len(hits) + 1)]
     for name in options.nets.split(","):
+        if name not in counted:
+            raise SystemExit(f"--nets {name}: violations are known for {', '.join(counted)}")
         network = acas_xu.load(path, name)
-        counts = {
-            "uniform": (UNIFORM_HITS[name], UNIFORM_DRAWS),
-            "normal": (sampled_hits(network, options.draws), options.draws),
-        }
-        for law, (hits, draws) in counts.items():
-            label = f"acas {name} {law}"
-            if label in chosen([label], options):
-                problem = acas_xu.problem(options.backend, network, law=law)
-                log_prob = math.log(hits / draws) if hits else -math.inf
-                spread = math.sqrt((1 - hits / draws) / hits) if hits else math.inf
-                yield of_problem(f"{label} ({hits} of {draws:.0e})", log_prob, problem, options, spread)
+        laws: tuple[acas_xu.Law, ...] = ("uniform", "normal")
+        for law in laws:
+            if not chosen([f"acas {name} {law}"], options):
+                continue
+            if law == "uniform":
+                hits, draws = UNIFORM_HITS[name[0]][int(name[2]) - 1], UNIFORM_DRAWS
+            else:
+                hits, draws = sampled_hits(network, options.draws), options.draws
+            log_prob = math.log(hits / draws) if hits else -math.inf
+            spread = math.sqrt((1 - hits / draws) / hits) if hits else math.inf
+            label = f"acas {name} {law} ({hits} of {draws:.0e})"
+            yield of_problem(label, log_prob, acas_xu.problem(options.backend, network, law=law), options, spread)
 
 
 def sampled_hits(network: acas_xu.Network, draws: int, chunk: int = 100_000) -> int:
