@@ -451,7 +451,7 @@ MODES: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
     "variants": variants,
     "exact": exact,
 }
-BUDGETS = {"calls_to_accuracy": 50_000, "acas": 50_000}
+BUDGETS = {"calls_to_accuracy": 50_000, "scaling": 50_000, "acas": 50_000}
 PRECISIONS = {"acas": 0.02}
 
 
@@ -464,7 +464,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--problems", default="", help="comma-separated names, or parts of names; all when empty")
     parser.add_argument("--backend", choices=("pyro", "numpyro"), default="numpyro")
-    parser.add_argument("--budget", type=int, help="default 10,000; 50,000 with --calls-to-accuracy and --acas")
+    parser.add_argument("--budget", type=int, help="default 10,000; 50,000 with --calls-to-accuracy, --scaling, --acas")
     parser.add_argument("--precision", type=float, help="default 0.05; 0.02 with --acas")
     parser.add_argument("--estimator", choices=sorted(ESTIMATORS), help="a single estimator; default: what users get")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, help="default: in the first mode only")

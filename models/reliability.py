@@ -81,15 +81,16 @@ class Reliability:
         def array(values: Any) -> Any:
             return lib.xp.asarray(values, dtype=lib.xp.zeros(()).dtype)
 
-        turn = None if self.rotation is None else array(_rotation(self.dim, self.rotation))
-
-        def adversary() -> Any:
+        def draw(params: dict[str, Any]) -> Any:
             draws = []
-            for name, family, params in self.sites:
-                law = getattr(lib.dist, family)(*map(array, params))
+            for name, family, values in self.sites:
+                law = getattr(lib.dist, family)(*map(array, values))
                 draws.append(lib.sample(name, law.to_event(1)))
             x = lib.xp.concatenate(draws)
-            return x if turn is None else turn @ x
+            return params["rotation"] @ x if params else x
+
+        turned = {} if self.rotation is None else {"rotation": _rotation(self.dim, self.rotation)}
+        adversary = lib.bind(draw, **turned)
 
         def model(x: Any) -> Any:
             return self.margin(lib.xp, x)
