@@ -17,7 +17,7 @@ from scipy.special import log_ndtr
 from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, EventLike
 
 SIZES = (300, 1_000, 3_000)
-MOST_CALLS = 50_000
+MOST_CALLS, MOST_SECONDS = 50_000, 15.0  # a run that needs more is stopped and counts as failed
 
 
 class Answer(NamedTuple):
@@ -33,7 +33,7 @@ class Counted:
     """A probest event as an OpenTURNS function whose failure domain is below 0; gradients are the event's own."""
 
     def __init__(self, event: EventLike) -> None:
-        self.event, self.calls = event, 0
+        self.event, self.calls, self.began = event, 0, time.perf_counter()
         self.function = ot.PythonFunction(event.dim, 1, self._one, func_sample=self._many, gradient=self._gradient)
 
     def failure(self) -> Any:
@@ -56,8 +56,8 @@ class Counted:
 
     def _spend(self, calls: int) -> None:
         self.calls += calls
-        if self.calls > MOST_CALLS:
-            raise RuntimeError(f"more than {MOST_CALLS} calls")
+        if self.calls > MOST_CALLS or time.perf_counter() - self.began > MOST_SECONDS:
+            raise RuntimeError(f"more than {MOST_CALLS} calls or {MOST_SECONDS} seconds")
 
 
 class Task(NamedTuple):
@@ -139,12 +139,12 @@ def run(name: str, event: EventLike, seed: int) -> Answer:
     ot.Log.Show(ot.Log.NONE)
     ot.RandomGenerator.SetSeed(seed)
     start = 0.1 * np.random.default_rng(seed).standard_normal(event.dim)
-    counted, began = Counted(event), time.perf_counter()
+    counted = Counted(event)
     try:
         log_prob, half = METHODS[method][0](Task(counted, int(size), start))
     except (RuntimeError, TypeError):  # OpenTURNS raises these for whatever went wrong
         log_prob, half = math.nan, math.nan
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - counted.began
     p = math.exp(log_prob) if math.isfinite(log_prob) else 0.0
     interval = (math.log(p - half) if p > half else -math.inf, math.log(p + half) if p + half > 0 else -math.inf)
     return Answer(log_prob, interval if math.isfinite(half) else (math.nan, math.nan), counted.calls, seconds)
