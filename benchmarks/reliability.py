@@ -12,7 +12,7 @@ The default mode runs 27 reliability problems, with OpenTURNS on the same functi
 truth; `wrong` counts runs that are converged and yet off by more than 0.1 + 3 standard errors; `seconds` is the median
 from the second run on, when everything is compiled. Ratios compare calls and seconds with the cheapest peer that
 states an interval and whose median error is no larger than ours or 0.05, whichever is more: below 1, probest is
-cheaper. `--calls-to-accuracy` asks for a precision of 0.05, `--scaling` goes to P = 1e-30 and 1,000 dimensions,
+cheaper; `inf` where only a peer came within 0.1, `-` where no peer is as accurate. `--calls-to-accuracy` asks for a precision of 0.05, `--scaling` goes to P = 1e-30 and 1,000 dimensions,
 `--acas` compares networks with counts of plain sampling, `--variants` turns, shifts and rescales the problems,
 `--exact` runs a single estimator on the NumPy events of the tests.
 """
@@ -178,16 +178,20 @@ def peer_runs(case: Case, seeds: range) -> Iterator[Row]:
 
 
 def with_ratios(ours: Row, others: Sequence[Row]) -> Row:
-    """``ours`` against the cheapest of the others that is as accurate and states an interval."""
-    target = max(ours.median_error, EQUAL)
+    """``ours`` against the cheapest of the others that is as accurate and states an interval.
+
+    The ratios are infinite if only others came within ``MARGIN``, and None if none of them is accurate enough.
+    """
+    target = min(max(ours.median_error, EQUAL), MARGIN)
     equal = [row for row in others if row.median_error <= target and not row.method.startswith("FORM/")]
     if not equal:
         return ours
     fewest = min(equal, key=lambda row: row.calls)
+    lost = ours.median_error > MARGIN
     return replace(
         ours,
-        calls_ratio=ours.calls / fewest.calls,
-        seconds_ratio=ours.seconds / min(row.seconds for row in equal),
+        calls_ratio=math.inf if lost else ours.calls / fewest.calls,
+        seconds_ratio=math.inf if lost else ours.seconds / min(row.seconds for row in equal),
         cheapest_peer=fewest.method,
     )
 

@@ -350,3 +350,6 @@ def test_failed_runs_are_infinitely_wrong_and_ratios_are_at_equal_accuracy() -> 
     compared = benchmark.with_ratios(row, peers)
     assert (compared.calls_ratio, compared.seconds_ratio, compared.cheapest_peer) == (0.5, 4.0, "fine/1000")
     assert benchmark.with_ratios(row, peers[:2]).calls_ratio is None
+    lost = benchmark.summary(case, benchmark.OURS, [bad])
+    assert benchmark.with_ratios(lost, peers).calls_ratio == math.inf
+    assert benchmark.with_ratios(lost, peers[:2]).calls_ratio is None
