@@ -12,9 +12,10 @@ The default mode runs 27 reliability problems, with OpenTURNS on the same functi
 truth; `wrong` counts runs that are converged and yet off by more than 0.1 + 3 standard errors; `seconds` is the median
 from the second run on, when everything is compiled. Ratios compare calls and seconds with the cheapest peer that
 states an interval and whose median error is no larger than ours or 0.05, whichever is more: below 1, probest is
-cheaper; `inf` where only a peer came within 0.1, `-` where no peer is as accurate. `--calls-to-accuracy` asks for a precision of 0.05, `--scaling` goes to P = 1e-30 and 1,000 dimensions,
-`--acas` compares networks with counts of plain sampling, `--variants` turns, shifts and rescales the problems,
-`--exact` runs a single estimator on the NumPy events of the tests.
+cheaper; `inf` where only a peer came within 0.1, `-` where no peer is as accurate. `--calls-to-accuracy` asks for a
+precision of 0.05, `--scaling` goes to P = 1e-30 and 1,000 dimensions, `--acas` compares networks with counts of plain
+sampling, `--variants` turns, shifts and rescales the problems, `--exact` runs a single estimator on the NumPy events
+of the tests.
 """
 
 from __future__ import annotations
