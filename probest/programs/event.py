@@ -249,7 +249,15 @@ class Event:
         return {k: v for k, v in self.decode(z).sites.items() if names is None or k in names}
 
     def observe(self, z: Floats) -> PyTree:
-        """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs (open loop)."""
+        """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs.
+
+        Raises ProblemError for a closed loop, whose observations depend on the model's actions: :meth:`decode` them.
+        """
+        if self.composition.closed_loop:
+            raise ProblemError(
+                "observe: the adversary runs the closed loop itself, so there is no observation without the model. "
+                "Use decode(z).observation, which runs both"
+            )
         with self.backend.no_gradient():
             return self.backend.rows(self.composition._observe, self.parts, self.backend.from_host(z), {})[0]
 
