@@ -30,6 +30,7 @@ from probest.estimators.base import EventLike, Evidence, Meter, Particles, child
 from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
 
 __all__ = ["Combined"]
@@ -39,6 +40,7 @@ _GIVE_UP = 0.25  # standard error that a guide has to promise to be worth its sa
 _SHARE = 0.92  # of what is left that a tempering run is sized for: levels and moves vary from run to run
 _MOST = 30_000_000  # numbers of z in one run at most
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
+_LEARN = 1000  # calls left below which nothing is learned
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class Combined:
             return self._finish_crude(event, ledger, seed, crude)
         if event.boolean:
             return self._conclude_boolean(event, ledger, seed, crude)
+        if not event.differentiable:
+            learned = self._learn(event, ledger, seed, crude, 0.5)
+            if learned is not None and learned.converged:
+                return learned
         if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
             if weighed.converged and _agree(weighed, crude):
@@ -144,7 +150,10 @@ class Combined:
     def _conclude_boolean(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
     ) -> Evidence:
-        """Nothing to climb: crude sampling until there are hits enough to aim at, then a guide."""
+        """Nothing to climb: a learned severity, else crude sampling until there are hits to aim at, then a guide."""
+        learned = self._learn(event, ledger, seed, crude, 0.8) if crude.diagnostics["hits"] < _BOOLEAN_HITS else None
+        if learned is not None and learned.converged:
+            return learned
         if ledger.left < 1:
             return crude
         first = crude
@@ -162,7 +171,25 @@ class Combined:
         ledger.add(rest)
         # the first sample ran to its fixed size when it found few hits: then both count as one
         whole = not event.weighted and first.diagnostics["hits"] < _BOOLEAN_HITS
-        return _pool(first, rest) if whole and first is not crude else rest
+        rest = _pool(first, rest) if whole and first is not crude else rest
+        if learned is not None and math.isfinite(learned.log_prob) and not math.isfinite(rest.log_prob):
+            return replace(learned, interval=(learned.interval[0], max(learned.interval[1], rest.interval[1])))
+        return rest
+
+    def _learn(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence, share: float
+    ) -> Evidence | None:
+        """A learned severity as the guide; converged only if the crude sample does not speak against it."""
+        if event.weighted or ledger.left < _LEARN:
+            return None
+        method = Surrogate(precision=self.precision)
+        learned = method.run(event, budget=int(share * ledger.left), seed=child_seed(seed, 8))
+        hits, samples = (int(crude.diagnostics[key]) for key in ("hits", "samples"))
+        lower, upper = diagnostics.binomial_interval(hits, samples, 0.999)
+        if learned.converged and not (lower <= learned.interval[1] and learned.interval[0] <= upper):
+            note = "the learned severity and the crude sample disagree: raise the budget."
+            learned = replace(learned, converged=False, notes=(*learned.notes, note))
+        return ledger.add(learned)
 
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
