@@ -57,24 +57,33 @@ _CENTRES = 120
 _PENALTIES = (1.0, 1e-2, 1e-4)
 _SIMPLER = 0.9  # how much better a richer kind of features has to predict to be taken
 _GOOD = 0.5  # effective share of the particles at which the surrogate has learned enough
+_FAR = 100.0  # times the scale of severities near the limit: beyond that, how far does not matter
+_HUGE = 1e30
 _FREE = 400  # evaluations of the surrogate a particle: they cost no model calls
 _SECOND = 600  # particles of the last tempering that are judged
 _NO_WAY = "nothing that was seen says where catastrophes are: raise the budget, or return a severity that does."
 
 
+Decode = Callable[[Floats], Floats]
+
+
 class Features(NamedTuple):
     """What the surrogate is linear in: 1, z, and products and radial functions in directions ``basis`` ``(dim, r)``.
 
-    centres: ``(m, r)`` of radial functions of one ``width``; None for none.
+    centres: ``(m, r)`` of radial functions of one ``width``; None for none. decode: z to the values of discrete sites
+    ``(n, k)``, or None; with them the surrogate has no gradient.
     """
 
     basis: Floats
     products: bool = False
     centres: Floats | None = None
     width: float = 1.0
+    decode: Decode | None = None
 
     def __call__(self, z: Floats) -> Floats:
         columns = [np.ones((len(z), 1)), z]
+        if self.decode is not None:
+            columns.append(self.decode(z))
         u = z @ self.basis
         if self.products:
             i, j = np.triu_indices(u.shape[1])
@@ -124,9 +133,12 @@ class Softened:
 
     learned: Learned
     dim: int
-    differentiable: bool = True
     boolean: bool = False
     weighted: bool = False
+
+    @property
+    def differentiable(self) -> bool:
+        return self.learned.features.decode is None
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
         inner = z[:, :-1]
@@ -173,6 +185,19 @@ class Reached(NamedTuple):
     mass: Evidence
 
 
+class Tried(NamedTuple):
+    """A surrogate with what its particles, judged, say of P; share: how many of them count, effectively."""
+
+    learned: Learned
+    log_prob: float
+    error: float
+    share: float
+
+    @property
+    def least(self) -> float:
+        return self.log_prob - 2.0 * self.error
+
+
 Solver = Callable[[Floats, Floats, float, Sequence[float]], list[Floats]]
 """``solve(features of n cases, severities, near, penalties)``: coefficients for each penalty."""
 
@@ -213,10 +238,10 @@ class Surrogate:
             raise ValueError("event: a surrogate learns severities alone; use Tempering for a conditioned adversary")
         meter = Meter(event, budget)
         explored = _look(self, meter, generator(child_seed(seed, 0)))
-        learned = _learn(self, meter, explored, seed)
-        if isinstance(learned, Learned):
-            return _weigh(self, meter, explored, learned, seed)
-        return _nothing(self, meter, explored, learned)
+        best = _learn(self, meter, explored, seed)
+        if isinstance(best, str):
+            return _nothing(self, meter, explored, best)
+        return _weigh(self, meter, explored, best, seed)
 
 
 def _judge(meter: Meter, z: Floats) -> Cases:
@@ -261,9 +286,10 @@ def _bisect(meter: Meter, ends: Cases, known: Cases, steps: int) -> Cases:
     return new
 
 
-def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.SeedSequence) -> Learned | str:
-    """The surrogate after its rounds of learning, or why there is none."""
+def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.SeedSequence) -> Tried | str:
+    """The surrogate after its rounds of learning, with the most that any round knew of; or why there is none."""
     event, cases = meter.event, explored.cases
+    decode = _decoder(event)
     rng = generator(child_seed(seed, 1))
     if event.boolean and not cases.hit.any():
         return (
@@ -278,34 +304,62 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
         hits = rng.permutation(np.flatnonzero(known.hit))[:60]
         known = known.plus(_bisect(meter, known.at(hits), known, 5))
     floor = (1.0 - method.share) * meter.budget
-    learned, good = _fit(known, fresh, event.boolean, None, rng), 0
+    learned = _fit(known, fresh, event.boolean, None, decode, rng)
+    tried: list[Tried] = []
     for turn in range(method.rounds):
         known = known.plus(fresh)
-        reached = _temper(learned, event.dim, 512, child_seed(seed, 2, turn))
-        if reached is None:
-            return _NO_WAY
+        reached = _temper(learned, event.dim, 512, 4, child_seed(seed, 2, turn))
+        if reached is None:  # richer features, and more doubt, may show a way
+            learned = _fit(
+                known, fresh, event.boolean, np.eye(event.dim) if event.dim <= _RADIAL else None, decode, rng
+            )
+            learned = learned._replace(noise=4.0**turn * learned.noise)
+            continue
         if meter.left - 2 * method.batch < floor:
             break
         fresh = _judge(meter, reached.z[rng.permutation(len(reached.z))[: method.batch]])
-        ess = diagnostics.effective_sample_size(_log_weights(learned, fresh)) / len(fresh.z)
-        tight = not event.boolean or fresh.hit.mean() < 0.98
-        good = good + 1 if ess > _GOOD and tight else 0
+        log_w = _log_weights(learned, fresh)
+        mean, error = diagnostics.log_mean_exp(log_w)
+        error = math.hypot(reached.mass.std_error, math.sqrt(2.0) * error)
+        share = diagnostics.effective_sample_size(log_w) / len(fresh.z)
+        tried.append(Tried(learned, reached.mass.log_prob + mean, error, share))
+        if len(tried) > 1 and tried[-1].share > _GOOD and tried[-2].share > _GOOD and _close(*tried[-2:]):
+            break
         if event.boolean:
             known = known.plus(_bisect(meter, fresh.at(slice(40)), known, 3))
-        basis = np.eye(event.dim)
-        if event.dim > _RADIAL:
-            slope = learned.features.slope(reached.z, learned.coefficients)
-            equal = np.zeros(len(reached.z))
-            basis = informed_basis(reached.z, equal, gradient_rows(reached.z, equal, slope, None), rank=_RADIAL)
-        learned = _fit(known, fresh, event.boolean, basis, rng)
-        if good >= 2:
-            break
-    return learned
+        enough = tried[-1].share > _GOOD and learned.features.centres is None
+        learned = _fit(known, fresh, event.boolean, None if enough else _directions(learned, reached.z), decode, rng)
+    if not tried:
+        return _NO_WAY
+    # a surrogate that lacks a part of the event may be exact on the rest: the sharpest of those that know of most
+    most = max((one for one in tried if one.share * method.batch >= 10.0), key=lambda one: one.least, default=tried[-1])
+    best = max((one for one in tried if _close(one, most)), key=lambda one: one.share, default=tried[-1])
+    return best._replace(log_prob=most.log_prob, error=most.error)
 
 
-def _temper(learned: Learned, dim: int, particles: int, seed: np.random.SeedSequence) -> Reached | None:
+def _close(one: Tried, other: Tried) -> bool:
+    """Whether both know of the same P, as far as their errors tell."""
+    return abs(one.log_prob - other.log_prob) <= 2.0 * min(math.hypot(one.error, other.error), 0.5) + 0.2
+
+
+def _directions(learned: Learned, z: Floats) -> Floats:
+    """The few directions ``(dim, r)`` in which the surrogate matters to its particles; all where there are few."""
+    if z.shape[1] <= _RADIAL:
+        return np.eye(z.shape[1])
+    equal = np.zeros(len(z))
+    slope = learned.features.slope(z, learned.coefficients)
+    return informed_basis(z, equal, gradient_rows(z, equal, slope, None), rank=_RADIAL)
+
+
+def _decoder(event: EventLike) -> Decode | None:
+    """The values of discrete sites, where the event has some and can tell them without its model."""
+    decode: Decode | None = getattr(event, "discrete_values", None)
+    return decode if decode is not None and decode(np.zeros((1, event.dim))).shape[1] else None
+
+
+def _temper(learned: Learned, dim: int, particles: int, moves: int, seed: np.random.SeedSequence) -> Reached | None:
     """Temper on the surrogate; None when there is no way to its event."""
-    method = Tempering(particles=particles, max_moves=4)
+    method = Tempering(particles=particles, max_moves=moves)
     mass, state, _ = temper(method, Softened(learned, dim + 1), budget=_FREE * particles, seed=seed)
     return None if state is None else Reached(state.z[:, :-1], mass)
 
@@ -315,12 +369,17 @@ def _log_weights(learned: Learned, cases: Cases) -> Floats:
     return np.where(cases.hit, -learned.log_chance(cases.z), -np.inf)
 
 
-def _fit(known: Cases, fresh: Cases, boolean: bool, basis: Floats | None, rng: np.random.Generator) -> Learned:
+def _fit(
+    known: Cases, fresh: Cases, boolean: bool, basis: Floats | None, decode: Decode | None, rng: np.random.Generator
+) -> Learned:
     """The kind of features that predicts ``fresh`` best when fitted to ``known``, fitted to both; simple ones first."""
     solve = _logistic if boolean else _least_squares
-    near = max(float(np.median(np.abs(fresh.severity))), 1e-300)
+    near = _scale(known, fresh)
     best: tuple[float, float, Features, int] | None = None
-    for features in _kinds(known, solve, basis, near, rng):
+    kinds = [Features(np.empty((known.z.shape[1], 0)), decode=decode)]
+    if decode is None:
+        kinds += _kinds(known, solve, basis, near, rng)
+    for features in kinds:
         least = math.inf if best is None else _SIMPLER * best[0]
         test = features(fresh.z)
         for i, coefficients in enumerate(solve(features(known.z), known.severity, near, _PENALTIES)):
@@ -336,12 +395,13 @@ def _fit(known: Cases, fresh: Cases, boolean: bool, basis: Floats | None, rng: n
 
 
 def _kinds(known: Cases, solve: Solver, basis: Floats | None, near: float, rng: np.random.Generator) -> list[Features]:
-    """Candidates, simple ones first; radial functions sit around cases that simpler features put near the limit.
+    """Candidates beyond z itself, simple ones first. Radial functions sit around cases that others put near the limit.
 
-    basis: the few directions that matter, or None before they are known: then nothing is learned in detail.
+    basis: the few directions that matter, or None for no radial functions: what these say of places without cases is
+    often wrong, so they wait until there are cases near the limit that simpler features cannot explain.
     """
     dim = known.z.shape[1]
-    kinds = [Features(np.empty((dim, 0)))]
+    kinds: list[Features] = []
     if dim <= _PRODUCTS:
         kinds.append(Features(np.eye(dim), True))
     elif basis is not None:
@@ -353,6 +413,12 @@ def _kinds(known: Cases, solve: Solver, basis: Floats | None, near: float, rng: 
         centres = known.z[rng.permutation(close)[:_CENTRES]] @ basis
         kinds += [Features(basis, True, centres, width * math.sqrt(basis.shape[1])) for width in (1.5, 0.7)]
     return kinds
+
+
+def _scale(known: Cases, fresh: Cases) -> float:
+    """The severity up to which a case counts as near the limit: typical of fresh cases, not much less than of all."""
+    sizes = [np.minimum(np.abs(cases.severity), _HUGE) for cases in (fresh, known)]
+    return max(float(np.median(sizes[0])), 0.1 * float(np.mean(sizes[1])), 1.0 / _HUGE)
 
 
 def _near_limit(severity: Floats, near: float) -> Floats:
@@ -367,8 +433,9 @@ def _loss(guess: Floats, fresh: Cases, boolean: bool, near: float) -> tuple[floa
         right = np.where(fresh.hit, guess, -guess)
         losses = -np.mean(special.log_ndtr(right / noises[:, None]), axis=1)
         return float(losses.min()), float(noises[np.argmin(losses)])
-    w = _near_limit(fresh.severity, near)
-    square = float(w @ (guess - fresh.severity) ** 2 / w.sum())
+    severity = np.clip(fresh.severity, -_FAR * near, _FAR * near)
+    w = _near_limit(severity, near)
+    square = float(w @ (guess - severity) ** 2 / w.sum())
     return square, math.sqrt(square)
 
 
@@ -391,6 +458,7 @@ def _original(c: Floats, mean: Floats, deviation: Floats) -> Floats:
 
 def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence[float]) -> list[Floats]:
     """Ridge regressions, weighted towards the limit, one for each penalty."""
+    severity = np.clip(severity, -_FAR * near, _FAR * near)
     w = _near_limit(severity, near)
     w /= w.sum()
     x, mean, deviation = _standardised(x, w)
@@ -442,22 +510,25 @@ def _log_loss(right: Floats) -> float:
     return float(np.mean(np.logaddexp(0.0, -right)))
 
 
-def _weigh(
-    method: Surrogate, meter: Meter, explored: Explored, learned: Learned, seed: np.random.SeedSequence
-) -> Evidence:
+def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, seed: np.random.SeedSequence) -> Evidence:
     """Both estimates, and the verdict on them."""
-    reached = _temper(learned, meter.event.dim, method.particles, child_seed(seed, 3))
+    learned = best.learned
+    # guides are poor where sites are discrete: there the particles themselves have to be precise
+    particles = method.particles * (1 if learned.features.decode is None else 4)
+    reached = _temper(learned, meter.event.dim, particles, 8, child_seed(seed, 3))
     if reached is None or meter.left < 20:
         return _nothing(method, meter, explored, _NO_WAY)
     rng = generator(child_seed(seed, 4))
     size = min(_SECOND, len(reached.z), max(10, meter.left // 4))
     cases = _judge(meter, reached.z[rng.permutation(len(reached.z))[:size]])
-    second = _second(method, meter, learned, reached, cases)
+    second = _second(method, meter, best, reached, cases)
     found = second.particles
     if found is None or len(found.z) < 16:
         return second
-    slope = learned.features.slope(found.z, learned.coefficients)
-    rows = gradient_rows(found.z, found.log_weight, slope, None)
+    rows = None
+    if learned.features.decode is None:
+        slope = learned.features.slope(found.z, learned.coefficients)
+        rows = gradient_rows(found.z, found.log_weight, slope, None)
     effective = 0.5 * diagnostics.effective_sample_size(found.log_weight)
     population = Population(found.z, found.log_weight, np.zeros(len(found.z)), rows, effective)
     importance = Importance(precision=method.precision, give_up=0.25)
@@ -465,9 +536,9 @@ def _weigh(
     return _verdict(meter, explored, first, second)
 
 
-def _second(method: Surrogate, meter: Meter, learned: Learned, reached: Reached, cases: Cases) -> Evidence:
+def _second(method: Surrogate, meter: Meter, best: Tried, reached: Reached, cases: Cases) -> Evidence:
     """The estimate that needs no guide: the surrogate's mass times the mean of 1_C / Φ(ŝ/σ̂) over its particles."""
-    log_w = _log_weights(learned, cases)
+    log_w = _log_weights(best.learned, cases)
     mean, error = diagnostics.log_mean_exp(log_w)
     hits, ess = int(cases.hit.sum()), diagnostics.effective_sample_size(log_w)
     khat = diagnostics.pareto_khat(log_w)
@@ -484,6 +555,8 @@ def _second(method: Surrogate, meter: Meter, learned: Learned, reached: Reached,
         notes.append(f"the surrogate's particles are worth {ess:.0f} catastrophes: it has not learned the limit.")
     if khat > 0.7 and ess < 0.4 * hits:
         notes.append("catastrophes lie where the surrogate sees none: the estimate may be too low.")
+    if log_prob + 2.0 * error < best.least:
+        notes.append("the particles of an earlier surrogate showed more: this one lacks a part of the catastrophes.")
     if error > 0.2:
         notes.append(f"the standard error of the surrogate's particles is {error:.2f}: raise the budget.")
     hit = cases.at(cases.hit)
@@ -507,9 +580,11 @@ def _verdict(meter: Meter, explored: Explored, first: Evidence, second: Evidence
     """The fresh samples of the guide where they pass their checks, else the particles; neither against the other."""
     error = min(math.hypot(first.std_error, second.std_error), 1.0)
     found = [line for line in (first, second) if math.isfinite(line.log_prob)]
-    agree = len(found) < 2 or abs(first.log_prob - second.log_prob) <= 3.0 * error + 0.1
     notes = []
-    chosen = first if first.converged else second
+    chosen, other = (first, second) if first.converged else (second, first)
+    # what misses a part is too low: one that failed its checks is a reason to doubt only where it says more
+    more, reach = other.log_prob - chosen.log_prob, 3.0 * error + 0.1
+    agree = len(found) < 2 or (more <= reach and (more >= -reach or not other.converged))
     if not first.converged:
         notes.append("the guide did not pass its checks: this is the estimate of the surrogate's particles.")
     if not agree:

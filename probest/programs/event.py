@@ -182,6 +182,31 @@ class _Decoder:
 
 
 @dataclass(frozen=True)
+class _Discrete:
+    """The values of the discrete sites of an open loop, as one array; neither model nor checker runs."""
+
+    composition: Composition
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.compiled
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        backend = self.composition.frontend.backend
+        across = backend.loop if self.composition.batching == "loop" else backend.rows
+        return across(self._case, parts, z, held)
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        whole = self.composition
+        xp = whole.frontend.backend.special.xp
+        with whole.frontend.recording(whole._source(z), held, parts.params) as recording:
+            parts.adversary()
+        sites = recording.finish(None).sites
+        values = [xp.reshape(sites[site.name], (-1,)) for site in whole.sites if site.discrete]
+        return xp.concat([xp.astype(value, z.dtype) for value in values])
+
+
+@dataclass(frozen=True)
 class _Unjudged:
     """What black boxes are asked about: observation, action, the severities of the other checkers, the log-weight."""
 
@@ -334,6 +359,14 @@ class Event:
     def site_values(self, z: Floats, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Values of latent and deterministic sites (all, or those in ``names``), each ``(n, ...)``."""
         return {k: v for k, v in self.decode(z).sites.items() if names is None or k in names}
+
+    def discrete_values(self, z: Floats) -> Floats:
+        """Values of the discrete sites at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
+        if self.composition.closed_loop or not self.discrete_sites:
+            return np.empty((len(z), 0))
+        values = _Discrete(self.composition)
+        pieces = [self.backend.on_host(values, self.parts, z[rows], {})[0] for rows in chunks(len(z), self.chunk_size)]
+        return np.asarray(np.concatenate(pieces), dtype=np.float64)
 
     def observe(self, z: Floats) -> PyTree:
         """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs.
