@@ -26,14 +26,29 @@ from scipy import special
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from exact_events import EXACT_EVENTS, ExactEvent, half_space, numeric_gradient, sphere, union  # noqa: E402
+from exact_events import (  # noqa: E402
+    EXACT_EVENTS,
+    ExactEvent,
+    boolean,
+    half_space,
+    islands,
+    numeric_gradient,
+    sphere,
+    union,
+)
 
 from probest.estimators.base import Estimator, Floats  # noqa: E402
 from probest.estimators.combined import Combined  # noqa: E402
 from probest.estimators.importance import Importance  # noqa: E402
+from probest.estimators.surrogate import Surrogate  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
 
-METHODS: dict[str, Estimator] = {"combined": Combined(), "importance": Importance(), "tempering": Tempering()}
+METHODS: dict[str, Estimator] = {
+    "combined": Combined(),
+    "importance": Importance(),
+    "surrogate": Surrogate(),
+    "tempering": Tempering(),
+}
 SQRT2 = math.sqrt(2.0)
 
 
@@ -167,6 +182,7 @@ def assess(event: ExactEvent, method: Estimator, seeds: int, budget: int, first:
 def problems(reference: Path) -> list[ExactEvent]:
     events = [half_space(d, b) for d in (2, 100, 1000) for b in (3.0, 5.0, 8.0)]
     events += [union(50, (5.0, 5.0, 5.0, 5.0)), union(2, (5.0, 5.0, 5.0, 5.0)), sphere(100, 14.467812505937182)]
+    events += [boolean(e) for e in (half_space(2, 5.0), half_space(50, 4.0), union(2, (4.0,) * 4), islands(2))]
     known = {event.name for event in events}
     events += [event for event in EXACT_EVENTS if event.name not in known]
     return events + (list(reference_events(reference)) if reference.exists() else [])

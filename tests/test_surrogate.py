@@ -9,9 +9,20 @@ import pytest
 from exact_events import ExactEvent, boolean, conditioned, gradient_free, half_space, impossible, islands, union
 from scipy import special
 
-from probest.estimators.base import Evaluation, Floats
+from models import discrete
+from probest import estimate
+from probest.estimators.base import Evaluation, Evidence, Floats, Meter
 from probest.estimators.combined import Combined
-from probest.estimators.surrogate import Features, Learned, Softened, Surrogate
+from probest.estimators.surrogate import (
+    Cases,
+    Explored,
+    Features,
+    Learned,
+    Softened,
+    Surrogate,
+    _floor,
+    _verdict,
+)
 
 # A correct estimator fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-4
@@ -104,3 +115,55 @@ def test_slopes_of_the_features() -> None:
         step[j] = 1e-6
         difference = (soft.evaluate(z + step).severity - soft.evaluate(z - step).severity) / 2e-6
         np.testing.assert_allclose(at.severity_grad[:, j], difference, rtol=1e-5, atol=1e-7)
+
+
+def test_discrete_sites_are_decoded(backend: str) -> None:
+    event = discrete.problem(backend).event
+    z = np.random.default_rng(0).standard_normal((5, 50))
+    np.testing.assert_array_equal(event.discrete_values(z), (z > special.ndtri(0.95)).astype(float))
+    assert event.model_calls == 0
+
+
+def test_discrete_sites_are_learned_from() -> None:
+    """Fifty Bernoulli sites: the severity is linear in their values, far from it in z."""
+    pytest.importorskip("pyro")
+    result = estimate(discrete.problem("pyro"), budget=BUDGET, progress=False, seed=1)
+    assert result.calls <= BUDGET
+    assert result.converged
+    # tempering's error of log P: Student t, with half the freedom of its 16 families
+    reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * result.std_error
+    assert abs(result.log_prob - discrete.log_prob()) < reach
+
+
+@pytest.mark.parametrize("extreme", [-1e30, -np.inf])
+def test_severities_without_a_scale_far_below(extreme: float) -> None:
+    """What is impossible may say so by −inf, or by a large number; it must not spoil the fit near the limit."""
+    event = gradient_free(half_space(10, 4.0))
+    hostile = ExactEvent("hostile", 10, event.log_prob, lambda z: np.where(z[:, 0] < -1.0, extreme, event.severity(z)))
+    evidence = Surrogate().run(hostile, budget=4_000, seed=seed(0))
+    assert not math.isnan(evidence.log_prob)
+    assert evidence.calls <= 4_000
+    assert math.isfinite(evidence.log_prob)
+
+
+def test_a_guide_that_knows_less_than_the_exploration_is_not_believed() -> None:
+    """One of two modes is cut out of what the surrogate learns from: the draws at all scales have seen it."""
+    event = boolean(half_space(2, 2.0))
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((2_000, 2))
+    explored = Explored(Cases(z, event.severity(z)), np.zeros(2_000), 2_000)
+    assert -5.0 < _floor(explored) < event.log_prob
+
+    def line(log_prob: float, error: float, converged: bool) -> Evidence:
+        ends = (log_prob - 2 * error, log_prob + 2 * error)
+        return Evidence("surrogate", log_prob, error, ends, "unbiased", 0, 0.0, converged)
+
+    meter = Meter(event, 100)
+    right, low = line(event.log_prob, 0.02, True), line(event.log_prob - 3.0, 0.02, True)
+    assert _verdict(meter, explored, right, line(event.log_prob + 0.05, 0.05, True)).converged
+    assert not _verdict(meter, explored, low, line(event.log_prob - 3.0, 0.05, True)).converged
+    assert not _verdict(meter, explored, right, line(event.log_prob + 1.0, 0.05, False)).converged
+    assert _verdict(meter, explored, right, line(event.log_prob - 1.0, 0.05, False)).converged
+    both = _verdict(meter, explored, line(event.log_prob - 1.0, 0.5, False), right)
+    assert both.converged
+    assert both.log_prob == right.log_prob

@@ -96,10 +96,9 @@ class Combined:
             return self._finish_crude(event, ledger, seed, crude)
         if event.boolean:
             return self._conclude_boolean(event, ledger, seed, crude)
-        if not event.differentiable:
-            learned = self._learn(event, ledger, seed, crude, 0.5)
-            if learned is not None and learned.converged:
-                return learned
+        learned = None if event.differentiable else self._learn(event, ledger, seed, crude, 0.7)
+        if learned is not None and learned.converged:
+            return learned
         if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
             if weighed.converged and _agree(weighed, crude):
@@ -121,7 +120,7 @@ class Combined:
             if weighed.diagnostics["hopeless"] or particles < self.particles:
                 break
         self._fall_back(event, ledger, seed, runs)
-        return _judge(ledger, crude, runs)
+        return _better(_judge(ledger, crude, runs), learned)
 
     def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
@@ -171,10 +170,7 @@ class Combined:
         ledger.add(rest)
         # the first sample ran to its fixed size when it found few hits: then both count as one
         whole = not event.weighted and first.diagnostics["hits"] < _BOOLEAN_HITS
-        rest = _pool(first, rest) if whole and first is not crude else rest
-        if learned is not None and math.isfinite(learned.log_prob) and not math.isfinite(rest.log_prob):
-            return replace(learned, interval=(learned.interval[0], max(learned.interval[1], rest.interval[1])))
-        return rest
+        return _better(_pool(first, rest) if whole and first is not crude else rest, learned)
 
     def _learn(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence, share: float
@@ -271,6 +267,13 @@ def _pool(a: Evidence, b: Evidence) -> Evidence:
         converged=error <= 0.2,
         diagnostics={"hits": float(hits), "samples": float(n)},
     )
+
+
+def _better(bound: Evidence, learned: Evidence | None) -> Evidence:
+    """The learned severity's estimate, unconverged as it is, where there is only a bound besides."""
+    if learned is None or math.isfinite(bound.log_prob) or not math.isfinite(learned.log_prob):
+        return bound
+    return replace(learned, interval=(learned.interval[0], max(learned.interval[1], bound.interval[1])))
 
 
 def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:

@@ -418,7 +418,7 @@ def _kinds(known: Cases, solve: Solver, basis: Floats | None, near: float, rng: 
 def _scale(known: Cases, fresh: Cases) -> float:
     """The severity up to which a case counts as near the limit: typical of fresh cases, not much less than of all."""
     sizes = [np.minimum(np.abs(cases.severity), _HUGE) for cases in (fresh, known)]
-    return max(float(np.median(sizes[0])), 0.1 * float(np.mean(sizes[1])), 1.0 / _HUGE)
+    return max(float(np.median(sizes[0])), 0.1 * float(np.median(sizes[1])), 1.0 / _HUGE)
 
 
 def _near_limit(severity: Floats, near: float) -> Floats:
@@ -524,7 +524,7 @@ def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, see
     second = _second(method, meter, best, reached, cases)
     found = second.particles
     if found is None or len(found.z) < 16:
-        return second
+        return replace(_nothing(method, meter, explored, _NO_WAY), notes=second.notes)
     rows = None
     if learned.features.decode is None:
         slope = learned.features.slope(found.z, learned.coefficients)
