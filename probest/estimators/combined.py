@@ -11,6 +11,9 @@
    (:mod:`probest.estimators.families`). If methods disagree, the answer is "not converged". Disagreement is never
    averaged away.
 
+Where there is nothing to climb (a checker that returns a bool) or no gradient to climb by, a learned severity comes
+first (:mod:`probest.estimators.surrogate`); the steps above follow where it did not pass its checks.
+
 It fails where tempering fails: a mode that no particle found, in a place that no fresh sample reached.
 
 Reference: for the parts see :mod:`probest.estimators.tempering` and :mod:`probest.estimators.importance`.

@@ -296,7 +296,7 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
             f"no catastrophe in {len(cases.z)} draws, not even at {_SCALES[-1]:g} standard deviations: return a "
             "severity (how far from the limit; at least 0 is a catastrophe), or raise the budget."
         )
-    if not event.boolean and np.ptp(cases.severity) == 0.0:
+    if not event.boolean and np.all(cases.severity == cases.severity[0]):
         return "the severity is the same at every draw, so there is nothing to learn from: use crude sampling."
     held = np.arange(len(cases.z)) % 4 == 0
     known, fresh = cases.at(~held), cases.at(held)
@@ -307,16 +307,15 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
     learned = _fit(known, fresh, event.boolean, None, decode, rng)
     tried: list[Tried] = []
     for turn in range(method.rounds):
-        known = known.plus(fresh)
         reached = _temper(learned, event.dim, 512, 4, child_seed(seed, 2, turn))
         if reached is None:  # richer features, and more doubt, may show a way
-            learned = _fit(
-                known, fresh, event.boolean, np.eye(event.dim) if event.dim <= _RADIAL else None, decode, rng
-            )
+            basis = np.eye(event.dim) if event.dim <= _RADIAL else None
+            learned = _fit(known, fresh, event.boolean, basis, decode, rng)
             learned = learned._replace(noise=4.0**turn * learned.noise)
             continue
         if meter.left - 2 * method.batch < floor:
             break
+        known = known.plus(fresh)
         fresh = _judge(meter, reached.z[rng.permutation(len(reached.z))[: method.batch]])
         log_w = _log_weights(learned, fresh)
         mean, error = diagnostics.log_mean_exp(log_w)
