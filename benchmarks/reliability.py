@@ -45,10 +45,18 @@ from probest import Problem, estimate  # noqa: E402
 from probest.estimators.base import EventLike, Floats  # noqa: E402
 from probest.estimators.combined import Combined  # noqa: E402
 from probest.estimators.importance import Importance  # noqa: E402
+from probest.estimators.line import LineSampling  # noqa: E402
+from probest.estimators.surrogate import Surrogate  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
 
 OURS = "probest"
-ESTIMATORS: dict[str, Any] = {"combined": Combined, "importance": Importance, "tempering": Tempering}
+ESTIMATORS: dict[str, Any] = {
+    "combined": Combined,
+    "importance": Importance,
+    "lines": LineSampling,
+    "surrogate": Surrogate,
+    "tempering": Tempering,
+}
 MARGIN = 0.1  # an error above this and 3 standard errors, of a converged run, is confidently wrong
 EQUAL = 0.05  # errors below this count as equal when costs are compared
 

@@ -1,10 +1,12 @@
 """How likely is a model to do something catastrophic, and how to train it until that is vanishingly unlikely."""
 
+from probest import checkers
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
 from probest.estimators.base import Evidence
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.problem import Problem
 from probest.programs.base import SiteError
@@ -23,8 +25,10 @@ __all__ = [
     "ProblemError",
     "SeverityError",
     "SiteError",
+    "Surrogate",
     "Tempering",
     "TrainingRun",
+    "checkers",
     "estimate",
     "train",
 ]

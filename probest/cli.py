@@ -61,7 +61,13 @@ def _estimate(options: argparse.Namespace) -> int:
 
     _, problem = load_problem(options.problem)
     with _problem_errors(options.problem):
-        result = estimate(problem, budget=options.budget, precision=options.precision, seed=options.seed)
+        result = estimate(
+            problem,
+            budget=options.budget,
+            checker_budget=options.checker_budget,
+            precision=options.precision,
+            seed=options.seed,
+        )
     _show(result, as_json=options.json)
     _save(result, options.netcdf)
     return CONVERGED if result.converged else NOT_CONVERGED
@@ -319,6 +325,9 @@ def _parser() -> argparse.ArgumentParser:
 
     estimate = commands.add_parser("estimate", parents=[shared], help="estimate log P")
     estimate.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="model calls (50,000)")
+    estimate.add_argument(
+        "--checker-budget", type=_at_least(1), metavar="CASES", help="cases that the checker judges (as many as calls)"
+    )
     estimate.add_argument(
         "--precision", type=_positive, default=0.05, metavar="NATS", help="standard error to aim for (0.05)"
     )

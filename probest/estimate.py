@@ -36,6 +36,7 @@ def estimate(
     problem: Problem,
     *,
     budget: int = 50_000,
+    checker_budget: int | None = None,
     precision: float = 0.05,
     seed: int = 0,
     estimator: Estimator | None = None,
@@ -46,6 +47,8 @@ def estimate(
     Args:
         problem: the adversary, the model and the checker.
         budget: model calls to spend at most (a forward pass is 1, a forward pass with its gradient 3).
+        checker_budget: cases that the checker may judge at most; None for as many as the model calls. A case is judged
+            for each forward pass and each gradient, so this also bounds the model calls.
         precision: standard error of log P, in nats, at which to stop early.
         seed: the same seed gives the same estimate.
         estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
@@ -62,6 +65,9 @@ def estimate(
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}: expected Problem(adversary, model, checker)")
     check_whole("budget", budget, least=1, unit=" of model calls")
+    if checker_budget is not None:
+        check_whole("checker_budget", checker_budget, least=1, unit=" of checker calls")
+    calls = int(budget if checker_budget is None else min(budget, checker_budget))
     if not (math.isfinite(precision) and precision > 0):
         raise ValueError(f"precision={precision!r}: expected a positive number of nats, such as 0.05")
     check_whole("seed", seed, least=0)
@@ -70,15 +76,18 @@ def estimate(
     start = time.perf_counter()
     ledger: list[Evidence] = []
     with Progress("estimate", enabled=progress) as line:
-        event.on_calls = lambda calls: line.update(calls, int(budget), ledger[-1].method if ledger else "")
+        event.on_calls = lambda spent: line.update(spent, calls, ledger[-1].method if ledger else "")
         try:
-            _run(method, event, int(budget), np.random.SeedSequence(int(seed)), ledger)
+            _run(method, event, calls, np.random.SeedSequence(int(seed)), ledger)
         except KeyboardInterrupt:
             if not ledger:
                 raise
             note = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
             ledger.append(replace(ledger[-1], converged=False, notes=(*ledger[-1].notes, note)))
     event.on_calls = None
+    if calls < budget and not ledger[-1].converged:
+        note = f"checker_budget={checker_budget} left no more cases to judge: raise it."
+        ledger[-1] = replace(ledger[-1], notes=(*ledger[-1].notes, note))
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
 
 
@@ -224,7 +233,10 @@ class Estimate:
         Raises GradientError if there is no gradient: no catastrophes found; a boolean checker and a ``model``.
         """
         if not self._event.differentiable and model is not None:
-            reason = "the checker returns a bool" if self._event.boolean else "the severity is piecewise constant"
+            event = self._event
+            reason = "the severity is piecewise constant"
+            if event.boolean or event.composition.black_boxes:
+                reason = "the checker returns a bool" if event.boolean else "the checker is a black_box"
             raise GradientError(
                 f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real "
                 "severity (how far the case is from a catastrophe). Gradients in the adversary's parameters exist"

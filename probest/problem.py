@@ -23,7 +23,8 @@ class Problem:
             ``jax.tree_util.Partial(fn, params)``, or a function. Gradients reach the arrays of a module or Partial;
             what a plain function closes over is a constant.
         checker: ``severity = checker(observation, action)``, a scalar: at least 0 is a catastrophe, larger is worse.
-            It may be a bool, but then nothing tells how far a safe case is from a catastrophe.
+            It may be a bool, but then nothing tells how far a safe case is from a catastrophe. Build it from others, or
+            from a function of NumPy arrays, with :mod:`probest.checkers`.
         backend: ``"torch"`` or ``"jax"``; by default it follows from the library whose sites the adversary executes.
         batching: ``"vmap"`` batches everything; ``"model"`` batches adversary and checker and calls the model on the
             whole batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time.
@@ -78,8 +79,9 @@ class Problem:
         (predictive, SVI, NUTS, autoguides) run on it.
         """
         composition = self.event.composition
+        checker = composition.in_program(self.event.boolean) if composition.black_boxes else self.checker
         program: Callable[[], Any] = compose(
-            composition.frontend, composition.closed_loop, self.adversary, self.model, self.checker, record=True
+            composition.frontend, composition.closed_loop, self.adversary, self.model, checker, record=True
         )
         return program
 

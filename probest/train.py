@@ -169,7 +169,8 @@ def train(
     event = problem.event
     if not event.differentiable:
         raise ValueError(
-            "checker: training needs a real severity with a gradient, and this checker returns a bool or integer"
+            "checker: training needs a real severity with a gradient, and this checker returns a bool or integer, "
+            "or is a black_box"
         )
     backend = event.backend
     if not backend.parameters(problem.model):

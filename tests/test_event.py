@@ -13,7 +13,7 @@ from library import library
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Problem, Tempering, estimate
+from probest import Problem, ProblemError, Tempering, estimate
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -317,3 +317,22 @@ def test_interval_and_worst_case(backend: str) -> None:
         assert q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) == pytest.approx(kl, rel=1e-6)
     assert result.worst_case(kl=0.0) == pytest.approx(p)
     assert result.worst_case(kl=-result.log_prob + 1) == 1.0
+
+
+def test_observations_without_the_model(backend: str) -> None:
+    lib = library(backend)
+
+    def open_loop() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1))
+
+    z = np.random.default_rng(0).standard_normal((4, 2))
+    event = Problem(open_loop, lambda x: x.sum(), lambda x, y: y - 3.0).event
+    np.testing.assert_allclose(np.asarray(event.observe(z)), z, rtol=1e-6)
+
+    def closed_loop(model: Any) -> Any:
+        x = open_loop()
+        return x, model(x)
+
+    event = Problem(closed_loop, lambda x: x.sum(), lambda x, y: y - 3.0).event
+    with pytest.raises(ProblemError, match=r"closed loop.*decode"):
+        event.observe(z)

@@ -719,3 +719,23 @@ def test_gamma_batching_and_gradients(name: str) -> None:
         assert np.allclose(each, together, rtol=1e-12)
         assert np.allclose(outside, inside, rtol=1e-9)
         assert np.allclose((scaled[1] - scaled[0]) / (2 * step * numpy_of(a)), outside, rtol=1e-5)
+
+
+@on_each_library
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_slope_of_log_ndtr_far_below(name: str, precision: str) -> None:
+    """φ/Φ by erfcx, from the far tail, where z²/2 and log Φ(z) cancel, to where Φ is 1."""
+    z = np.concatenate([-np.geomspace(1e30, 40.0, 60), np.linspace(-40.0, 10.0, 201)]).astype(precision)
+    truth = np.sqrt(2.0 / np.pi) / special.erfcx(-z.astype(np.float64) / np.sqrt(2.0))
+    with using(name, precision) as library, np.errstate(over="ignore"):
+        slope = library.differentiated(lambda args: [library.special.log_ndtr(args[0][0])])
+        (_, [[found]]) = slope([[z]])
+        np.testing.assert_allclose(found, truth, rtol=2e-5 if precision == "float32" else 1e-12)
+        (_, [[ends]]) = slope([[np.array([-np.inf, np.inf])]])
+        assert list(ends) == [np.inf, 0.0]
+        once = importlib.import_module("torch").func.grad if name == "torch" else importlib.import_module("jax").grad
+        twice = once(once(library.special.log_ndtr))
+        bend = [float(twice(library.array(x))) for x in (-1e6, -20.0, -1.0)]
+        mills = np.sqrt(2.0 / np.pi) / special.erfcx(np.array([1e6, 20.0, 1.0]) / np.sqrt(2.0))
+        exact = [-1.0, float(-mills[1] * (mills[1] - 20.0)), float(-mills[2] * (mills[2] - 1.0))]
+        assert bend == pytest.approx(exact, rel=1e-3)

@@ -94,6 +94,12 @@ class Backend(Protocol):
         of arrays ``(n,)``, and the gradient of each in z, ``(n, dim)``, is returned too.
         """
 
+    def call_host(self, fn: Callable[..., np.ndarray], *trees: PyTree, boolean: bool) -> Array:
+        """``fn(*trees)``, a scalar, as an operation of a program: a constant to autograd. fn sees NumPy pytrees.
+
+        boolean: whether it returns a bool or a float.
+        """
+
     def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
         """``fn()``, traced where that is quicker than running it step by step."""
 

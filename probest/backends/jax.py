@@ -96,6 +96,15 @@ class JaxBackend:
         trimmed = jax.tree.map(lambda value: self.to_host(value)[:n], values)
         return trimmed, None if grads is None else [self.to_host(grad)[:n] for grad in grads]
 
+    def call_host(self, fn: Callable[..., np.ndarray], *trees: PyTree, boolean: bool) -> Array:
+        scalar = jax.eval_shape(lambda: jnp.zeros((), bool if boolean else float))
+
+        def call(*trees: PyTree) -> np.ndarray:
+            return np.asarray(fn(*jax.tree.map(self.to_host, trees)), scalar.dtype)
+
+        constants = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, trees))
+        return jax.pure_callback(call, scalar, *constants, vmap_method="sequential")
+
     def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
         # Step by step, every operation of the program would be compiled on its own.
         try:

@@ -93,6 +93,10 @@ class TorchBackend:
             grads = [_gradient(value, at) for value in values]
         return self.tree_map(self.to_host, values), [self.to_host(grad) for grad in grads]
 
+    def call_host(self, fn: Callable[..., np.ndarray], *trees: PyTree, boolean: bool) -> Array:
+        found = fn(*(self.tree_map(self.to_host, tree) for tree in trees))
+        return torch.as_tensor(found, dtype=torch.bool if boolean else torch.get_default_dtype())
+
     def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
         return fn()
 

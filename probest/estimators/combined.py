@@ -14,6 +14,9 @@
    (:mod:`probest.estimators.families`). If methods disagree, the answer is "not converged". Disagreement is never
    averaged away.
 
+Where there is nothing to climb (a checker that returns a bool) or no gradient to climb by, a learned severity comes
+first (:mod:`probest.estimators.surrogate`); the steps above follow where it did not pass its checks.
+
 It fails where gradients and tempering fail: a mode that no walk and no particle found, in a place that no fresh sample
 reached.
 
@@ -37,6 +40,7 @@ from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
 from probest.estimators.line import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
 
 __all__ = ["Combined"]
@@ -51,6 +55,7 @@ _LEAST_LINES = 100  # calls without which it is not tried
 _CLOSE = 1.2  # times the precision, that will do
 _MARKOV = math.log(40.0)
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
+_LEARN = 1000  # calls left below which nothing is learned
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class Combined:
             return self._finish_crude(event, ledger, seed, crude)
         if event.boolean:
             return self._conclude_boolean(event, ledger, seed, crude)
+        learned = None if event.differentiable else self._learn(event, ledger, seed, crude, 0.7)
+        if learned is not None and learned.converged:
+            return learned
         if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
             if weighed.converged and _agree(weighed, crude):
@@ -135,7 +143,7 @@ class Combined:
             if weighed.diagnostics["hopeless"] or particles < self.particles:
                 break
         self._fall_back(event, ledger, seed, runs)
-        return _judge(ledger, crude, runs, lined)
+        return _better(_judge(ledger, crude, runs, lined), learned)
 
     def _sample(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, n: int) -> Evidence:
         return ledger.add(MonteCarlo(max_samples=n).run(event, budget=min(n, ledger.left), seed=seed))
@@ -187,7 +195,10 @@ class Combined:
     def _conclude_boolean(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
     ) -> Evidence:
-        """Nothing to climb: crude sampling until there are hits enough to aim at, then a guide."""
+        """Nothing to climb: a learned severity, else crude sampling until there are hits to aim at, then a guide."""
+        learned = self._learn(event, ledger, seed, crude, 0.8) if crude.diagnostics["hits"] < _BOOLEAN_HITS else None
+        if learned is not None and learned.converged:
+            return learned
         if ledger.left < 1:
             return crude
         first = crude
@@ -205,7 +216,22 @@ class Combined:
         ledger.add(rest)
         # the first sample ran to its fixed size when it found few hits: then both count as one
         whole = not event.weighted and first.diagnostics["hits"] < _BOOLEAN_HITS
-        return _pool(first, rest) if whole and first is not crude else rest
+        return _better(_pool(first, rest) if whole and first is not crude else rest, learned)
+
+    def _learn(
+        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence, share: float
+    ) -> Evidence | None:
+        """A learned severity as the guide; converged only if the crude sample does not speak against it."""
+        if event.weighted or ledger.left < _LEARN:
+            return None
+        method = Surrogate(precision=self.precision)
+        learned = method.run(event, budget=int(share * ledger.left), seed=child_seed(seed, 8))
+        hits, samples = (int(crude.diagnostics[key]) for key in ("hits", "samples"))
+        lower, upper = diagnostics.binomial_interval(hits, samples, 0.999)
+        if learned.converged and not (lower <= learned.interval[1] and learned.interval[0] <= upper):
+            note = "the learned severity and the crude sample disagree: raise the budget."
+            learned = replace(learned, converged=False, notes=(*learned.notes, note))
+        return ledger.add(learned)
 
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
@@ -297,6 +323,13 @@ def _pool(a: Evidence, b: Evidence) -> Evidence:
         converged=error <= 0.2,
         diagnostics={"hits": float(hits), "samples": float(n)},
     )
+
+
+def _better(bound: Evidence, learned: Evidence | None) -> Evidence:
+    """The learned severity's estimate, unconverged as it is, where there is only a bound besides."""
+    if learned is None or math.isfinite(bound.log_prob) or not math.isfinite(learned.log_prob):
+        return bound
+    return replace(learned, interval=(learned.interval[0], max(learned.interval[1], bound.interval[1])))
 
 
 def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from probest.backends.base import Array, Backend, Parts, PyTree
+from probest.checkers import BlackBox, SeverityError, leaves, modules
 from probest.programs.base import BaseSource, Frontend, Recording, Run, Site
-from probest.programs.event import Batching, Composition, Event, ProblemError, SeverityError
+from probest.programs.event import Batching, Composition, Event, ProblemError
 
 __all__ = ["compile_event", "load_frontend"]
 
@@ -51,13 +52,13 @@ def compile_event(
     """
     closed_loop = _takes_model(adversary)
     frontend = _find_frontend(adversary, model, closed_loop, backend)
-    _check_foreign(frontend, adversary=adversary, model=model, checker=checker)
+    _check_foreign(frontend, ("adversary", adversary), ("model", model), *(("checker", m) for m in modules(checker)))
     for part in (adversary, model):
         frontend.adopt(part)
     rng = np.random.default_rng(0)
     parts = Parts(adversary, model, {})
     composition = Composition(frontend, checker, closed_loop, batching, ())
-    with frontend.backend.evaluating(adversary, model, checker), frontend.backend.no_gradient():
+    with frontend.backend.evaluating(adversary, model, *modules(checker)), frontend.backend.no_gradient():
         first = _rehearse(composition, parts, rng)
         if frontend.name == "numpyro":
             # Parameters become arguments. A second run with them given may draw no key: that would be hidden
@@ -74,7 +75,9 @@ def compile_event(
         parts=parts,
         boolean=boolean,
         weighted=bool(first.conditioned),
-        differentiable=not boolean and smooth and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
+        differentiable=smooth
+        and not composition.black_boxes
+        and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
     )
     _check_repeatable(event, rng)
@@ -163,8 +166,8 @@ def _source(backend: Backend, draw: Callable[[tuple[int, ...]], Any]) -> BaseSou
     return source
 
 
-def _check_foreign(frontend: Frontend, **parts: Any) -> None:
-    for name, part in parts.items():
+def _check_foreign(frontend: Frontend, *parts: tuple[str, Any]) -> None:
+    for name, part in parts:
         other = frontend.backend.foreign(part)
         if other is not None:
             raise ProblemError(
@@ -186,6 +189,8 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
     backend = composition.frontend.backend
     outputs = arrays() if composition.batching == "loop" else backend.rehearse(arrays)
     value, log_weight, sites, params = outputs
+    if composition.black_boxes:
+        value = (*value[:2], _ask(composition, *value))
     if np.isnan(backend.to_host(backend.as_array(value[2])).astype(float)):
         raise SeverityError("severity is NaN: the checker must return a number for every observation and action")
     if np.isnan(backend.to_host(log_weight)):
@@ -217,7 +222,7 @@ def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generato
         drawn = len(recording.layout)
         _check_tree(backend, "model", "an action", action)
         before = _snapshot(backend, (observation, action))
-        severity = composition.checker(observation, action)
+        severity = composition.judge(observation, action)
         _check_same(backend, "checker", "its arguments", before, (observation, action))
     if not recording.layout:
         raise ProblemError(NO_SITE)
@@ -226,8 +231,22 @@ def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generato
             "batching='model' calls the model once for a whole batch, outside the program; that cannot be done when "
             "the model runs inside the adversary, or when the checker has sample sites. Use batching='loop'"
         )
-    _check_severity(backend, severity)
+    if composition.black_boxes:
+        native = (leaf for leaf in leaves(composition.checker) if not isinstance(leaf, BlackBox))
+        for leaf, part in zip(native, severity, strict=True):
+            _check_severity(backend, f"checker {getattr(leaf, '__name__', type(leaf).__name__)!r}", part)
+    else:
+        _check_severity(backend, "checker", severity)
     return recording.finish((observation, action, severity))
+
+
+def _ask(composition: Composition, *value: PyTree) -> np.ndarray:
+    """The severity of one case whose ``value`` is the observation, the action and what other checkers say."""
+    backend = composition.frontend.backend
+    observation, action, native = (
+        backend.tree_map(lambda leaf: backend.to_host(backend.as_array(leaf))[None], tree) for tree in value
+    )
+    return composition.judge_on_host(observation, action, native, 1).reshape(())
 
 
 def _ordered_sites(first: Run, second: Run) -> tuple[Site, ...]:
@@ -241,22 +260,22 @@ def _ordered_sites(first: Run, second: Run) -> tuple[Site, ...]:
     return first.layout
 
 
-def _check_severity(backend: Backend, severity: Any) -> None:
+def _check_severity(backend: Backend, who: str, severity: Any) -> None:
     if severity is None:
-        raise SeverityError("checker returned None: return the severity, a number that is at least 0 for a catastrophe")
+        raise SeverityError(f"{who} returned None: return the severity, a number that is at least 0 for a catastrophe")
     try:
         value = backend.as_array(severity)
     except (TypeError, ValueError) as error:
         raise SeverityError(
-            f"checker returned {type(severity).__name__}: return a scalar severity, at least 0 for a catastrophe"
+            f"{who} returned {type(severity).__name__}: return a scalar severity, at least 0 for a catastrophe"
         ) from error
     if tuple(value.shape) != ():
         raise SeverityError(
-            f"checker returned shape {tuple(value.shape)}; severity is one number a case, shape (). Programs and "
+            f"{who} returned shape {tuple(value.shape)}; severity is one number a case, shape (). Programs and "
             "checkers are written for one observation: reduce with max(), or index"
         )
     if "complex" in str(value.dtype):
-        raise SeverityError("checker returned a complex number: severity is real")
+        raise SeverityError(f"{who} returned a complex number: severity is real")
 
 
 def _check_tree(backend: Backend, who: str, what: str, tree: PyTree) -> None:

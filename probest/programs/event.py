@@ -8,13 +8,16 @@ to named sites, and what evaluates severities differentiably in the parameters o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from probest import checkers
 from probest.backends.base import Array, Backend, Parts, PyTree, chunks
+from probest.checkers import BlackBox, SeverityError
 from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, Evaluation, Floats
 from probest.programs.base import Frontend, Run, Site
 
@@ -29,10 +32,6 @@ class ProblemError(ValueError):
     """A problem that cannot be estimated as written; the message says which part and what to do."""
 
 
-class SeverityError(ValueError):
-    """The checker returned something that is not a severity."""
-
-
 class Cases(NamedTuple):
     """Decoded draws. sites: each ``(n, ...)``; observation, action: pytrees of arrays ``(n, ...)``."""
 
@@ -43,7 +42,11 @@ class Cases(NamedTuple):
 
 @dataclass(frozen=True)
 class Composition:
-    """Adversary, model and checker as one function of z. Equal compositions share compiled code."""
+    """Adversary, model and checker as one function of z. Equal compositions share compiled code.
+
+    Black boxes among the checkers cannot be part of it: they are asked on the host, by :class:`Event`, and the severity
+    here is then 0.
+    """
 
     frontend: Frontend
     checker: Any
@@ -54,6 +57,49 @@ class Composition:
     @property
     def compiled(self) -> bool:
         return self.batching != "loop"
+
+    @cached_property
+    def black_boxes(self) -> tuple[BlackBox, ...]:
+        return tuple(leaf for leaf in checkers.leaves(self.checker) if isinstance(leaf, BlackBox))
+
+    def judge(self, observation: PyTree, action: PyTree) -> Any:
+        """The severity of one case; where there are black boxes, a tuple of those of all other parts of the checker."""
+        if not self.black_boxes:
+            return self.checker(observation, action)
+        native = (leaf for leaf in checkers.leaves(self.checker) if not isinstance(leaf, BlackBox))
+        return tuple(leaf(observation, action) for leaf in native)
+
+    def judge_on_host(self, observation: PyTree, action: PyTree, native: tuple[np.ndarray, ...], n: int) -> np.ndarray:
+        """Severities ``(n,)`` of a batch of NumPy pytrees: float or bool, from :meth:`judge` and the boxes."""
+        tree_map, others = self.frontend.backend.tree_map, iter(native)
+        severities = (
+            leaf.rows(tree_map, observation, action, n) if isinstance(leaf, BlackBox) else next(others)
+            for leaf in checkers.leaves(self.checker)
+        )
+        return np.asarray(checkers.join(self.checker, severities))
+
+    def in_program(self, boolean: bool) -> Any:
+        """The checker as part of a program of the library, black boxes included. boolean: whether they return bools."""
+
+        def checker(observation: PyTree, action: PyTree) -> Any:
+            severities = (
+                self._ask(leaf, observation, action, boolean)
+                if isinstance(leaf, BlackBox)
+                else leaf(observation, action)
+                for leaf in checkers.leaves(self.checker)
+            )
+            return checkers.join(self.checker, severities)
+
+        return checker
+
+    def _ask(self, box: BlackBox, observation: PyTree, action: PyTree, boolean: bool) -> Array:
+        backend = self.frontend.backend
+
+        def one(*case: PyTree) -> np.ndarray:
+            observation, action = (backend.tree_map(lambda leaf: leaf[None], tree) for tree in case)
+            return box.rows(backend.tree_map, observation, action, 1).reshape(())
+
+        return backend.call_host(one, observation, action, boolean=boolean)
 
     def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array]:
         """Severity and log-weight, each ``(n,)``, for z of shape ``(n, dim)`` and held site values ``(n, ...)``."""
@@ -69,7 +115,7 @@ class Composition:
     def run(self, parts: Parts, z: Array, held: Mapping[str, Array]) -> Run:
         """One case. The run's value is ``(observation, action, severity)``."""
         with self.frontend.recording(self._source(z), held, parts.params) as recording:
-            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, self.checker)()
+            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, self.judge)()
         return recording.finish(value)
 
     def _score(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array]:
@@ -82,10 +128,12 @@ class Composition:
         return observation, recording.finish(None).log_weight
 
     def _judge(self, parts: Parts, case: tuple[PyTree, PyTree], held: dict[str, Array]) -> Array:
-        return self._as_severity(self.checker(*case))
+        return self._as_severity(self.judge(*case))
 
     def _as_severity(self, severity: Any) -> Array:
         xp = self.frontend.backend.special.xp
+        if self.black_boxes:
+            return xp.zeros(())
         severity = self.frontend.backend.as_array(severity)
         if severity.dtype == xp.bool:
             return xp.where(severity, 1.0, -1.0)
@@ -131,6 +179,63 @@ class _Decoder:
         run = self.composition.run(parts, z, held)
         observation, action = (backend.tree_map(backend.as_array, tree) for tree in run.value[:2])
         return run.sites, observation, action
+
+
+@dataclass(frozen=True)
+class _Discrete:
+    """The values of the discrete sites of an open loop, as one array; neither model nor checker runs."""
+
+    composition: Composition
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.compiled
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        backend = self.composition.frontend.backend
+        across = backend.loop if self.composition.batching == "loop" else backend.rows
+        return across(self._case, parts, z, held)
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        whole = self.composition
+        xp = whole.frontend.backend.special.xp
+        with whole.frontend.recording(whole._source(z), held, parts.params) as recording:
+            parts.adversary()
+        sites = recording.finish(None).sites
+        values = [xp.reshape(sites[site.name], (-1,)) for site in whole.sites if site.discrete]
+        return xp.concat([xp.astype(value, z.dtype) for value in values])
+
+
+@dataclass(frozen=True)
+class _Unjudged:
+    """What black boxes are asked about: observation, action, the severities of the other checkers, the log-weight."""
+
+    composition: Composition
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.compiled
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[PyTree, PyTree, PyTree, Array]:
+        whole = self.composition
+        backend = whole.frontend.backend
+        if whole.batching == "model":
+            observation, log_weight = backend.rows(whole._observe, parts, z, held)
+            action = parts.model(observation)
+            return observation, action, backend.rows(self._native, parts, (observation, action), {}), log_weight
+        across = backend.loop if whole.batching == "loop" else backend.rows
+        observation, action, native, log_weight = across(self._case, parts, z, held)
+        return observation, action, native, log_weight
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[PyTree, PyTree, PyTree, Array]:
+        backend = self.composition.frontend.backend
+        run = self.composition.run(parts, z, held)
+        observation, action, native = (backend.tree_map(backend.as_array, tree) for tree in run.value)
+        return observation, action, native, run.log_weight
+
+    def _native(self, parts: Parts, case: tuple[PyTree, PyTree], held: dict[str, Array]) -> PyTree:
+        backend = self.composition.frontend.backend
+        return backend.tree_map(backend.as_array, self.composition.judge(*case))
 
 
 def compose(
@@ -204,17 +309,21 @@ class Event:
         """Severity and log-weight (and gradients) at z of shape ``(n, dim)``.
 
         held: site values ``(n, ...)`` that replace what z says and add their log-density to the log-weight.
-        Raises SeverityError if the checker returns NaN.
+        Raises SeverityError if the checker returns NaN, ProblemError for the gradient of a black box.
         """
         z = np.asarray(z, dtype=np.float64)
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z has shape {z.shape}; expected (n, {self.dim}): one row of coordinates a case")
+        if gradient and self.composition.black_boxes:
+            raise ProblemError(f"checker {self.composition.black_boxes[0].name!r} is a black_box: it has no gradient")
         held = held or {}
         outputs, grads = [], []
-        with self.backend.evaluating(*self.parts[:2], self.composition.checker):
+        with self._evaluating(self.parts):
             for rows in chunks(len(z), self.chunk_size):
                 kept = {name: value[rows] for name, value in held.items()}
-                values, gradients = self.backend.on_host(self.composition, self.parts, z[rows], kept, gradient=gradient)
+                values, gradients = self.backend.on_host(self._scored, self.parts, z[rows], kept, gradient=gradient)
+                if self.composition.black_boxes:
+                    values = self._asked(*values)
                 self.model_calls += len(z[rows]) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
                 self.checker_calls += len(z[rows])
                 if self.on_calls is not None:
@@ -240,23 +349,42 @@ class Event:
         return self.evaluate(z).log_weight
 
     def scores(self, z: Array, held: dict[str, Array], parts: Parts) -> tuple[Array, Array]:
-        """Severity and log-weight at native z, differentiable in ``parts`` by the library's own autograd."""
-        with self.backend.evaluating(*parts[:2], self.composition.checker):
+        """Severity and log-weight at native z, differentiable in ``parts`` by the library's own autograd.
+
+        The severity is 0 where black boxes decide: those are asked by :meth:`evaluate` alone.
+        """
+        with self._evaluating(parts):
             return self.composition(parts, z, held)
 
     def site_values(self, z: Floats, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Values of latent and deterministic sites (all, or those in ``names``), each ``(n, ...)``."""
         return {k: v for k, v in self.decode(z).sites.items() if names is None or k in names}
 
+    def discrete_values(self, z: Floats) -> Floats:
+        """Values of the discrete sites at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
+        if self.composition.closed_loop or not self.discrete_sites:
+            return np.empty((len(z), 0))
+        values = _Discrete(self.composition)
+        pieces = [self.backend.on_host(values, self.parts, z[rows], {})[0] for rows in chunks(len(z), self.chunk_size)]
+        return np.asarray(np.concatenate(pieces), dtype=np.float64)
+
     def observe(self, z: Floats) -> PyTree:
-        """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs (open loop)."""
+        """Observations alone at each row of z, as arrays of the backend: neither model nor checker runs.
+
+        Raises ProblemError for a closed loop, whose observations depend on the model's actions: :meth:`decode` them.
+        """
+        if self.composition.closed_loop:
+            raise ProblemError(
+                "observe: the adversary runs the closed loop itself, so there is no observation without the model. "
+                "Use decode(z).observation, which runs both"
+            )
         with self.backend.no_gradient():
             return self.backend.rows(self.composition._observe, self.parts, self.backend.from_host(z), {})[0]
 
     def decode(self, z: Floats) -> Cases:
         """The named sites, observation and action at each row of z, as NumPy arrays."""
         decoder = _Decoder(self.composition)
-        with self.backend.evaluating(*self.parts[:2], self.composition.checker):
+        with self._evaluating(self.parts):
             pieces = [
                 self.backend.on_host(decoder, self.parts, np.asarray(z[rows], dtype=np.float64), {})[0]
                 for rows in chunks(len(z), self.chunk_size)
@@ -273,6 +401,18 @@ class Event:
         for part in parts[:2]:
             self.composition.frontend.adopt(part)
         return replace(self, parts=parts, model_calls=0, checker_calls=0)
+
+    @cached_property
+    def _scored(self) -> Composition | _Unjudged:
+        return _Unjudged(self.composition) if self.composition.black_boxes else self.composition
+
+    def _asked(self, observation: PyTree, action: PyTree, native: PyTree, log_weight: Floats) -> tuple[Floats, Floats]:
+        """The severities that black boxes give, and the log-weights."""
+        found = self.composition.judge_on_host(observation, action, native, len(log_weight))
+        return (np.where(found, 1.0, -1.0) if found.dtype.kind == "b" else found), log_weight
+
+    def _evaluating(self, parts: Parts) -> AbstractContextManager[None]:
+        return self.backend.evaluating(*parts[:2], *checkers.modules(self.composition.checker))
 
     def _checked(self, values: tuple[np.ndarray, ...], z: Floats) -> tuple[Floats, Floats]:
         severity, log_weight = values
