@@ -6,16 +6,19 @@ With q a guide fixed before its samples are drawn, and w the weight of observed 
 
 is unbiased and its error is that of a mean of independent numbers. The guide comes from weighted particles of
 the target (:mod:`probest.guides.fit`), is tried on a small batch, refitted to the union of particles and weighted
-hits (cross-entropy), and then fixed; the concluding samples are fresh. For a conditioned adversary the evidence
+hits (cross-entropy), and then fixed; the concluding samples are fresh, and their number is fixed by the trial before any
+of them is drawn (Stein 1945): to stop when their own error looks small would favour samples that lack large weights. For a conditioned adversary the evidence
 of its observed sites is estimated the same way with a guide of its own, and subtracted.
 
 It fails when the guide is too thin somewhere in the event: the estimate is then too low and *its own error does
 not show it*. Two checks do. The weights' Pareto shape k̂ says whether their variance exists. The particles that
 the guide was fitted to have mean weight E[w | C] = P (1 + relative variance): particles whose weights are far
 above anything that was sampled lie where the guide does not go (``coverage`` and ``unseen`` in the diagnostics).
+A second opinion, ``smoothed``, is the estimate with the largest weights replaced by what a Pareto tail says of them.
 
 References: Kahn & Marshall (1953); Rubinstein & Kroese (2004), The cross-entropy method; Hesterberg (1995),
-Weighted average importance sampling and defensive mixture distributions; Vehtari et al. (2024).
+Weighted average importance sampling and defensive mixture distributions; Vehtari et al. (2024);
+Stein (1945), A two-sample test for a linear hypothesis whose power is independent of the variance.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ class Weighed(NamedTuple):
     log_mean: float
     error: float
     interval: tuple[float, float]
+    smoothed: float
     khat: float
     ess: float
     coverage: float
@@ -252,8 +256,8 @@ def _weigh_target(
             rows=population.rows,
             effective=population.effective,
         )
-    size = max(1, min(method.first_batch // 2 if adapt else method.first_batch, left // 4 if adapt else left))
-    size = min(size, method.max_samples)
+    whole = not adapt and precision is None  # nothing to learn from a trial
+    size = max(1, min(left, method.max_samples) if whole else min(method.first_batch // 2, left // 4))
     batch = _draw(meter, fitted.guide, size, rng, inside)
     best, tried = fitted, batch
     fresh = True
@@ -279,29 +283,15 @@ def _weigh_target(
         if gain < 0.2:
             break
     hopeless = adapt and _hopeless(method.give_up, population, best.guide, cost, tried, meter.left - reserve)
-    # a guide that was picked among several gets a fresh sample: the batches that picked it favour low estimates
-    total = tried if fresh else None
-    for _ in range(4):
-        left = min(meter.left - reserve, method.max_samples - (0 if total is None else len(total.log_w)))
-        if left < 1 or (hopeless and total is not None):
-            break
-        have = 0 if total is None else len(total.log_w)
-        if hopeless:
-            more = min(left, size)
-        elif precision is None:
-            more = left
-        else:
-            relative = max(0.0, math.expm1(cost)) if total is None else have * _safe_square(total.log_w)
-            wanted = 1.1 * max(relative, 0.25) / precision**2 if math.isfinite(relative) else math.inf
-            if total is not None and have >= wanted / 1.1 and have >= method.first_batch:
-                break
-            more = int(min(left, max(wanted - have, method.first_batch)))
-            more = min(more, max(4 * max(have, method.first_batch), method.first_batch * 8))
-        extra = _draw(meter, best.guide, more, rng, inside)
-        total = extra if total is None else _join(total, extra)
-    total = tried if total is None else total
+    total = tried
+    if hopeless:
+        if not fresh and meter.left - reserve > 0:  # the batches that picked a guide among several favour low estimates
+            total = _draw(meter, best.guide, min(meter.left - reserve, size), rng, inside)
+    elif not whole:
+        total = _conclude(method, meter, best.guide, cost, tried, precision, reserve, rng, inside)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
     coverage, unseen, _ = _seen(population, best.guide, total.log_w)
+    smooth, khat = diagnostics.pareto_smooth(total.log_w)
     return Weighed(
         total.log_w,
         total,
@@ -309,7 +299,8 @@ def _weigh_target(
         log_mean,
         error,
         diagnostics.mean_interval(total.log_w),
-        diagnostics.pareto_khat(total.log_w),
+        diagnostics.log_mean_exp(smooth)[0],
+        khat,
         diagnostics.effective_sample_size(total.log_w),
         coverage,
         unseen,
@@ -333,8 +324,45 @@ def _hopeless(
     return ess < 4.0 or (ess < 15.0 and _seen(population, guide, tried.log_w)[1] > 0.2)
 
 
-def _safe_square(log_w: Floats) -> float:
-    return diagnostics.log_mean_exp(log_w)[1] ** 2
+def _conclude(
+    method: Importance,
+    meter: Meter,
+    guide: Guide,
+    cost: float,
+    tried: Batch,
+    precision: float | None,
+    reserve: int,
+    rng: np.random.Generator,
+    inside: bool,
+) -> Batch:
+    """Fresh samples of a fixed guide, in a number that the trial fixes; the trial itself does not count.
+
+    To stop as soon as the error of the samples themselves looks small is to stop early when large weights happen to be
+    missing, and their mean is then too low. So nothing is looked at until the samples are drawn (Stein 1945). Only where
+    the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled.
+    """
+    room = min(meter.left - reserve, method.max_samples)
+    if room < 1:
+        return tried
+    if precision is None:
+        return _draw(meter, guide, room, rng, inside)
+    wanted = max(method.first_batch, _samples_for(precision, cost, tried.log_w))
+    total = _draw(meter, guide, int(min(room, wanted)), rng, inside)
+    room = min(meter.left - reserve, method.max_samples - len(total.log_w))
+    if room >= 1 and not diagnostics.log_mean_exp(total.log_w)[1] <= 1.5 * precision:
+        more = _samples_for(precision, cost, total.log_w) - len(total.log_w)
+        # at most tenfold: a single large weight says little about how many are needed
+        total = _join(total, _draw(meter, guide, int(max(1, min(room, more, 10 * len(total.log_w)))), rng, inside))
+    return total
+
+
+def _samples_for(precision: float, cost: float, log_w: Floats) -> float:
+    """How many samples bring the error to ``precision``, by these weights (on the safe side) and the particles."""
+    relative = math.expm1(cost) if cost < 50.0 else math.inf
+    mean = diagnostics.log_mean_exp(log_w)[0]
+    if len(log_w) > 1 and math.isfinite(mean):
+        relative = max(relative, len(log_w) * diagnostics.deviation_error(np.exp(log_w - mean) - 1.0)[0] ** 2)
+    return max(relative, 0.25) / precision**2
 
 
 def _cost(population: Population | None, guide: Guide, log_w: Floats) -> float:
@@ -409,6 +437,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
         log_evidence=0.0 if below is None else below.log_mean,
         diagnostics={
             "khat": khat,
+            "smoothed": joint.smoothed - (0.0 if below is None else below.smoothed),
             "ess": ess,
             "hits": float(hits),
             "samples": float(sum(len(t.log_w) for t in targets)),

@@ -28,6 +28,7 @@ from scipy import linalg
 
 from probest import diagnostics
 from probest.estimators.base import Floats
+from probest.guides.base import Defensive, Prior, stratify
 
 __all__ = ["Mixture", "fit_mixture", "gradient_rows", "informed_basis"]
 
@@ -50,6 +51,10 @@ class Mixture:
     def dim(self) -> int:
         return int(self.basis.shape[0])
 
+    @property
+    def components(self) -> int:
+        return len(self.weights)
+
     def sample(self, n: int, rng: np.random.Generator) -> Floats:
         z = rng.standard_normal((n, self.dim))
         z += (self.sample_inside(n, rng) - z @ self.basis) @ self.basis.T
@@ -66,7 +71,7 @@ class Mixture:
 
     def sample_inside(self, n: int, rng: np.random.Generator) -> Floats:
         """``(n, r)`` draws of the subspace coordinates alone."""
-        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        kind = stratify(n, self.weights, rng)
         u = rng.standard_normal((n, self.means.shape[1]))
         for k in range(len(self.weights)):
             at = kind == k
@@ -96,6 +101,11 @@ class Mixture:
     def widened(self, factor: float) -> Mixture:
         """The same mixture with every standard deviation multiplied by ``factor``."""
         return Mixture(self.basis, self.weights, self.means, self.factors * factor)
+
+    def defended(self) -> Defensive:
+        """Slightly and much widened, and where else to look: all around, opposite, and the prior."""
+        parts = (self.widened(1.15), self.widened(2.0), self.around(), self.mirrored(), Prior(self.dim))
+        return Defensive(parts, (0.78, 0.13, 0.05, 0.02, 0.02))
 
 
 def gradient_rows(z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None) -> Floats | None:
