@@ -6,9 +6,10 @@ With q a guide fixed before its samples are drawn, and w the weight of observed 
 
 is unbiased and its error is that of a mean of independent numbers. The guide comes from weighted particles of
 the target (:mod:`probest.guides.fit`), is tried on a small batch, refitted to the union of particles and weighted
-hits (cross-entropy), and then fixed; the concluding samples are fresh, and their number is fixed by the trial before any
-of them is drawn (Stein 1945): to stop when their own error looks small would favour samples that lack large weights. For a conditioned adversary the evidence
-of its observed sites is estimated the same way with a guide of its own, and subtracted.
+hits (cross-entropy), and then fixed. The concluding samples are fresh, and the trial fixes their number before any of
+them is drawn (Stein 1945): to stop when their own error looks small would favour samples that lack large weights. For a
+conditioned adversary the evidence of its observed sites is estimated the same way with a guide of its own, and
+subtracted.
 
 It fails when the guide is too thin somewhere in the event: the estimate is then too low and *its own error does
 not show it*. Two checks do. The weights' Pareto shape k̂ says whether their variance exists. The particles that
@@ -227,10 +228,15 @@ def _seen(population: Population | None, guide: Guide, batch: Floats) -> tuple[f
     weights = guide.log_ratio(population.z) + population.log_weight
     share = population.log_w - diagnostics.log_sum_exp(population.log_w)
     theirs = diagnostics.log_sum_exp(share + weights) - mean
-    largest = float(np.max(batch))
-    above = weights > largest + math.log(1.5)
-    unseen = math.exp(diagnostics.log_sum_exp(share[above])) if above.any() else 0.0
-    return math.exp(min(0.0, _second_moment(batch) - theirs)), unseen, theirs
+    return math.exp(min(0.0, _second_moment(batch) - theirs)), _above(weights, share, batch), theirs
+
+
+def _above(weights: Floats, share: Floats, batch: Floats) -> float:
+    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
+    above = weights > float(np.max(batch)) + math.log(1.5)
+    if not above.any():
+        return 0.0
+    return math.exp(diagnostics.log_sum_exp(share[above]) - diagnostics.log_sum_exp(share))
 
 
 def _weigh_target(
@@ -291,6 +297,8 @@ def _weigh_target(
         total = _conclude(method, meter, best.guide, cost, tried, precision, reserve, rng, inside)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
     coverage, unseen, _ = _seen(population, best.guide, total.log_w)
+    if total is not tried:
+        unseen = max(unseen, _above(tried.log_w, tried.log_w, total.log_w))
     smooth, khat = diagnostics.pareto_smooth(total.log_w)
     return Weighed(
         total.log_w,
@@ -338,8 +346,8 @@ def _conclude(
     """Fresh samples of a fixed guide, in a number that the trial fixes; the trial itself does not count.
 
     To stop as soon as the error of the samples themselves looks small is to stop early when large weights happen to be
-    missing, and their mean is then too low. So nothing is looked at until the samples are drawn (Stein 1945). Only where
-    the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled.
+    missing, and their mean is then too low. So nothing is looked at until the samples are drawn (Stein 1945). Only
+    where the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled.
     """
     room = min(meter.left - reserve, method.max_samples)
     if room < 1:

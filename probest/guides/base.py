@@ -50,12 +50,12 @@ def allocate(n: int, shares: Sequence[float] | Floats, rng: np.random.Generator)
     ends = np.cumsum(np.asarray(shares, dtype=np.float64))
     marks = np.ceil(n * ends / ends[-1] - rng.random()).astype(np.intp)
     marks[-1] = n
-    return np.diff(np.maximum(marks, 0), prepend=0)
+    return np.asarray(np.diff(np.maximum(marks, 0), prepend=0), dtype=np.intp)
 
 
 def stratify(n: int, shares: Sequence[float] | Floats, rng: np.random.Generator) -> Ints:
     """The part of each of ``n`` draws, in random order, in the numbers of :func:`allocate`, ``(n,)``."""
-    return rng.permutation(np.repeat(np.arange(len(shares)), allocate(n, shares, rng)))
+    return np.asarray(rng.permutation(np.repeat(np.arange(len(shares)), allocate(n, shares, rng))), dtype=np.intp)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ In polar coordinates z = r a with ‖a‖ = 1,
 .. math:: q(r, a) = \sum_k \pi_k\, \mathrm{Nak}(r; m_k, \Omega_k)\, \mathrm{vMF}(a; \mu_k, \kappa_k),
 
 where r² is Gamma with shape m and mean Ω, and vMF(a; μ, κ) ∝ exp(κ μᵀa) on the sphere. In many dimensions the radius
-of a Gaussian is nearly fixed and a Gaussian mixture that moves it has to move its mean far; here both are free. Relative
-to the uniform law on the sphere the direction's density is exp(κ μᵀa) / ₀F₁(; d/2; κ²/4), which neither over- nor
-underflows in logarithms. The mean directions lie in the failure-informed subspace (as the mean of the catastrophes
+of a Gaussian is nearly fixed and a Gaussian mixture that moves it has to move its mean far; here both are free.
+Relative to the uniform law on the sphere the direction's density is exp(κ μᵀa) / ₀F₁(; d/2; κ²/4), which neither over-
+nor underflows in logarithms. The mean directions lie in the failure-informed subspace (as the mean of the catastrophes
 does, where there is one), so that only r numbers of each have to be learnt, and EM costs O(n · r) a step.
 
 It fails where catastrophes are cut out by the distance along a direction alone (a half-space: the Gaussian mixture is
@@ -39,7 +39,7 @@ _MOST_SHAPE = 1e5  # of the Nakagami law: a relative scale of the radius of 0.00
 
 @dataclass(frozen=True)
 class Directional:
-    """weights ``(k,)``; directions ``(k, dim)`` unit; concentration ``(k,)`` κ ≥ 0; shape ``(k,)`` m; spread ``(k,)`` Ω."""
+    """weights ``(k,)``; directions ``(k, dim)`` unit; concentration κ ≥ 0, shape m and spread Ω, each ``(k,)``."""
 
     weights: Floats
     directions: Floats
