@@ -6,6 +6,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.tempering import Tempering
+from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
@@ -21,6 +22,7 @@ __all__ = [
     "MonteCarlo",
     "Problem",
     "ProblemError",
+    "ProgramGuide",
     "SeverityError",
     "SiteError",
     "Tempering",

@@ -34,9 +34,10 @@ from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, child_seed, generator
 from probest.estimators.tempering import Prior, State, Tempering, temper
 from probest.guides.base import Guide
-from probest.guides.fit import Fitted, fit_guide, refit_guide
+from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
+from probest.guides.program import BoundProgram, ProgramGuide
 
-__all__ = ["Importance", "Population", "population_of", "prior_population_of", "weigh"]
+__all__ = ["Importance", "Population", "agree", "population_of", "prior_population_of", "weigh"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
 _KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
@@ -88,7 +89,9 @@ class Importance:
     precision: wanted standard error of log P; None spends the budget.
     first_batch: samples that try out a guide. rounds: at most this many refits of it.
     max_samples: at most this many concluding samples.
-    guide: a fixed proposal to use as it is; None finds particles by ``find`` and fits one.
+    guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`), which is
+        checked against particles; None finds particles by ``find`` and fits one.
+    guides: kinds of law to fit, of ``KINDS`` in :mod:`probest.guides.fit`; held-out particles choose among them.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget,
         or of whose trial only a handful of samples counts, is left after its trial; None samples regardless.
@@ -98,7 +101,8 @@ class Importance:
     first_batch: int = 1000
     rounds: int = 4
     max_samples: int = 1_000_000
-    guide: Guide | None = None
+    guide: Guide | ProgramGuide | None = None
+    guides: tuple[str, ...] = CHEAP
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     give_up: float | None = None
 
@@ -110,6 +114,9 @@ class Importance:
                 raise ValueError(f"{name} must be at least 10, got {getattr(self, name)}")
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, got {self.rounds}")
+        unknown = set(self.guides) - set(KINDS)
+        if unknown or not self.guides:
+            raise ValueError(f"guides must be some of {', '.join(KINDS)}, got {self.guides}")
 
     @property
     def name(self) -> str:
@@ -118,6 +125,8 @@ class Importance:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
         """Find particles (unless a guide is given), fit, sample afresh."""
         meter = Meter(event, budget)
+        if isinstance(self.guide, ProgramGuide):
+            return self._run_program(self.guide, event, meter, seed)
         if self.guide is not None:
             fitted = Fitted(self.guide, "given", None, 1)
             return weigh(self, event, None, None, budget=budget, seed=child_seed(seed, 1), fitted=fitted)
@@ -130,6 +139,48 @@ class Importance:
             self, event, population_of(state), prior_population_of(prior), budget=left, seed=child_seed(seed, 1)
         )
         return replace(evidence, calls=evidence.calls + found.calls, seconds=meter.seconds)
+
+    def _run_program(
+        self, program: ProgramGuide, event: EventLike, meter: Meter, seed: np.random.SeedSequence
+    ) -> Evidence:
+        """Sample the user's guide; tempering's particles show what it leaves out."""
+        fitted = Fitted(program.bind(event), "program", None, 1)
+        share = max(1, meter.budget // 2)
+        found, state, prior = temper(self.find, event, budget=share, seed=child_seed(seed, 0))
+        if found.calls >= meter.budget:
+            return replace(found, method=self.name, seconds=meter.seconds)
+        population = None if state is None else population_of(state)
+        evidence = weigh(
+            self,
+            event,
+            population,
+            prior_population_of(prior),
+            budget=meter.budget - found.calls,
+            seed=child_seed(seed, 1),
+            fitted=fitted,
+        )
+        notes = list(evidence.notes)
+        if state is None:
+            notes.append("tempering found no catastrophe to check the guide against: raise the budget.")
+        elif not agree(evidence, found):
+            notes.append("the guide and tempering disagree beyond their errors: the guide lacks something, or find.")
+        return replace(
+            evidence,
+            calls=evidence.calls + found.calls,
+            seconds=meter.seconds,
+            particles=evidence.particles or found.particles,
+            prior_particles=found.prior_particles,
+            converged=not notes,
+            notes=tuple(notes),
+        )
+
+
+def agree(a: Evidence, b: Evidence) -> bool:
+    """Within three standard errors of their difference (and 0.1 for what the errors leave out)."""
+    if not (math.isfinite(a.log_prob) and math.isfinite(b.log_prob)):
+        return False
+    error = min(math.hypot(a.std_error, b.std_error), 1.0)
+    return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
 
 
 def population_of(state: State) -> Population:
@@ -177,23 +228,33 @@ def weigh(
     return _evidence(method, meter, joint, below)
 
 
-def _draw(meter: Meter, guide: Guide, n: int, rng: np.random.Generator, inside: bool) -> Batch:
+def _draw(meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator, inside: bool) -> Batch:
     """``n`` fresh samples, in blocks of rows; keeps z of the first that are on target, as far as memory goes."""
     rows = max(1, _BLOCK // guide.dim)
     log_w: list[Floats] = []
     kept: list[Floats] = []
     severity: list[Floats] = []
     for start in range(0, n, rows):
-        z = guide.sample(min(rows, n - start), rng)
-        result = meter.evaluate(z)
-        part = guide.log_ratio(z) + result.log_weight
+        z, part, level = _fresh(meter, guide, min(rows, n - start), rng)
         if inside:
-            part = np.where(result.severity >= 0.0, part, -np.inf)
+            part = np.where(level >= 0.0, part, -np.inf)
         at = np.flatnonzero(np.isfinite(part))[: max(0, _KEEP // guide.dim - sum(len(part) for part in kept))]
+        at = at[: len(z)]
         log_w.append(part)
         kept.append(z[at])
-        severity.append(result.severity[at])
+        severity.append(level[at])
     return Batch(np.concatenate(log_w), np.concatenate(kept), np.concatenate(severity))
+
+
+def _fresh(
+    meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator
+) -> tuple[Floats, Floats, Floats]:
+    """z (no rows where the guide knows only native values), log-weights and severities of ``n`` samples."""
+    if isinstance(guide, BoundProgram):
+        return np.empty((0, guide.dim)), *guide.draw(meter, n, rng)
+    z = guide.sample(n, rng)
+    result = meter.evaluate(z)
+    return z, guide.log_ratio(z) + result.log_weight, result.severity
 
 
 def _join(a: Batch, b: Batch) -> Batch:
@@ -214,7 +275,7 @@ def _second_moment(log_w: Floats) -> float:
     return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
 
 
-def _seen(population: Population | None, guide: Guide, batch: Floats) -> tuple[float, float, float]:
+def _seen(population: Population | None, guide: Guide | BoundProgram, batch: Floats) -> tuple[float, float, float]:
     """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
 
     coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
@@ -261,6 +322,7 @@ def _weigh_target(
             rng,
             rows=population.rows,
             effective=population.effective,
+            kinds=method.guides,
         )
     whole = not adapt and precision is None  # nothing to learn from a trial
     size = max(1, min(left, method.max_samples) if whole else min(method.first_batch // 2, left // 4))
@@ -317,7 +379,7 @@ def _weigh_target(
 
 
 def _hopeless(
-    most: float | None, population: Population | None, guide: Guide, cost: float, tried: Batch, left: int
+    most: float | None, population: Population | None, guide: Guide | BoundProgram, cost: float, tried: Batch, left: int
 ) -> bool:
     """Whether more samples of this guide would be wasted: they promise an error above ``most``, or few of them count.
 
@@ -335,7 +397,7 @@ def _hopeless(
 def _conclude(
     method: Importance,
     meter: Meter,
-    guide: Guide,
+    guide: Guide | BoundProgram,
     cost: float,
     tried: Batch,
     precision: float | None,
@@ -373,7 +435,7 @@ def _samples_for(precision: float, cost: float, log_w: Floats) -> float:
     return max(relative, 0.25) / precision**2
 
 
-def _cost(population: Population | None, guide: Guide, log_w: Floats) -> float:
+def _cost(population: Population | None, guide: Guide | BoundProgram, log_w: Floats) -> float:
     """log of 1 + relative variance: the larger of what the samples and what the particles say."""
     return max(_second_moment(log_w), _seen(population, guide, log_w)[2])
 
@@ -427,7 +489,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
     elif error > wanted and hits:
         notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
     particles = None
-    if hits:
+    if len(joint.hits.z):
         # the largest weights are clipped at mean · √n: less variance for what averages over particles
         log_w = _kept_weights(joint.hits)
         log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))

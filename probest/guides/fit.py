@@ -17,6 +17,7 @@ from probest.estimators.base import Floats
 from probest.guides.base import Guide, Law
 from probest.guides.directional import fit_directional
 from probest.guides.mixture import fit_mixture, informed_basis
+from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
 
 __all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
@@ -27,9 +28,9 @@ CHEAP = KINDS
 
 @dataclass(frozen=True)
 class Fitted:
-    """A guide ready for use, and what it was made of. basis is None for a radial guide."""
+    """A guide ready for use, and what it was made of. basis is None where the guide has no subspace."""
 
-    guide: Guide
+    guide: Guide | BoundProgram
     kind: str
     basis: Floats | None
     components: int
