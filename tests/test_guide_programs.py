@@ -94,7 +94,7 @@ def test_sites_of_several_kinds(backend: str) -> None:
     problem = Problem(adversary, lambda x: x[1], checker)
     truth = math.log(0.1 * stats.norm.sf(math.log(1.5) / 0.25) * math.exp(-3.0))
     bound = ProgramGuide(guide, prior=0.2).bind(problem.event)
-    log_w, severity = bound.draw(Meter(problem.event, 20_000), 20_000, np.random.default_rng(0))
+    log_w, severity = bound.draw(Meter(problem.event, 5000), 5000, np.random.default_rng(0))
     w = np.exp(np.where(severity >= 0.0, log_w, -np.inf) - truth)
     assert w.max() <= 1.0 / 0.2 / math.exp(truth)
     assert abs(w.mean() - 1.0) < REACH * w.std() / math.sqrt(len(w))

@@ -35,6 +35,7 @@ from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particle
 from probest.estimators.tempering import Prior, State, Tempering, temper
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
+from probest.guides.flow import FLOWS, check_installed
 from probest.guides.program import BoundProgram, ProgramGuide
 
 __all__ = ["Importance", "Population", "agree", "population_of", "prior_population_of", "weigh"]
@@ -91,7 +92,8 @@ class Importance:
     max_samples: at most this many concluding samples.
     guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`), which is
         checked against particles; None finds particles by ``find`` and fits one.
-    guides: kinds of law to fit, of ``KINDS`` in :mod:`probest.guides.fit`; held-out particles choose among them.
+    guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
+        ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget,
         or of whose trial only a handful of samples counts, is left after its trial; None samples regardless.
@@ -117,6 +119,9 @@ class Importance:
         unknown = set(self.guides) - set(KINDS)
         if unknown or not self.guides:
             raise ValueError(f"guides must be some of {', '.join(KINDS)}, got {self.guides}")
+        for kind in self.guides:
+            if kind in FLOWS:
+                check_installed(kind)
 
     @property
     def name(self) -> str:

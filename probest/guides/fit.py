@@ -16,14 +16,15 @@ from probest import diagnostics
 from probest.estimators.base import Floats
 from probest.guides.base import Guide, Law
 from probest.guides.directional import fit_directional
+from probest.guides.flow import FLOWS, fit_flow
 from probest.guides.mixture import fit_mixture, informed_basis
 from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
 
 __all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
 
-KINDS = ("mixture", "radial", "directional")
-CHEAP = KINDS
+CHEAP = ("mixture", "radial", "directional")
+KINDS = (*CHEAP, *FLOWS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _candidates(kinds: Sequence[str], n: int, dim: int) -> list[_Candidate]:
                 found.append(_Candidate(kind, 0.15))
             if 2 < dim <= 12 and n > 12 * dim:
                 found.append(_Candidate(kind, 0.0))
-        elif dim >= 3:
+        elif kind in FLOWS or dim >= 3:
             found.append(_Candidate(kind, None if kind == "radial" else 0.15))
     return found or [_Candidate("mixture", 1.0)]
 
@@ -125,6 +126,8 @@ def _fit(
 ) -> Law:
     if basis is None:
         return fit_radial(z, log_w)
+    if kind in FLOWS:
+        return fit_flow(kind, z, log_w, basis, rng, effective=effective)
     if kind == "directional":
         return fit_directional(z, log_w, basis, rng, effective=effective)
     return fit_mixture(z, log_w, basis, rng, effective=effective)
