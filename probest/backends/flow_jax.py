@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +18,8 @@ from flowjax.distributions import Normal
 from flowjax.flows import masked_autoregressive_flow
 
 __all__ = ["JaxFlow", "fit_flow"]
+
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,38 @@ class JaxFlow:
 
 
 def _padded(fn: Any, flow: Any, x: np.ndarray) -> np.ndarray:
-    """``fn`` compiled for powers of 4, whatever the number of rows; at most the largest at a time."""
-    n = len(x)
-    size = min(4 ** max(3, math.ceil(math.log(max(n, 1), 4))), 16_384)
+    """``fn`` in blocks of one size, so that it is compiled once."""
     pieces = []
-    for start in range(0, max(n, 1), size):
-        part = x[start : start + size]
-        padded = np.concatenate([part, np.zeros((size - len(part), x.shape[1]))])
+    for start in range(0, max(len(x), 1), _BLOCK):
+        part = x[start : start + _BLOCK]
+        padded = np.concatenate([part, np.zeros((_BLOCK - len(part), x.shape[1]))])
         pieces.append(np.asarray(fn(flow, jnp.asarray(padded, jnp.result_type(float))), np.float64)[: len(part)])
     return np.concatenate(pieces)
+
+
+@cache
+def _untrained(rank: int) -> tuple[Any, Any]:
+    """Arrays and structure of a flow before it is fitted: always the same objects, so that code is compiled once."""
+    spline = RationalQuadraticSpline(knots=8, interval=5.0)
+    flow = masked_autoregressive_flow(
+        jax.random.key(0), base_dist=Normal(jnp.zeros(rank)), transformer=spline, flow_layers=2, nn_width=32, nn_depth=2
+    )
+    arrays, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=_frozen)
+    return arrays, static
+
+
+def _frozen(leaf: Any) -> bool:
+    return isinstance(leaf, paramax.NonTrainable)
+
+
+@eqx.filter_jit
+def _push(flow: Any, x: Any) -> Any:
+    return jax.vmap(paramax.unwrap(flow).bijection.transform)(x)
+
+
+@eqx.filter_jit
+def _log_density(flow: Any, v: Any) -> Any:
+    return paramax.unwrap(flow).log_prob(v)
 
 
 @eqx.filter_jit
@@ -64,36 +90,16 @@ def _advance(
     return arrays, state, value
 
 
-def _frozen(leaf: Any) -> bool:
-    return isinstance(leaf, paramax.NonTrainable)
-
-
-@eqx.filter_jit
-def _push(flow: Any, x: Any) -> Any:
-    return jax.vmap(paramax.unwrap(flow).bijection.transform)(x)
-
-
-@eqx.filter_jit
-def _log_density(flow: Any, v: Any) -> Any:
-    return paramax.unwrap(flow).log_prob(v)
-
-
 def fit_flow(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     *,
-    seed: int,
     steps: int,
     learning_rate: float,
     patience: int,
 ) -> JaxFlow:
     """Maximum likelihood by Adam on points and weights ``train``; keeps what predicts ``test`` best."""
-    base = Normal(jnp.zeros(train[0].shape[1]))
-    spline = RationalQuadraticSpline(knots=8, interval=5.0)
-    flow = masked_autoregressive_flow(
-        jax.random.key(seed), base_dist=base, transformer=spline, flow_layers=2, nn_width=32, nn_depth=2
-    )
-    arrays, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=_frozen)
+    arrays, static = _untrained(train[0].shape[1])
     data = [jnp.asarray(part, jnp.result_type(float)) for pair in (train, test) for part in pair]
     state = optax.adam(learning_rate).init(arrays)
     best, kept, since = math.inf, arrays, 0

@@ -31,14 +31,13 @@ def fit_flow(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     *,
-    seed: int,
     steps: int,
     learning_rate: float,
     patience: int,
 ) -> TorchFlow:
     """Maximum likelihood by Adam on points and weights ``train``; keeps what predicts ``test`` best."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         flow = zuko.flows.NSF(train[0].shape[1], transforms=2, bins=8, hidden_features=(32, 32)).double()
         (u, w), (u_test, w_test) = ([torch.from_numpy(part) for part in pair] for pair in (train, test))
         optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)

@@ -3,8 +3,8 @@ r"""A normalizing flow in the few directions that matter, the standard normal in
 With B the basis of the failure-informed subspace, u = Bᵀz and v = L⁻¹(u − m) (m and LLᵀ the mean and covariance of the
 particles there), the density of v is a neural spline flow's, fitted by weighted maximum likelihood with a part of the
 particles held out. The flow comes from zuko (torch) or from flowjax (JAX), whichever is asked for; its base noise is
-drawn by NumPy, so that the same seed gives the same samples. A Gaussian mixture in the same subspace is the flow's
-companion: widened, it keeps what the flow leaves too thin.
+drawn by NumPy and its first weights are always the same, so that the same seed gives the same samples. A Gaussian
+mixture in the same subspace is the flow's companion: widened, it keeps what the flow leaves too thin.
 
 A flow bends around curved and banana-shaped events where a mixture needs many components, and costs seconds to fit: it
 is never a default. It fails where modes lie far apart (thin bridges between them waste samples, and one may be missed)
@@ -122,7 +122,5 @@ def fit_flow(
     order = rng.permutation(len(v))
     cut = max(1, int(_HELD_OUT * len(v)))
     parts = [(v[rows], w[rows] / max(w[rows].sum(), 1e-300)) for rows in (order[cut:], order[:cut])]
-    density: Density = module.fit_flow(
-        *parts, seed=int(rng.integers(2**31)), steps=steps, learning_rate=_LEARNING_RATE, patience=_PATIENCE
-    )
+    density: Density = module.fit_flow(*parts, steps=steps, learning_rate=_LEARNING_RATE, patience=_PATIENCE)
     return Flow(density, basis, centre, factor, companion)
