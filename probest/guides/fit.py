@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probest import diagnostics
+from probest.diagnostics import Ints
 from probest.estimators.base import Floats
 from probest.guides.base import Guide, Law
 from probest.guides.directional import fit_directional
@@ -25,6 +26,8 @@ __all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
 
 CHEAP = ("mixture", "radial", "directional")
 KINDS = (*CHEAP, *FLOWS)
+
+_JUDGED = 400  # particles of each half that candidates are compared on
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,22 @@ def fit_guide(
     scores = np.zeros(len(candidates))
     for first in (True, False) if len(candidates) > 1 else ():
         # the subspace is part of the fit: found from the training half alone, or it would recognise the other
-        train = (half if first else ~half) & alive
-        test = alive & ~train
-        if train.sum() < 8 or test.sum() < 1:
+        whole = np.flatnonzero((half if first else ~half) & alive)
+        train, test = _thin(whole), _thin(np.flatnonzero((half if not first else ~half) & alive))
+        if len(train) < 8 or len(test) < 1:
             continue
         middle = 0 if rows is None else len(rows) // 2
         part_rows = None if rows is None else rows[:middle] if first else rows[middle:]
         if part_rows is not None:
             part_rows = part_rows * np.sqrt(2.0)
-        enough = None if effective is None else 0.5 * effective
+        enough = None if effective is None else 0.5 * effective * len(train) / len(whole)
         w = np.exp(log_w[test] - diagnostics.log_sum_exp(log_w[test]))
         known: dict[tuple[str, int], float] = {}
         for i, (kind, threshold) in enumerate(candidates):
             basis = _basis(threshold, z[train], log_w[train], part_rows)
             key = kind, -1 if basis is None else basis.shape[1]
             if key not in known:
-                law = _fit(kind, z[train], log_w[train], basis, rng, enough)
+                law = _fit(kind, z[train], log_w[train], basis, rng, enough, starts=1)
                 known[key] = float(w @ law.defended().log_ratio(z[test]))
             scores[i] -= known[key]
     kind, threshold = candidates[int(np.argmax(scores))]
@@ -113,6 +116,13 @@ def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generat
     return _fitted(fitted.kind, _fit(fitted.kind, z, log_w, basis, rng, None), basis)
 
 
+def _thin(rows: Ints) -> Ints:
+    """As many as ``_JUDGED`` of the rows, evenly spaced: relatives lie next to each other."""
+    if len(rows) <= _JUDGED:
+        return rows
+    return rows[np.arange(_JUDGED) * len(rows) // _JUDGED]
+
+
 def _basis(threshold: float | None, z: Floats, log_w: Floats, rows: Floats | None) -> Floats | None:
     if threshold is None:
         return None
@@ -122,7 +132,14 @@ def _basis(threshold: float | None, z: Floats, log_w: Floats, rows: Floats | Non
 
 
 def _fit(
-    kind: str, z: Floats, log_w: Floats, basis: Floats | None, rng: np.random.Generator, effective: float | None
+    kind: str,
+    z: Floats,
+    log_w: Floats,
+    basis: Floats | None,
+    rng: np.random.Generator,
+    effective: float | None,
+    *,
+    starts: int = 2,
 ) -> Law:
     if basis is None:
         return fit_radial(z, log_w)
@@ -130,7 +147,7 @@ def _fit(
         return fit_flow(kind, z, log_w, basis, rng, effective=effective)
     if kind == "directional":
         return fit_directional(z, log_w, basis, rng, effective=effective)
-    return fit_mixture(z, log_w, basis, rng, effective=effective)
+    return fit_mixture(z, log_w, basis, rng, effective=effective, starts=starts)
 
 
 def _fitted(kind: str, law: Law, basis: Floats | None) -> Fitted:
