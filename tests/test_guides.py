@@ -155,7 +155,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
     draws = rng(9).standard_normal((600_000, 6))
     z = draws[event.severity(draws) >= 0.0][:600]
     basis = np.eye(6)[:, :2]
-    flow = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=60)
+    flow = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
     # the density integrates to one over the plane, by the trapezoidal rule
     grid = np.linspace(-7.0, 9.0, 126)
     x, y = (axis.ravel() for axis in np.meshgrid(grid, grid))
@@ -172,7 +172,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
             assert abs(share - density[part].sum() * cell) < REACH * 0.5 / math.sqrt(3000) + 0.02
     assert stats.kstest(sample[:, 4], "norm").pvalue > TEST_FAILURE_RATE
     np.testing.assert_array_equal(sample, flow.sample(3000, rng(11)))
-    again = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=60)
+    again = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
     np.testing.assert_array_equal(again.log_ratio(z), flow.log_ratio(z))
     fitted = Fitted(flow.defended(), library, basis, 1)
     population = Population(z, np.zeros(len(z)), np.zeros(len(z)), None, float(len(z)))
@@ -196,7 +196,7 @@ def test_intervals_cover() -> None:
     events = (half_space(2, 3.0), half_space(20, 4.0), parabola(2, 4.0, 0.5))
     method = Combined()
     runs = [
-        (event, method.run(event, budget=50_000, seed=np.random.SeedSequence(i))) for i in range(15) for event in events
+        (event, method.run(event, budget=50_000, seed=np.random.SeedSequence(i))) for i in range(10) for event in events
     ]
     covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for event, run in runs)
     assert stats.binom.cdf(covered, len(runs), 0.93) > TEST_FAILURE_RATE
@@ -219,7 +219,7 @@ def lacking(good: bool, seed: int) -> tuple[ExactEvent, Population, Fitted]:
 
 def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
     flagged = {True: 0, False: 0}
-    repeats = 40
+    repeats = 25
     for good in flagged:
         for i in range(repeats):
             event, population, fitted = lacking(good, i)
