@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 
@@ -150,7 +151,8 @@ def test_fixed_shares_do_not_raise_the_variance() -> None:
 
 @pytest.mark.parametrize("library", FLOWS)
 def test_flows_are_densities_and_guides(library: str) -> None:
-    pytest.importorskip({"zuko": "zuko", "flowjax": "flowjax"}[library])
+    if importlib.util.find_spec(library) is None:  # not importorskip: the import itself would change settings of torch
+        pytest.skip(f"{library} is not installed")
     event = parabola(6, 3.0, -0.2)
     draws = rng(9).standard_normal((600_000, 6))
     z = draws[event.severity(draws) >= 0.0][:600]
