@@ -8,6 +8,7 @@ from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
+from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
@@ -23,6 +24,7 @@ __all__ = [
     "MonteCarlo",
     "Problem",
     "ProblemError",
+    "ProgramGuide",
     "SeverityError",
     "SiteError",
     "Surrogate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from scipy.special import ndtri
 from probest.backends.base import Array, PyTree
 from probest.estimators.base import Estimator, Evidence, Floats
 from probest.estimators.combined import Combined
+from probest.estimators.importance import Importance
 from probest.estimators.weigh import GradientError, Weigher
+from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.event import Event
 from probest.report.progress import Progress
@@ -40,6 +42,7 @@ def estimate(
     precision: float = 0.05,
     seed: int = 0,
     estimator: Estimator | None = None,
+    guide: Callable[[], Any] | ProgramGuide | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimate log P, the log-probability of a catastrophe.
@@ -52,6 +55,8 @@ def estimate(
         precision: standard error of log P, in nats, at which to stop early.
         seed: the same seed gives the same estimate.
         estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
+        guide: a program that draws the adversary's sites from another law, for importance sampling in place of the
+            default combination; a share of the samples still comes from the adversary itself (see ``ProgramGuide``).
         progress: show a progress line (only ever in a terminal or notebook).
 
     Returns:
@@ -71,8 +76,14 @@ def estimate(
     if not (math.isfinite(precision) and precision > 0):
         raise ValueError(f"precision={precision!r}: expected a positive number of nats, such as 0.05")
     check_whole("seed", seed, least=0)
+    if guide is not None and estimator is not None:
+        raise ValueError("guide and estimator exclude each other: pass estimator=Importance(guide=ProgramGuide(...))")
     event = problem.event.replaced()
-    method = Combined(precision=precision) if estimator is None else estimator
+    method = estimator or Combined(precision=precision)
+    if guide is not None:
+        method = Importance(
+            precision=precision, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide)
+        )
     start = time.perf_counter()
     ledger: list[Evidence] = []
     with Progress("estimate", enabled=progress) as line:

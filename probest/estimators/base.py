@@ -156,13 +156,16 @@ class Meter:
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        """The event at z, checked; raises ValueError for a NaN severity or log-weight, or a wrong shape."""
-        n = z.shape[0]
-        cost = n * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
+    def charge(self, cost: int) -> None:
+        """Count calls before they are made."""
         if cost > self.left:
             raise RuntimeError(f"an estimator asked for {cost} calls with {self.left} left of its budget: a bug")
         self.calls += cost
+
+    def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
+        """The event at z, checked; raises ValueError for a NaN severity or log-weight, or a wrong shape."""
+        n = z.shape[0]
+        self.charge(n * (GRADIENT_CALLS if gradient else FORWARD_CALLS))
         result = self.event.evaluate(z, gradient=gradient)
         for name, value in (("severity", result.severity), ("log_weight", result.log_weight)):
             if value.shape != (n,):

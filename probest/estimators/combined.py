@@ -37,7 +37,7 @@ from scipy import stats
 from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
 from probest.estimators.families import pool
-from probest.estimators.importance import Importance, Population, population_of, prior_population_of, weigh
+from probest.estimators.importance import Importance, Population, agree, population_of, prior_population_of, weigh
 from probest.estimators.line import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
@@ -124,7 +124,7 @@ class Combined:
             return learned
         if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
-            if weighed.converged and _agree(weighed, crude):
+            if weighed.converged and agree(weighed, crude):
                 return weighed
         runs: list[_Run] = []
         share, particles = 0.8, self.particles
@@ -137,7 +137,7 @@ class Combined:
                 event, ledger, child_seed(seed, 4, attempt), population_of(run.state), prior_population_of(run.prior)
             )
             found = _pooled(runs)
-            if weighed.converged and _agree(weighed, found) and not _contradicts(lined, weighed):
+            if weighed.converged and agree(weighed, found) and not _contradicts(lined, weighed):
                 return _with_particles(weighed, found)
             share, particles = 0.95, min(4 * self.particles, int(0.8 * ledger.left / run.cost))
             if weighed.diagnostics["hopeless"] or particles < self.particles:
@@ -208,7 +208,7 @@ class Combined:
             first = ledger.add(method.run(event, budget=size, seed=child_seed(seed, 6)))
         if first.particles is not None and first.diagnostics["hits"] >= _BOOLEAN_HITS and not event.weighted:
             weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(first.particles), None)
-            if weighed.converged and _agree(weighed, first):
+            if weighed.converged and agree(weighed, first):
                 return weighed
         if ledger.left < 1:
             return first
@@ -299,16 +299,8 @@ def _crude_population(particles: Particles) -> Population:
     return Population(particles.z, particles.log_weight, np.zeros(n), None, float(n))
 
 
-def _agree(a: Evidence, b: Evidence) -> bool:
-    """Within three standard errors of their difference (and 0.1 for what the errors leave out)."""
-    if not (math.isfinite(a.log_prob) and math.isfinite(b.log_prob)):
-        return False
-    error = min(math.hypot(a.std_error, b.std_error), 1.0)
-    return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
-
-
 def _contradicts(lined: Evidence | None, other: Evidence) -> bool:
-    return lined is not None and lined.converged and not _agree(lined, other)
+    return lined is not None and lined.converged and not agree(lined, other)
 
 
 def _pool(a: Evidence, b: Evidence) -> Evidence:
@@ -356,18 +348,18 @@ def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run], lined: Evidence |
     weighed = [line for line in ledger.lines if line.method == "importance sampling" and math.isfinite(line.log_prob)]
     notes = list(best.notes)
     lower, top = best.interval
-    agree = all(_agree(best, line) for line in weighed if line.converged) and lower <= upper
-    if lined is not None and lined.converged and _agree(best, lined) and lined.std_error < best.std_error:
+    agreed = all(agree(best, line) for line in weighed if line.converged) and lower <= upper
+    if lined is not None and lined.converged and agree(best, lined) and lined.std_error < best.std_error:
         return lined
-    agree = agree and not _contradicts(lined, best)
-    if not agree:
+    agreed = agreed and not _contradicts(lined, best)
+    if not agreed:
         notes.append("the methods disagree beyond their errors: raise the budget, or look at the ledger's particles.")
         others = [lined] if lined is not None and lined.converged else []
         seen = [line.log_prob for line in (*weighed, *others)]
         lower, top = min(lower, *seen, lower), max(top, *seen, top)
-    if weighed and agree:
+    if weighed and agreed:
         notes.append("the guide did not pass its checks (see the ledger): this is tempering's own estimate.")
     if best.std_error > 0.3 and best.converged:
         notes.append(f"the standard error is {best.std_error:.2f}: raise the budget.")
-    converged = best.converged and agree and best.std_error <= 0.3
+    converged = best.converged and agreed and best.std_error <= 0.3
     return replace(best, interval=(lower, top), converged=converged, notes=tuple(notes))

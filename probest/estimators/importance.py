@@ -6,16 +6,20 @@ With q a guide fixed before its samples are drawn, and w the weight of observed 
 
 is unbiased and its error is that of a mean of independent numbers. The guide comes from weighted particles of
 the target (:mod:`probest.guides.fit`), is tried on a small batch, refitted to the union of particles and weighted
-hits (cross-entropy), and then fixed; the concluding samples are fresh. For a conditioned adversary the evidence
-of its observed sites is estimated the same way with a guide of its own, and subtracted.
+hits (cross-entropy), and then fixed. The concluding samples are fresh, and the trial fixes their number before any of
+them is drawn (Stein 1945): to stop when their own error looks small would favour samples that lack large weights. For a
+conditioned adversary the evidence of its observed sites is estimated the same way with a guide of its own, and
+subtracted.
 
 It fails when the guide is too thin somewhere in the event: the estimate is then too low and *its own error does
 not show it*. Two checks do. The weights' Pareto shape k̂ says whether their variance exists. The particles that
 the guide was fitted to have mean weight E[w | C] = P (1 + relative variance): particles whose weights are far
 above anything that was sampled lie where the guide does not go (``coverage`` and ``unseen`` in the diagnostics).
+A second opinion, ``smoothed``, is the estimate with the largest weights replaced by what a Pareto tail says of them.
 
 References: Kahn & Marshall (1953); Rubinstein & Kroese (2004), The cross-entropy method; Hesterberg (1995),
-Weighted average importance sampling and defensive mixture distributions; Vehtari et al. (2024).
+Weighted average importance sampling and defensive mixture distributions; Vehtari et al. (2024);
+Stein (1945), A two-sample test for a linear hypothesis whose power is independent of the variance.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ from probest import diagnostics
 from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, child_seed, generator
 from probest.estimators.tempering import Prior, State, Tempering, temper
 from probest.guides.base import Guide
-from probest.guides.fit import Fitted, fit_guide, refit_guide
+from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
+from probest.guides.flow import FLOWS, check_installed
+from probest.guides.program import BoundProgram, ProgramGuide
 
-__all__ = ["Importance", "Population", "population_of", "prior_population_of", "weigh"]
+__all__ = ["Importance", "Population", "agree", "population_of", "prior_population_of", "weigh"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
 _KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
@@ -69,6 +75,7 @@ class Weighed(NamedTuple):
     log_mean: float
     error: float
     interval: tuple[float, float]
+    smoothed: float
     khat: float
     ess: float
     coverage: float
@@ -83,7 +90,10 @@ class Importance:
     precision: wanted standard error of log P; None spends the budget.
     first_batch: samples that try out a guide. rounds: at most this many refits of it.
     max_samples: at most this many concluding samples.
-    guide: a fixed proposal to use as it is; None finds particles by ``find`` and fits one.
+    guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`), which is
+        checked against particles; None finds particles by ``find`` and fits one.
+    guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
+        ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget,
         or of whose trial only a handful of samples counts, is left after its trial; None samples regardless.
@@ -93,7 +103,8 @@ class Importance:
     first_batch: int = 1000
     rounds: int = 4
     max_samples: int = 1_000_000
-    guide: Guide | None = None
+    guide: Guide | ProgramGuide | None = None
+    guides: tuple[str, ...] = CHEAP
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     give_up: float | None = None
 
@@ -105,6 +116,12 @@ class Importance:
                 raise ValueError(f"{name} must be at least 10, got {getattr(self, name)}")
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, got {self.rounds}")
+        unknown = set(self.guides) - set(KINDS)
+        if unknown or not self.guides:
+            raise ValueError(f"guides must be some of {', '.join(KINDS)}, got {self.guides}")
+        for kind in self.guides:
+            if kind in FLOWS:
+                check_installed(kind)
 
     @property
     def name(self) -> str:
@@ -113,6 +130,8 @@ class Importance:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
         """Find particles (unless a guide is given), fit, sample afresh."""
         meter = Meter(event, budget)
+        if isinstance(self.guide, ProgramGuide):
+            return self._run_program(self.guide, event, meter, seed)
         if self.guide is not None:
             fitted = Fitted(self.guide, "given", None, 1)
             return weigh(self, event, None, None, budget=budget, seed=child_seed(seed, 1), fitted=fitted)
@@ -125,6 +144,48 @@ class Importance:
             self, event, population_of(state), prior_population_of(prior), budget=left, seed=child_seed(seed, 1)
         )
         return replace(evidence, calls=evidence.calls + found.calls, seconds=meter.seconds)
+
+    def _run_program(
+        self, program: ProgramGuide, event: EventLike, meter: Meter, seed: np.random.SeedSequence
+    ) -> Evidence:
+        """Sample the user's guide; tempering's particles show what it leaves out."""
+        fitted = Fitted(program.bind(event), "program", None, 1)
+        share = max(1, meter.budget // 2)
+        found, state, prior = temper(self.find, event, budget=share, seed=child_seed(seed, 0))
+        if found.calls >= meter.budget:
+            return replace(found, method=self.name, seconds=meter.seconds)
+        population = None if state is None else population_of(state)
+        evidence = weigh(
+            self,
+            event,
+            population,
+            prior_population_of(prior),
+            budget=meter.budget - found.calls,
+            seed=child_seed(seed, 1),
+            fitted=fitted,
+        )
+        notes = list(evidence.notes)
+        if state is None:
+            notes.append("tempering found no catastrophe to check the guide against: raise the budget.")
+        elif not agree(evidence, found):
+            notes.append("the guide and tempering disagree beyond their errors: the guide lacks something, or find.")
+        return replace(
+            evidence,
+            calls=evidence.calls + found.calls,
+            seconds=meter.seconds,
+            particles=evidence.particles or found.particles,
+            prior_particles=found.prior_particles,
+            converged=not notes,
+            notes=tuple(notes),
+        )
+
+
+def agree(a: Evidence, b: Evidence) -> bool:
+    """Within three standard errors of their difference (and 0.1 for what the errors leave out)."""
+    if not (math.isfinite(a.log_prob) and math.isfinite(b.log_prob)):
+        return False
+    error = min(math.hypot(a.std_error, b.std_error), 1.0)
+    return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
 
 
 def population_of(state: State) -> Population:
@@ -172,23 +233,33 @@ def weigh(
     return _evidence(method, meter, joint, below)
 
 
-def _draw(meter: Meter, guide: Guide, n: int, rng: np.random.Generator, inside: bool) -> Batch:
+def _draw(meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator, inside: bool) -> Batch:
     """``n`` fresh samples, in blocks of rows; keeps z of the first that are on target, as far as memory goes."""
     rows = max(1, _BLOCK // guide.dim)
     log_w: list[Floats] = []
     kept: list[Floats] = []
     severity: list[Floats] = []
     for start in range(0, n, rows):
-        z = guide.sample(min(rows, n - start), rng)
-        result = meter.evaluate(z)
-        part = guide.log_ratio(z) + result.log_weight
+        z, part, level = _fresh(meter, guide, min(rows, n - start), rng)
         if inside:
-            part = np.where(result.severity >= 0.0, part, -np.inf)
+            part = np.where(level >= 0.0, part, -np.inf)
         at = np.flatnonzero(np.isfinite(part))[: max(0, _KEEP // guide.dim - sum(len(part) for part in kept))]
+        at = at[: len(z)]
         log_w.append(part)
         kept.append(z[at])
-        severity.append(result.severity[at])
+        severity.append(level[at])
     return Batch(np.concatenate(log_w), np.concatenate(kept), np.concatenate(severity))
+
+
+def _fresh(
+    meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator
+) -> tuple[Floats, Floats, Floats]:
+    """z (no rows where the guide knows only native values), log-weights and severities of ``n`` samples."""
+    if isinstance(guide, BoundProgram):
+        return np.empty((0, guide.dim)), *guide.draw(meter, n, rng)
+    z = guide.sample(n, rng)
+    result = meter.evaluate(z)
+    return z, guide.log_ratio(z) + result.log_weight, result.severity
 
 
 def _join(a: Batch, b: Batch) -> Batch:
@@ -209,7 +280,7 @@ def _second_moment(log_w: Floats) -> float:
     return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
 
 
-def _seen(population: Population | None, guide: Guide, batch: Floats) -> tuple[float, float, float]:
+def _seen(population: Population | None, guide: Guide | BoundProgram, batch: Floats) -> tuple[float, float, float]:
     """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
 
     coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
@@ -223,10 +294,15 @@ def _seen(population: Population | None, guide: Guide, batch: Floats) -> tuple[f
     weights = guide.log_ratio(population.z) + population.log_weight
     share = population.log_w - diagnostics.log_sum_exp(population.log_w)
     theirs = diagnostics.log_sum_exp(share + weights) - mean
-    largest = float(np.max(batch))
-    above = weights > largest + math.log(1.5)
-    unseen = math.exp(diagnostics.log_sum_exp(share[above])) if above.any() else 0.0
-    return math.exp(min(0.0, _second_moment(batch) - theirs)), unseen, theirs
+    return math.exp(min(0.0, _second_moment(batch) - theirs)), _above(weights, share, batch), theirs
+
+
+def _above(weights: Floats, share: Floats, batch: Floats) -> float:
+    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
+    above = weights > float(np.max(batch)) + math.log(1.5)
+    if not above.any():
+        return 0.0
+    return math.exp(diagnostics.log_sum_exp(share[above]) - diagnostics.log_sum_exp(share))
 
 
 def _weigh_target(
@@ -251,9 +327,10 @@ def _weigh_target(
             rng,
             rows=population.rows,
             effective=population.effective,
+            kinds=method.guides,
         )
-    size = max(1, min(method.first_batch // 2 if adapt else method.first_batch, left // 4 if adapt else left))
-    size = min(size, method.max_samples)
+    whole = not adapt and precision is None  # nothing to learn from a trial
+    size = max(1, min(left, method.max_samples) if whole else min(method.first_batch // 2, left // 4))
     batch = _draw(meter, fitted.guide, size, rng, inside)
     best, tried = fitted, batch
     fresh = True
@@ -279,29 +356,17 @@ def _weigh_target(
         if gain < 0.2:
             break
     hopeless = adapt and _hopeless(method.give_up, population, best.guide, cost, tried, meter.left - reserve)
-    # a guide that was picked among several gets a fresh sample: the batches that picked it favour low estimates
-    total = tried if fresh else None
-    for _ in range(4):
-        left = min(meter.left - reserve, method.max_samples - (0 if total is None else len(total.log_w)))
-        if left < 1 or (hopeless and total is not None):
-            break
-        have = 0 if total is None else len(total.log_w)
-        if hopeless:
-            more = min(left, size)
-        elif precision is None:
-            more = left
-        else:
-            relative = max(0.0, math.expm1(cost)) if total is None else have * _safe_square(total.log_w)
-            wanted = 1.1 * max(relative, 0.25) / precision**2 if math.isfinite(relative) else math.inf
-            if total is not None and have >= wanted / 1.1 and have >= method.first_batch:
-                break
-            more = int(min(left, max(wanted - have, method.first_batch)))
-            more = min(more, max(4 * max(have, method.first_batch), method.first_batch * 8))
-        extra = _draw(meter, best.guide, more, rng, inside)
-        total = extra if total is None else _join(total, extra)
-    total = tried if total is None else total
+    total = tried
+    if hopeless:
+        if not fresh and meter.left - reserve > 0:  # the batches that picked a guide among several favour low estimates
+            total = _draw(meter, best.guide, min(meter.left - reserve, size), rng, inside)
+    elif not whole:
+        total = _conclude(method, meter, best.guide, cost, tried, precision, reserve, rng, inside)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
     coverage, unseen, _ = _seen(population, best.guide, total.log_w)
+    if total is not tried:
+        unseen = max(unseen, _above(tried.log_w, tried.log_w, total.log_w))
+    smooth, khat = diagnostics.pareto_smooth(total.log_w)
     return Weighed(
         total.log_w,
         total,
@@ -309,7 +374,8 @@ def _weigh_target(
         log_mean,
         error,
         diagnostics.mean_interval(total.log_w),
-        diagnostics.pareto_khat(total.log_w),
+        diagnostics.log_mean_exp(smooth)[0],
+        khat,
         diagnostics.effective_sample_size(total.log_w),
         coverage,
         unseen,
@@ -318,7 +384,7 @@ def _weigh_target(
 
 
 def _hopeless(
-    most: float | None, population: Population | None, guide: Guide, cost: float, tried: Batch, left: int
+    most: float | None, population: Population | None, guide: Guide | BoundProgram, cost: float, tried: Batch, left: int
 ) -> bool:
     """Whether more samples of this guide would be wasted: they promise an error above ``most``, or few of them count.
 
@@ -333,11 +399,48 @@ def _hopeless(
     return ess < 4.0 or (ess < 15.0 and _seen(population, guide, tried.log_w)[1] > 0.2)
 
 
-def _safe_square(log_w: Floats) -> float:
-    return diagnostics.log_mean_exp(log_w)[1] ** 2
+def _conclude(
+    method: Importance,
+    meter: Meter,
+    guide: Guide | BoundProgram,
+    cost: float,
+    tried: Batch,
+    precision: float | None,
+    reserve: int,
+    rng: np.random.Generator,
+    inside: bool,
+) -> Batch:
+    """Fresh samples of a fixed guide, in a number that the trial fixes; the trial itself does not count.
+
+    To stop as soon as the error of the samples themselves looks small is to stop early when large weights happen to be
+    missing, and their mean is then too low. So nothing is looked at until the samples are drawn (Stein 1945). Only
+    where the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled.
+    """
+    room = min(meter.left - reserve, method.max_samples)
+    if room < 1:
+        return tried
+    if precision is None:
+        return _draw(meter, guide, room, rng, inside)
+    wanted = max(method.first_batch, _samples_for(precision, cost, tried.log_w))
+    total = _draw(meter, guide, int(min(room, wanted)), rng, inside)
+    room = min(meter.left - reserve, method.max_samples - len(total.log_w))
+    if room >= 1 and not diagnostics.log_mean_exp(total.log_w)[1] <= 1.5 * precision:
+        more = _samples_for(precision, cost, total.log_w) - len(total.log_w)
+        # at most tenfold: a single large weight says little about how many are needed
+        total = _join(total, _draw(meter, guide, int(max(1, min(room, more, 10 * len(total.log_w)))), rng, inside))
+    return total
 
 
-def _cost(population: Population | None, guide: Guide, log_w: Floats) -> float:
+def _samples_for(precision: float, cost: float, log_w: Floats) -> float:
+    """How many samples bring the error to ``precision``, by these weights (on the safe side) and the particles."""
+    relative = math.expm1(cost) if cost < 50.0 else math.inf
+    mean = diagnostics.log_mean_exp(log_w)[0]
+    if len(log_w) > 1 and math.isfinite(mean):
+        relative = max(relative, len(log_w) * diagnostics.deviation_error(np.exp(log_w - mean) - 1.0)[0] ** 2)
+    return max(relative, 0.25) / precision**2
+
+
+def _cost(population: Population | None, guide: Guide | BoundProgram, log_w: Floats) -> float:
     """log of 1 + relative variance: the larger of what the samples and what the particles say."""
     return max(_second_moment(log_w), _seen(population, guide, log_w)[2])
 
@@ -391,7 +494,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
     elif error > wanted and hits:
         notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
     particles = None
-    if hits:
+    if len(joint.hits.z):
         # the largest weights are clipped at mean · √n: less variance for what averages over particles
         log_w = _kept_weights(joint.hits)
         log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
@@ -409,6 +512,7 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
         log_evidence=0.0 if below is None else below.log_mean,
         diagnostics={
             "khat": khat,
+            "smoothed": joint.smoothed - (0.0 if below is None else below.smoothed),
             "ess": ess,
             "hits": float(hits),
             "samples": float(sum(len(t.log_w) for t in targets)),

@@ -80,7 +80,7 @@ class MonteCarlo:
                 break
             if self.hits is not None and state.hits >= self.hits:
                 break
-        return _weighted(self, state, meter) if event.weighted else _binomial(self, state, meter)
+        return _conclude(self, state, meter)
 
 
 def step(state: State, meter: Meter, rng: np.random.Generator, n: int, keep: int) -> State:
@@ -141,52 +141,35 @@ def _advice(event: EventLike, n: int, upper: float) -> str:
     return f"{bound} Use tempering, which climbs the severity, or raise the budget."
 
 
-def _binomial(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
-    interval = diagnostics.binomial_interval(state.hits, state.n)
-    error = _log_error(state, False)
-    notes: tuple[str, ...] = ()
+def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
+    weighted = meter.event.weighted
+    log_w = np.concatenate(state.log_weight) if weighted else np.zeros(0)
+    hit = np.concatenate(state.hit) > 0.0 if weighted else np.zeros(0, dtype=np.bool_)
     wanted = method.precision if method.precision is not None else 0.5
-    converged = error <= wanted
-    if state.hits == 0:
-        notes = (_advice(meter.event, state.n, interval[1]),)
-    elif not converged:
-        notes = (f"{state.hits} catastrophes in {state.n} draws: raise the budget, or use tempering.",)
-    return Evidence(
-        method=method.name,
-        log_prob=math.log(state.hits / state.n) if state.hits else -math.inf,
-        std_error=error,
-        interval=interval,
-        claim="unbiased",
-        calls=meter.calls,
-        seconds=meter.seconds,
-        converged=converged,
-        particles=_particles(state, None),
-        diagnostics={"hits": float(state.hits), "samples": float(state.n)},
-        notes=notes,
-    )
-
-
-def _weighted(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
-    log_w, hit = np.concatenate(state.log_weight), np.concatenate(state.hit)
-    evidence, evidence_error = diagnostics.log_mean_exp(log_w)
-    ess = diagnostics.effective_sample_size(log_w)
-    log_prob, error = _ratio(log_w, hit)
+    found = {"hits": float(state.hits), "samples": float(state.n)}
     notes: list[str] = []
-    if math.isfinite(log_prob):
+    log_evidence, ess, worth = 0.0, math.inf, math.inf  # of draws and of catastrophes, by weight
+    log_prob = math.log(state.hits / state.n) if state.hits else -math.inf
+    error = _log_error(state, weighted)
+    if weighted:
+        log_evidence, found["log_evidence_error"] = diagnostics.log_mean_exp(log_w)
+        ess = found["ess"] = diagnostics.effective_sample_size(log_w)
+        log_prob, error = _ratio(log_w, hit.astype(np.float64))
+        worth = diagnostics.effective_sample_size(np.where(hit, log_w, -np.inf))
+    if not weighted:
+        interval = diagnostics.binomial_interval(state.hits, state.n)
+    elif math.isfinite(log_prob):
         # as many pseudo-draws as the effective sample size: keeps the upper end honest when hits are few
-        dof = max(1.0, diagnostics.effective_sample_size(np.where(hit > 0, log_w, -np.inf)) - 1.0)
-        t = _t95(dof)
+        t = _t95(max(1.0, worth - 1.0))
         interval = (log_prob - t * error, min(0.0, log_prob + t * error))
     else:
         interval = (-math.inf, diagnostics.binomial_interval(0, max(1, int(ess)))[1])
+    converged = error <= wanted and ess >= 50.0 and worth >= 4.0
+    if not math.isfinite(log_prob):
         notes.append(_advice(meter.event, state.n, interval[1]))
-    wanted = method.precision if method.precision is not None else 0.5
-    pseudo_hits = diagnostics.effective_sample_size(np.where(hit > 0, log_w, -np.inf))
-    converged = error <= wanted and ess >= 50.0 and pseudo_hits >= 4.0
-    if state.hits and not converged and ess >= 50.0:
-        notes.append(
-            f"{state.hits} catastrophes, worth {pseudo_hits:.1f} by weight: raise the budget, or use tempering."
-        )
+    elif not converged and ess >= 50.0:
+        by_weight = f", worth {worth:.1f} by weight" if weighted else f" in {state.n} draws"
+        notes.append(f"{state.hits} catastrophes{by_weight}: raise the budget, or use tempering.")
     if ess < 50.0:
         notes.append(
             f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, "
@@ -197,18 +180,13 @@ def _weighted(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
         log_prob=log_prob,
         std_error=error,
         interval=interval,
-        claim="consistent",
+        claim="consistent" if weighted else "unbiased",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=converged,
-        particles=_particles(state, log_w[hit > 0]),
-        log_evidence=evidence,
-        diagnostics={
-            "hits": float(state.hits),
-            "samples": float(state.n),
-            "ess": ess,
-            "log_evidence_error": evidence_error,
-        },
+        particles=_particles(state, log_w[hit] if weighted else None),
+        log_evidence=log_evidence,
+        diagnostics=found,
         notes=tuple(notes),
     )
 

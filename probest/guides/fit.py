@@ -1,32 +1,64 @@
 """From weighted particles to a guide: candidates are fitted to one half, judged on the other, the best refitted.
 
 The judge is the mean of log q − log φ over held-out particles (cross-entropy to the target); the winner always
-gets a widened copy of itself and the prior as defensive parts.
+gets widened copies of itself and the prior as defensive parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from probest import diagnostics
+from probest.diagnostics import Ints
 from probest.estimators.base import Floats
-from probest.guides.base import Defensive, Guide, Prior
-from probest.guides.mixture import Mixture, fit_mixture, informed_basis
-from probest.guides.radial import Radial, fit_radial
+from probest.guides.base import Guide, Law
+from probest.guides.directional import fit_directional
+from probest.guides.flow import FLOWS, fit_flow
+from probest.guides.mixture import fit_mixture, informed_basis
+from probest.guides.program import BoundProgram
+from probest.guides.radial import fit_radial
 
-__all__ = ["Fitted", "fit_guide", "refit_guide"]
+__all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
+
+CHEAP = ("mixture", "radial", "directional")
+KINDS = (*CHEAP, *FLOWS)
+
+_JUDGED = 400  # particles of each half that candidates are compared on
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A guide ready for use, and what it was made of. basis is None for a radial guide."""
+    """A guide ready for use, and what it was made of. basis is None where the guide has no subspace."""
 
-    guide: Guide
+    guide: Guide | BoundProgram
     kind: str
     basis: Floats | None
     components: int
+
+
+class _Candidate(NamedTuple):
+    """A kind of law, in the subspace of eigenvalues above ``threshold`` (0: all of it; None: it has none)."""
+
+    kind: str
+    threshold: float | None
+
+
+def _candidates(kinds: Sequence[str], n: int, dim: int) -> list[_Candidate]:
+    found: list[_Candidate] = []
+    for kind in kinds:
+        if kind == "mixture":
+            found.append(_Candidate(kind, 1.0))
+            if dim >= 3:
+                found.append(_Candidate(kind, 0.15))
+            if 2 < dim <= 12 and n > 12 * dim:
+                found.append(_Candidate(kind, 0.0))
+        elif kind in FLOWS or dim >= 3:
+            found.append(_Candidate(kind, None if kind == "radial" else 0.15))
+    return found or [_Candidate("mixture", 1.0)]
 
 
 def fit_guide(
@@ -36,50 +68,41 @@ def fit_guide(
     *,
     rows: Floats | None = None,
     effective: float | None = None,
+    kinds: Sequence[str] = CHEAP,
 ) -> Fitted:
-    """The candidate (mixtures in subspaces of several sizes, radial) that predicts held-out particles best."""
+    """The candidate (laws of ``kinds``, in subspaces of several sizes) that predicts held-out particles best.
+
+    z ``(n, dim)``, log_w ``(n,)``; rows: see :func:`probest.guides.mixture.informed_basis`. effective: how many
+    independent points the particles are worth, where less than their effective sample size.
+    """
     n, dim = z.shape
     alive = np.isfinite(log_w)
     half = np.arange(n) < n // 2
-    kinds: list[tuple[str, float]] = [("mixture", 1.0), ("mixture", 0.15)]
-    if 2 < dim <= 12 and n > 12 * dim:
-        kinds.append(("mixture", 0.0))
-    if dim >= 3:
-        kinds.append(("radial", 0.0))
-    else:
-        kinds = kinds[:1]
-    scores = np.zeros(len(kinds))
-    for first in (True, False):
+    candidates = _candidates(kinds, n, dim)
+    scores = np.zeros(len(candidates))
+    for first in (True, False) if len(candidates) > 1 else ():
         # the subspace is part of the fit: found from the training half alone, or it would recognise the other
-        train = (half if first else ~half) & alive
-        test = alive & ~train
-        if train.sum() < 8 or test.sum() < 1:
+        whole = np.flatnonzero((half if first else ~half) & alive)
+        train, test = _thin(whole), _thin(np.flatnonzero((half if not first else ~half) & alive))
+        if len(train) < 8 or len(test) < 1:
             continue
         middle = 0 if rows is None else len(rows) // 2
         part_rows = None if rows is None else rows[:middle] if first else rows[middle:]
         if part_rows is not None:
             part_rows = part_rows * np.sqrt(2.0)
+        enough = None if effective is None else 0.5 * effective * len(train) / len(whole)
         w = np.exp(log_w[test] - diagnostics.log_sum_exp(log_w[test]))
-        known: dict[int, float] = {}
-        for i, (kind, threshold) in enumerate(kinds):
-            basis = _basis(kind, threshold, z[train], log_w[train], part_rows)
-            rank = -1 if basis is None else basis.shape[1]
-            if rank not in known:
-                enough = None if effective is None else 0.5 * effective
-                part = _one(z[train], log_w[train], basis, rng, enough)
-                known[rank] = float(w @ _defend(part).log_ratio(z[test]))
-            scores[i] -= known[rank]
-    kind, threshold = kinds[int(np.argmax(scores))]
-    basis = _basis(kind, threshold, z[alive], log_w[alive], rows)
-    return _fitted(_one(z[alive], log_w[alive], basis, rng, effective), kind, basis)
-
-
-def _basis(kind: str, threshold: float, z: Floats, log_w: Floats, rows: Floats | None) -> Floats | None:
-    if kind == "radial":
-        return None
-    if threshold == 0.0:
-        return np.eye(z.shape[1])
-    return informed_basis(z, log_w, rows, threshold=threshold)
+        known: dict[tuple[str, int], float] = {}
+        for i, (kind, threshold) in enumerate(candidates):
+            basis = _basis(threshold, z[train], log_w[train], part_rows)
+            key = kind, -1 if basis is None else basis.shape[1]
+            if key not in known:
+                law = _fit(kind, z[train], log_w[train], basis, rng, enough, starts=1)
+                known[key] = float(w @ law.defended().log_ratio(z[test]))
+            scores[i] -= known[key]
+    kind, threshold = candidates[int(np.argmax(scores))]
+    basis = _basis(threshold, z[alive], log_w[alive], rows)
+    return _fitted(kind, _fit(kind, z[alive], log_w[alive], basis, rng, effective), basis)
 
 
 def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generator, *, moments: bool = False) -> Fitted:
@@ -90,24 +113,42 @@ def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generat
     basis = fitted.basis
     if moments and basis is not None and z.shape[1] > 2:
         basis = informed_basis(z, log_w)
-    return _fitted(_one(z, log_w, basis, rng, None), fitted.kind, basis)
+    return _fitted(fitted.kind, _fit(fitted.kind, z, log_w, basis, rng, None), basis)
 
 
-def _one(
-    z: Floats, log_w: Floats, basis: Floats | None, rng: np.random.Generator, effective: float | None
-) -> Mixture | Radial:
+def _thin(rows: Ints) -> Ints:
+    """As many as ``_JUDGED`` of the rows, evenly spaced: relatives lie next to each other."""
+    if len(rows) <= _JUDGED:
+        return rows
+    return rows[np.arange(_JUDGED) * len(rows) // _JUDGED]
+
+
+def _basis(threshold: float | None, z: Floats, log_w: Floats, rows: Floats | None) -> Floats | None:
+    if threshold is None:
+        return None
+    if threshold == 0.0:
+        return np.eye(z.shape[1])
+    return informed_basis(z, log_w, rows, threshold=threshold)
+
+
+def _fit(
+    kind: str,
+    z: Floats,
+    log_w: Floats,
+    basis: Floats | None,
+    rng: np.random.Generator,
+    effective: float | None,
+    *,
+    starts: int = 2,
+) -> Law:
     if basis is None:
         return fit_radial(z, log_w)
-    return fit_mixture(z, log_w, basis, rng, effective=effective)
+    if kind in FLOWS:
+        return fit_flow(kind, z, log_w, basis, rng, effective=effective)
+    if kind == "directional":
+        return fit_directional(z, log_w, basis, rng, effective=effective)
+    return fit_mixture(z, log_w, basis, rng, effective=effective, starts=starts)
 
 
-def _defend(part: Mixture | Radial) -> Defensive:
-    """The fit, slightly and much widened, and where else to look: opposite the fit, all around it, and the prior."""
-    if isinstance(part, Radial):
-        return Defensive((part.widened(1.15), part.widened(2.0), Prior(part.dim)), (0.8, 0.17, 0.03))
-    parts = (part.widened(1.15), part.widened(2.0), part.around(), part.mirrored(), Prior(part.dim))
-    return Defensive(parts, (0.78, 0.13, 0.05, 0.02, 0.02))
-
-
-def _fitted(part: Mixture | Radial, kind: str, basis: Floats | None) -> Fitted:
-    return Fitted(_defend(part), kind, basis, len(part.weights))
+def _fitted(kind: str, law: Law, basis: Floats | None) -> Fitted:
+    return Fitted(law.defended(), kind, basis, law.components)

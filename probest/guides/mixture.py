@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import linalg
 
 from probest import diagnostics
 from probest.estimators.base import Floats
+from probest.guides.base import Defensive, Prior, stratify
 
 __all__ = ["Mixture", "fit_mixture", "gradient_rows", "informed_basis"]
 
@@ -50,6 +53,10 @@ class Mixture:
     def dim(self) -> int:
         return int(self.basis.shape[0])
 
+    @property
+    def components(self) -> int:
+        return len(self.weights)
+
     def sample(self, n: int, rng: np.random.Generator) -> Floats:
         z = rng.standard_normal((n, self.dim))
         z += (self.sample_inside(n, rng) - z @ self.basis) @ self.basis.T
@@ -66,7 +73,7 @@ class Mixture:
 
     def sample_inside(self, n: int, rng: np.random.Generator) -> Floats:
         """``(n, r)`` draws of the subspace coordinates alone."""
-        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        kind = stratify(n, self.weights, rng)
         u = rng.standard_normal((n, self.means.shape[1]))
         for k in range(len(self.weights)):
             at = kind == k
@@ -96,6 +103,11 @@ class Mixture:
     def widened(self, factor: float) -> Mixture:
         """The same mixture with every standard deviation multiplied by ``factor``."""
         return Mixture(self.basis, self.weights, self.means, self.factors * factor)
+
+    def defended(self) -> Defensive:
+        """Slightly and much widened, and where else to look: all around, opposite, and the prior."""
+        parts = (self.widened(1.15), self.widened(2.0), self.around(), self.mirrored(), Prior(self.dim))
+        return Defensive(parts, (0.78, 0.13, 0.05, 0.02, 0.02))
 
 
 def gradient_rows(z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None) -> Floats | None:
@@ -180,7 +192,7 @@ def fit_mixture(
     most: int = 8,
     effective: float | None = None,
     starts: int = 2,
-    steps: int = 40,
+    steps: int = 25,
 ) -> Mixture:
     """The mixture in ``basis`` with the least BIC among 1 to ``most`` components, by weighted EM.
 
@@ -194,12 +206,18 @@ def fit_mixture(
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
     n_eff = min(effective or math.inf, diagnostics.effective_sample_size(log_w))
     r = u.shape[1]
-    best: tuple[float, Mixture] | None = None
+    # axis by axis in units of the whole sample: sums of squares then lose no digits
+    centre = w @ u
+    scale = np.sqrt(np.maximum(w @ (u - centre) ** 2, 1e-20))
+    u = (u - centre) / scale
+    rows, columns = np.triu_indices(r)
+    features = np.concatenate([np.ones((1, len(u))), u.T, u.T[rows] * u.T[columns]])
+    best: tuple[float, _Fit] | None = None
     worse = 0
     for k in range(1, most + 1):
         if k > 1 and n_eff / k < 2.0 * (r + 1):
             break
-        fits = [_em(u, w, k, n_eff, basis, rng, steps) for _ in range(1 if k == 1 else starts)]
+        fits = [_em(u, features, w, k, n_eff, rng, steps) for _ in range(1 if k == 1 else starts)]
         value, fit = max(fits, key=lambda pair: pair[0])
         size = k * (1.0 + r + 0.5 * r * (r + 1)) - 1.0
         bic = -2.0 * n_eff * value + size * math.log(max(n_eff, 2.0))
@@ -210,60 +228,90 @@ def fit_mixture(
             if worse >= 2:  # two modes a direction: one more component may not help where two would
                 break
     assert best is not None
-    return best[1]
+    weights, means, scatter = best[1]
+    return Mixture(basis, weights, centre + scale * means, scale[:, None] * np.linalg.cholesky(scatter))
+
+
+class _Fit(NamedTuple):
+    """weights ``(k,)``, means ``(k, r)``, covariances ``(k, r, r)``."""
+
+    weights: Floats
+    means: Floats
+    scatter: Floats
 
 
 def _log_parts(u: Floats, weights: Floats, means: Floats, factors: Floats) -> Floats:
-    """log of weight times density of each component at each point, ``(n, k)``."""
+    """log of weight times density of each component at each point, ``(k, n)``."""
     inverse = np.linalg.inv(factors)
     y = np.matmul(u[None] - means[:, None, :], inverse.transpose(0, 2, 1))
     logdet = np.sum(np.log(np.diagonal(factors, axis1=1, axis2=2)), axis=1)
-    out = -0.5 * np.einsum("kni,kni->nk", y, y)
-    return np.asarray(out + (np.log(weights) - logdet - 0.5 * u.shape[1] * _LOG2PI), dtype=np.float64)
+    out = -0.5 * np.einsum("kni,kni->kn", y, y)
+    return np.asarray(out + (np.log(weights) - logdet - 0.5 * u.shape[1] * _LOG2PI)[:, None], dtype=np.float64)
 
 
 def _log_sum(parts: Floats) -> Floats:
-    top = parts.max(axis=1)
-    return np.asarray(top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1)), dtype=np.float64)
+    top = parts.max(axis=0)
+    return np.asarray(top + np.log(np.sum(np.exp(parts - top), axis=0)), dtype=np.float64)
 
 
 def _em(
-    u: Floats, w: Floats, k: int, n_eff: float, basis: Floats, rng: np.random.Generator, steps: int
-) -> tuple[float, Mixture]:
-    """Weighted EM from a k-means++ start; returns the mean log-likelihood and the fit."""
+    u: Floats, features: Floats, w: Floats, k: int, n_eff: float, rng: np.random.Generator, steps: int
+) -> tuple[float, _Fit]:
+    """Weighted EM from a k-means++ start; returns the mean log-likelihood and the fit.
+
+    features: 1, u and the products of its coordinates, ``(1 + r + r (r + 1) / 2, n)``: both the log-densities and the
+    moments are linear in them, so that a step is two matrix products.
+    """
     n, r = u.shape
-    centre = w @ u
-    floor = (1e-6 * float(w @ np.sum((u - centre) ** 2, axis=1)) / r + 1e-12) * np.eye(r)
+    rows, columns = np.triu_indices(r)
+    double = np.where(rows == columns, 1.0, 2.0)
     means = np.empty((k, r))
     cumulative = np.cumsum(w)
     means[0] = u[min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1])), n - 1)]
-    distances = np.empty((n, k))
-    distances[:, 0] = np.sum((u - means[0]) ** 2, axis=1)
+    distances = np.empty((k, n))
+    distances[0] = np.sum((u - means[0]) ** 2, axis=1)
     for j in range(1, k):
-        cumulative = np.cumsum(w * distances[:, :j].min(axis=1))
+        cumulative = np.cumsum(w * distances[:j].min(axis=0))
         means[j] = u[min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1])), n - 1)]
-        distances[:, j] = np.sum((u - means[j]) ** 2, axis=1)
-    share = np.zeros((n, k))
-    share[np.arange(n), np.argmin(distances, axis=1)] = 1.0
-    weights, factors, value, last = np.full(k, 1.0 / k), np.empty((k, r, r)), -math.inf, -math.inf
+        distances[j] = np.sum((u - means[j]) ** 2, axis=1)
+    share = np.zeros((k, n))
+    share[np.argmin(distances, axis=0), np.arange(n)] = 1.0
+    weights, scatter = np.full(k, 1.0 / k), np.empty((k, r, r))
+    value, last = -math.inf, -math.inf
     for _ in range(steps):
-        weighted = w[:, None] * share
-        mass = np.maximum(weighted.sum(axis=0), 1e-12)
+        moments = (share * w) @ features.T
+        mass = np.maximum(moments[:, 0], 1e-12)
         weights = np.maximum(mass / mass.sum(), 1e-9)
         weights /= weights.sum()
-        weighted /= mass
-        means = weighted.T @ u
-        centred = u[None] - means[:, None, :]
-        scatter = np.matmul((centred * weighted.T[:, :, None]).transpose(0, 2, 1), centred)
+        moments /= mass[:, None]
+        means = moments[:, 1 : r + 1]
+        scatter[:, rows, columns] = scatter[:, columns, rows] = moments[:, r + 1 :]
+        scatter -= means[:, :, None] * means[:, None, :]
         # shrink to the diagonal as if r + 1 more points had been seen there
         pull = ((r + 1.0) / (mass * n_eff + r + 1.0))[:, None, None]
-        scatter = (1.0 - pull) * scatter + pull * scatter * np.eye(r) + floor
-        factors = np.linalg.cholesky(scatter)
-        parts = _log_parts(u, weights, means, factors)
+        scatter *= 1.0 - pull * (1.0 - np.eye(r))
+        scatter += 1e-6 * np.eye(r)
+        parts = _coefficients(weights, means, scatter, rows, columns, double) @ features
         density = _log_sum(parts)
         value = float(w @ density)
-        share = np.exp(parts - density[:, None])
-        if value - last < 3e-4 * max(1.0, abs(value)):
+        share = np.exp(parts - density)
+        if value - last < 1e-3:
             break
         last = value
-    return value, Mixture(basis, weights, means, factors)
+    return value, _Fit(weights, means, scatter)
+
+
+def _coefficients(
+    weights: Floats,
+    means: Floats,
+    scatter: Floats,
+    rows: NDArray[np.intp],
+    columns: NDArray[np.intp],
+    double: Floats,
+) -> Floats:
+    """Of the features in the log of weight times density of each component, ``(k, 1 + r + r (r + 1) / 2)``."""
+    precision = np.linalg.inv(scatter)
+    linear = np.einsum("kij,kj->ki", precision, means)
+    constant = np.log(weights) - 0.5 * (np.linalg.slogdet(scatter)[1] + means.shape[1] * _LOG2PI)
+    constant -= 0.5 * np.einsum("ki,ki->k", linear, means)
+    return np.concatenate([constant[:, None], linear, -0.5 * double * precision[:, rows, columns]], axis=1)

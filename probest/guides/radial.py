@@ -23,6 +23,7 @@ from scipy import special
 
 from probest import diagnostics
 from probest.estimators.base import Floats
+from probest.guides.base import Defensive, Prior, stratify
 
 __all__ = ["Radial", "fit_radial"]
 
@@ -38,6 +39,10 @@ class Radial:
     means: Floats
     scales: Floats
 
+    @property
+    def components(self) -> int:
+        return len(self.weights)
+
     def sample(self, n: int, rng: np.random.Generator) -> Floats:
         z = rng.standard_normal((n, self.dim))
         z *= (self.sample_radius(n, rng) / np.sqrt(np.einsum("ij,ij->i", z, z)))[:, None]
@@ -45,7 +50,7 @@ class Radial:
 
     def sample_radius(self, n: int, rng: np.random.Generator) -> Floats:
         """``(n,)`` radii."""
-        kind = rng.choice(len(self.weights), size=n, p=self.weights)
+        kind = stratify(n, self.weights, rng)
         return np.asarray(np.exp(self.means[kind] + self.scales[kind] * rng.standard_normal(n)), dtype=np.float64)
 
     def log_ratio(self, z: Floats) -> Floats:
@@ -68,6 +73,10 @@ class Radial:
     def widened(self, factor: float) -> Radial:
         """The same guide with every scale of log r multiplied by ``factor``."""
         return Radial(self.dim, self.weights, self.means, self.scales * factor)
+
+    def defended(self) -> Defensive:
+        """Slightly and much widened, and the prior."""
+        return Defensive((self.widened(1.15), self.widened(2.0), Prior(self.dim)), (0.8, 0.17, 0.03))
 
 
 def fit_radial(z: Floats, log_w: Floats) -> Radial:

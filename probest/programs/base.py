@@ -8,7 +8,7 @@ guides run on the reparameterised program too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +67,9 @@ class Recording(Protocol):
     """Open while the program runs; afterwards ``finish(value)`` gives the :class:`Run`."""
 
     def finish(self, value: PyTree) -> Run: ...
+
+    def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+        """Log-density of each held site, summed over its elements, and whether its value is in the support: scalars."""
 
     @property
     def layout(self) -> list[Site]: ...

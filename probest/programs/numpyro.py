@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,6 +80,13 @@ class NumPyroRecording:
                 log_weight = log_weight + jnp.sum(term if site["scale"] is None else site["scale"] * term)
                 conditioned.append(name)
         return Run(value, log_weight, sites, tuple(self.layout), params, tuple(conditioned))
+
+    def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+        found = {}
+        for name in names:
+            law, value = self.trace[name]["fn"], self.trace[name]["value"]
+            found[name] = jnp.sum(law.log_prob(value)), jnp.all(law.support(value))
+        return found
 
 
 class _Trace(handlers.trace):

@@ -6,7 +6,7 @@ inside a context that restores them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -77,6 +77,13 @@ class PyroRecording:
         conditioned = tuple(self.trace.terms)
         return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, conditioned)
 
+    def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+        found = {}
+        for name in names:
+            law, value = self.trace.observed[name]
+            found[name] = self.trace.terms[name], law.support.check(value).all()
+        return found
+
 
 class _Record(Messenger):
     """A light trace: values of sites, log-densities of observed ones, and an error for a name used twice."""
@@ -85,6 +92,7 @@ class _Record(Messenger):
         super().__init__()
         self.sites: dict[str, Array] = {}
         self.terms: dict[str, Array] = {}
+        self.observed: dict[str, tuple[Any, Array]] = {}
         self.params: dict[str, Array] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
@@ -103,6 +111,7 @@ class _Record(Messenger):
             if msg["mask"] is not None:
                 term = torch.where(torch.as_tensor(msg["mask"]), term, torch.zeros_like(term))
             self.terms[name] = (term * msg["scale"]).sum()
+            self.observed[name] = msg["fn"], msg["value"]
 
 
 class _Supply(Messenger):

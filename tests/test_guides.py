@@ -1,0 +1,240 @@
+"""Guides against closed forms: densities, samplers, fits, and which of them held-out particles choose."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+
+import numpy as np
+import pytest
+from exact_events import ExactEvent, half_space, numeric_gradient, parabola
+from scipy import integrate, special, stats
+
+from probest import diagnostics
+from probest.estimators.base import Floats
+from probest.estimators.combined import Combined
+from probest.estimators.importance import Importance, Population, weigh
+from probest.guides.base import Defensive, Prior, allocate
+from probest.guides.directional import Directional, fit_directional, log_normaliser
+from probest.guides.fit import Fitted, fit_guide
+from probest.guides.flow import FLOWS, check_installed, fit_flow
+from probest.guides.mixture import Mixture
+
+# A correct guide fails one of the statistical assertions below with at most this probability.
+TEST_FAILURE_RATE = 1e-5
+REACH = stats.norm.isf(TEST_FAILURE_RATE / 2)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def cone(dim: int, radius: float, cosine: float) -> ExactEvent:
+    """‖z‖ ≥ radius and z₁ ≥ cosine · ‖z‖: radius and direction are independent, so P is a product of closed forms."""
+
+    def severity(z: Floats) -> Floats:
+        r = np.linalg.norm(z, axis=1)
+        return np.asarray(np.minimum(r - radius, 3.0 * (z[:, 0] / r - cosine)), dtype=np.float64)
+
+    half = 0.5 * (dim - 1.0)
+    log_prob = stats.chi.logsf(radius, dim) + stats.beta.logsf(0.5 + 0.5 * cosine, half, half)
+    return ExactEvent(f"cone_d{dim}", dim, float(log_prob), severity, numeric_gradient(severity))
+
+
+def cone_sample(dim: int, radius: float, cosine: float, n: int, random: np.random.Generator) -> Floats:
+    """Exact draws of the cone's posterior, by inverting both distribution functions."""
+    half = 0.5 * (dim - 1.0)
+    t = 2.0 * stats.beta.isf(random.random(n) * stats.beta.sf(0.5 + 0.5 * cosine, half, half), half, half) - 1.0
+    r = stats.chi.isf(random.random(n) * stats.chi.sf(radius, dim), dim)
+    side = random.standard_normal((n, dim - 1))
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    z = np.column_stack([t, np.sqrt(1.0 - t**2)[:, None] * side])
+    return np.asarray(r[:, None] * z, dtype=np.float64)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 10, 200, 1000])
+@pytest.mark.parametrize("kappa", [0.0, 1e-6, 0.5, 20.0, 300.0, 1e4])
+def test_normaliser_of_directions_is_an_integral(dim: int, kappa: float) -> None:
+    # the mean of exp(κ cos θ), with density of θ ∝ sin^(d-2) θ, by quadrature around the largest value of the integrand
+    c = kappa / max(dim - 2.0, 1e-9)
+    peak = math.acos(min(1.0, 2.0 * c / (1.0 + math.sqrt(1.0 + 4.0 * c * c)))) if dim > 2 else 0.0
+
+    def exponent(x: float) -> float:
+        return kappa * math.cos(x) + (dim - 2.0) * math.log(max(math.sin(x), 1e-300))
+
+    top = exponent(peak) if dim > 2 else kappa
+    width = 1.0 / math.sqrt(dim + kappa)
+    ends = sorted({0.0, *(min(max(peak + k * width, 0.0), math.pi) for k in (-12, -4, -1, 1, 4, 12)), math.pi})
+    value = sum(
+        integrate.quad(lambda x: math.exp(exponent(x) - top), a, b, epsabs=1e-14, epsrel=1e-12)[0]
+        for a, b in itertools.pairwise(ends)
+    )
+    log_sphere = special.gammaln(0.5 * (dim - 1.0)) + 0.5 * math.log(math.pi) - special.gammaln(0.5 * dim)
+    assert log_normaliser(dim, np.array([kappa]))[0] == pytest.approx(top + math.log(value) - log_sphere, abs=1e-8)
+
+
+@pytest.mark.parametrize(("dim", "kappa"), [(2, 3.0), (5, 0.0), (50, 40.0), (1000, 1e4)])
+def test_directional_sampler_follows_its_density(dim: int, kappa: float) -> None:
+    mean = np.eye(dim)[:1]
+    law = Directional(np.ones(1), mean, np.array([kappa]), np.array([0.6 * dim]), np.array([1.3 * dim]))
+    n = 20_000
+    z = law.sample(n, rng(1))
+    square = np.sum(z**2, axis=1)
+    assert stats.kstest(square, stats.gamma(0.6 * dim, scale=1.3 / 0.6).cdf).pvalue > TEST_FAILURE_RATE
+    cosine = z[:, 0] / np.sqrt(square)
+    # d/dκ of the normaliser is the mean cosine
+    step = 1e-4 * max(kappa, 1.0)
+    slope = np.diff(log_normaliser(dim, np.array([max(kappa - step, 0.0), kappa + step])))[0]
+    slope /= step if kappa < step else 2.0 * step
+    assert abs(cosine.mean() - slope) < REACH * cosine.std() / math.sqrt(n) + 1e-4 / math.sqrt(dim)
+    # weights of draws against a law that is known: E_q[φ/q] of the half with positive first coordinate is 1/2
+    wide = Directional(np.ones(1), mean, np.array([0.2]), np.array([0.5 * dim]), np.array([1.0 * dim]))
+    y = wide.sample(n, rng(2))
+    w = np.exp(wide.log_ratio(y)) * (y[:, 0] > 0.0)
+    assert abs(w.mean() - 0.5) < REACH * w.std() / math.sqrt(n)
+
+
+def test_directional_fit_recovers_its_parameters() -> None:
+    dim, n = 30, 20_000
+    means = np.eye(dim)[:2]
+    law = Directional(
+        np.array([0.3, 0.7]), means, np.array([40.0, 80.0]), np.array([20.0, 60.0]), np.array([50.0, 90.0])
+    )
+    fit = fit_directional(law.sample(n, rng(3)), np.zeros(n), np.eye(dim)[:, :5], rng(4))
+    order = np.argsort(fit.weights)
+    assert fit.components == 2
+    np.testing.assert_allclose(fit.weights[order], law.weights, atol=REACH * 0.5 / math.sqrt(n) * 2)
+    np.testing.assert_allclose(np.sum(fit.directions[order] * means, axis=1), 1.0, atol=1e-2)
+    np.testing.assert_allclose(fit.concentration[order], law.concentration, rtol=0.05)
+    np.testing.assert_allclose(fit.shape[order], law.shape, rtol=0.12)
+    np.testing.assert_allclose(fit.spread[order], law.spread, rtol=0.02)
+
+
+def test_a_cone_beyond_a_radius_is_directional() -> None:
+    event = cone(40, 9.0, 0.5)
+    z = cone_sample(40, 9.0, 0.5, 600, rng(5))
+    fitted = fit_guide(z, np.zeros(600), rng(6))
+    assert fitted.kind == "directional"
+    population = Population(z, np.zeros(600), np.zeros(600), None, 600.0)
+    evidence = weigh(Importance(), event, population, None, budget=50_000, seed=np.random.SeedSequence(0))
+    assert evidence.converged, evidence.notes
+    assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
+
+
+def test_allocation_is_even_and_right_on_average() -> None:
+    shares = (0.78, 0.13, 0.05, 0.02, 0.02)
+    random = rng(7)
+    counts = np.array([allocate(37, shares, random) for _ in range(4000)])
+    assert (counts.sum(axis=1) == 37).all()
+    assert (np.abs(counts - 37 * np.array(shares)) < 1.0).all()
+    error = counts.std(axis=0) / math.sqrt(len(counts))
+    assert (np.abs(counts.mean(axis=0) - 37 * np.array(shares)) <= REACH * error + 1e-12).all()
+    assert allocate(0, shares, random).sum() == 0
+
+
+def test_fixed_shares_do_not_raise_the_variance() -> None:
+    parts = (Mixture(np.eye(1), np.ones(1), np.full((1, 1), 4.0), np.eye(1)[None]), Prior(1))
+    guide = Defensive(parts, (0.5, 0.5))
+    random = rng(8)
+    sums, spread = [], []
+    for _ in range(400):
+        z = guide.sample(100, random)
+        w = np.where(z[:, 0] > 3.5, np.exp(guide.log_ratio(z)), 0.0)
+        sums.append(w.mean())
+        spread.append(w.var() / 100)
+    truth = stats.norm.sf(3.5)
+    assert abs(np.mean(sums) - truth) < REACH * np.std(sums) / math.sqrt(len(sums))
+    # the stated variance is that of independent choices: never too small (chi-square)
+    assert np.var(sums) < np.mean(spread) * stats.chi2.isf(TEST_FAILURE_RATE, 399) / 399
+
+
+@pytest.mark.parametrize("library", FLOWS)
+def test_flows_are_densities_and_guides(library: str) -> None:
+    if importlib.util.find_spec(library) is None:  # not importorskip: the import itself would change settings of torch
+        pytest.skip(f"{library} is not installed")
+    event = parabola(6, 3.0, -0.2)
+    draws = rng(9).standard_normal((600_000, 6))
+    z = draws[event.severity(draws) >= 0.0][:600]
+    basis = np.eye(6)[:, :2]
+    flow = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
+    # the density integrates to one over the plane, by the trapezoidal rule
+    grid = np.linspace(-7.0, 9.0, 126)
+    x, y = (axis.ravel() for axis in np.meshgrid(grid, grid))
+    plane = np.column_stack([x, y, np.zeros((len(x), 4))])
+    density = np.exp(stats.norm.logpdf(x) + stats.norm.logpdf(y) - flow.log_ratio(plane))
+    cell = (grid[1] - grid[0]) ** 2
+    assert density.sum() * cell == pytest.approx(1.0, abs=5e-3)
+    # and the sampler follows it: the shares of four quadrants around the median, and the other directions are normal
+    sample = flow.sample(3000, rng(11))
+    for above in (0, 1):
+        for right in (0, 1):
+            part = ((y > 3.3) == above) & ((x > 0.0) == right)
+            share = np.mean(((sample[:, 1] > 3.3) == above) & ((sample[:, 0] > 0.0) == right))
+            assert abs(share - density[part].sum() * cell) < REACH * 0.5 / math.sqrt(3000) + 0.02
+    assert stats.kstest(sample[:, 4], "norm").pvalue > TEST_FAILURE_RATE
+    np.testing.assert_array_equal(sample, flow.sample(3000, rng(11)))
+    again = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
+    np.testing.assert_array_equal(again.log_ratio(z), flow.log_ratio(z))
+    fitted = Fitted(flow.defended(), library, basis, 1)
+    population = Population(z, np.zeros(len(z)), np.zeros(len(z)), None, float(len(z)))
+    evidence = weigh(
+        Importance(), event, population, None, budget=20_000, seed=np.random.SeedSequence(0), fitted=fitted
+    )
+    assert evidence.converged, evidence.notes
+    assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
+
+
+def test_unknown_and_missing_guides_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for guides in ((), ("flow",)):
+        with pytest.raises(ValueError, match="guides"):
+            Importance(guides=guides)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="flows-torch"):
+        check_installed("zuko")
+
+
+def test_intervals_cover() -> None:
+    events = (half_space(2, 3.0), half_space(20, 4.0), parabola(2, 4.0, 0.5))
+    method = Combined()
+    runs = [
+        (event, method.run(event, budget=50_000, seed=np.random.SeedSequence(i))) for i in range(10) for event in events
+    ]
+    covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for event, run in runs)
+    assert stats.binom.cdf(covered, len(runs), 0.93) > TEST_FAILURE_RATE
+
+
+def lacking(good: bool, seed: int) -> tuple[ExactEvent, Population, Fitted]:
+    """z₁ ≥ 4 or z₂ ≥ 4, with exact particles of both, and a guide of both or of the first alone."""
+    random = rng(seed)
+    event = ExactEvent("two", 5, math.log(2.0 * stats.norm.sf(4.0)), lambda z: np.maximum(z[:, 0], z[:, 1]) - 4.0)
+    z = random.standard_normal((256, 5))
+    first = random.random(256) < 0.5
+    tail = stats.norm.isf(random.random(256) * stats.norm.sf(4.0))
+    z[np.arange(256), np.where(first, 0, 1)] = tail
+    known = z if good else z[first]
+    fitted = fit_guide(known, np.zeros(len(known)), random)
+    assert isinstance(fitted.guide, Defensive)
+    bare = Defensive((fitted.guide.parts[0], Prior(5)), (0.9, 0.1))
+    return event, Population(z, np.zeros(256), np.zeros(256), None, 128.0), Fitted(bare, "mixture", fitted.basis, 1)
+
+
+def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
+    flagged = {True: 0, False: 0}
+    repeats = 25
+    for good in flagged:
+        for i in range(repeats):
+            event, population, fitted = lacking(good, i)
+            source = np.random.SeedSequence(i)
+            evidence = weigh(Importance(), event, population, None, budget=3000, seed=source, fitted=fitted)
+            flagged[good] += any("particles show" in note for note in evidence.notes)
+    # rates of at most 2 % and at least 99 %, at this many repeats
+    assert flagged[True] <= stats.binom.isf(TEST_FAILURE_RATE, repeats, 0.02)
+    assert flagged[False] >= stats.binom.ppf(TEST_FAILURE_RATE, repeats, 0.99)
+
+
+def test_smoothed_is_a_second_opinion() -> None:
+    event = half_space(10, 4.0)
+    evidence = Importance().run(event, budget=20_000, seed=np.random.SeedSequence(0))
+    assert abs(evidence.diagnostics["smoothed"] - evidence.log_prob) < 3.0 * evidence.std_error
+    assert math.isfinite(diagnostics.pareto_khat(np.log(rng().random(100))))
