@@ -29,6 +29,7 @@ __all__ = [
     "Floats",
     "Meter",
     "Particles",
+    "UndefinedError",
     "child_seed",
     "generator",
 ]
@@ -132,6 +133,10 @@ class Estimator(Protocol):
         """Estimate log P within ``budget`` model calls. The same seed gives the same evidence."""
 
 
+class UndefinedError(ValueError):
+    """The severity or the log-weight is NaN somewhere."""
+
+
 class Meter:
     """Counts the calls an estimator makes, refuses more than the budget, and refuses NaN severities.
 
@@ -163,7 +168,7 @@ class Meter:
         self.calls += cost
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        """The event at z, checked; raises ValueError for a NaN severity or log-weight, or a wrong shape."""
+        """The event at z, checked; raises UndefinedError for a NaN, ValueError for a wrong shape."""
         n = z.shape[0]
         self.charge(n * (GRADIENT_CALLS if gradient else FORWARD_CALLS))
         result = self.event.evaluate(z, gradient=gradient)
@@ -172,7 +177,7 @@ class Meter:
                 raise ValueError(f"{name} must have shape ({n},), got {value.shape}")
             if np.isnan(value).any():
                 row = int(np.flatnonzero(np.isnan(value))[0])
-                raise ValueError(
+                raise UndefinedError(
                     f"{name} is NaN at {int(np.isnan(value).sum())} of {n} points (the first has |z| = "
                     f"{float(np.linalg.norm(z[row])):.3g}): return a number, or -inf where there can be no catastrophe"
                 )

@@ -41,11 +41,11 @@ from scipy.special import log_ndtr, ndtri
 from scipy.stats import qmc
 
 from probest.diagnostics import log_sum_exp
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
+from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, UndefinedError
 
 __all__ = ["DesignPoints", "Search", "even_normals", "find_design_points"]
 
-_SCALES = (1.0, 2.0)  # of the starts
+_WIDE = 2.0  # scale of every other start
 _FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
 _FEW = 6  # dimensions in which a sphere can be covered
 _SUSPECTS = 3  # starts from unexplained catastrophes at a time
@@ -238,9 +238,14 @@ class Search:
         wanted = min(_FIRST, starts)  # the others may then meet what the first ones found, and stop early
         while self.begun < wanted and self._room(2 * (wanted - self.begun)):
             count = wanted - self.begun
-            z = rng.standard_normal((count, dim)) * np.resize(_SCALES, count)[:, None]
-            told = self.start_from(z)
-            if (self.begun >= starts and not self.arrived) or told < count / 2:
+            z = rng.standard_normal((count, dim))
+            told = self.start_from(z[::2])
+            if told < len(z[::2]) / 2:
+                return False
+            with contextlib.suppress(UndefinedError):  # so far out the model need not be defined
+                self.start_from(_WIDE * z[1::2])
+            self.begun = wanted
+            if wanted >= starts and not self.arrived:
                 return False
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
@@ -259,7 +264,7 @@ class Search:
         else:
             found = np.empty((0, dim))
             out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
-        with contextlib.suppress(ValueError):  # there the model need not be defined, and that is no error of the user's
+        with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
         known = len(self.arrived)
         return len(found) > 0 and self.start_from(self._entries(found)) > 0 and len(self.arrived) > known
@@ -376,7 +381,8 @@ def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room) ->
     ended: list[_Walk] = []
     for step in range(_STEPS):
         walks = _merge(walks, 0.5 * _SAME_MODE if step else 0.05)
-        done = [w.arrived or (step > 0 and any(w.meets(k, 0.7 * _SAME_MODE) for k in known)) for w in walks]
+        near = 0.7 * _SAME_MODE if step else 0.02  # the first step has to hit what is known
+        done = [w.arrived or any(w.meets(k, near) for k in known) for w in walks]
         ended += [walk for walk, end in zip(walks, done, strict=True) if end]
         walks = [walk for walk, end in zip(walks, done, strict=True) if not end and not walk.stuck]
         if not walks or not room(len(walks)):

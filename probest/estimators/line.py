@@ -40,7 +40,7 @@ import numpy as np
 from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
-from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, generator
+from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, UndefinedError, generator
 from probest.estimators.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.estimators.design import DesignPoints, Search, even_normals
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
@@ -102,7 +102,10 @@ class LineSampling:
         if not event.differentiable or event.weighted:
             reason = "a severity with a gradient, and an adversary without observed sites, are needed"
             return [_nothing(self, meter.calls, meter.seconds, f"line sampling does not apply: {reason}.")]
-        return _Campaign(self, meter, generator(seed)).run()
+        try:
+            return _Campaign(self, meter, generator(seed)).run()
+        except UndefinedError as error:  # lines go further out than draws do; what follows them may not need that
+            return [_nothing(self, meter.calls, meter.seconds, f"lines reached a point where {error}.")]
 
 
 class _Model(NamedTuple):

@@ -26,8 +26,9 @@ from scipy.special import log_ndtr
 
 from probest.backends.base import Array, Backend, Parts
 from probest.diagnostics import systematic_resample
-from probest.estimators.base import Evidence, Floats, Particles
+from probest.estimators.base import Evidence, Floats, Particles, child_seed
 from probest.estimators.surface import Surface, sample_surface
+from probest.estimators.thicken import thicken
 from probest.programs.event import Event
 
 __all__ = ["GradientError", "Weigher"]
@@ -76,7 +77,10 @@ class Weigher:
                 "no longer belong to them: call log_prob_at once before changing parameters, or estimate again"
             )
         rng = np.random.Generator(np.random.Philox(seed))
-        surface = sample_surface(event, particles, lines=lines, seed=seed.spawn(1)[0]) if event.differentiable else None
+        particles = thicken(event, particles, lines, seed=child_seed(seed, 1))
+        surface = None
+        if event.differentiable:
+            surface = sample_surface(event, particles, lines=lines, seed=child_seed(seed, 0))
         frozen = event.discrete_sites if event.differentiable else None
         follow = event.weighted or not event.differentiable or bool(event.discrete_sites)
         posterior = _scores(event, particles, frozen, rng) if follow else None
