@@ -213,14 +213,21 @@ def test_calls_do_not_grow_with_the_dimension() -> None:
 
 def test_ledger_ends_with_the_conclusion() -> None:
     lines: list[Evidence] = []
-    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0), lines=lines)
+    ledger = Combined().run_ledger(conditioned(20, 4.0, 1.0, 0.3), budget=BUDGET, seed=seed(0), lines=lines)
     assert ledger is lines
     assert [line.method for line in ledger] == ["monte carlo", "tempering", "importance sampling", "combined"]
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
 
 
+def test_a_smooth_problem_is_settled_by_lines() -> None:
+    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0))
+    assert [line.claim for line in ledger] == ["unbiased", "heuristic", "heuristic", "unbiased", "unbiased"]
+    assert ledger[-2].method == "line sampling"
+    assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
+
+
 def test_an_interrupted_ledger_keeps_its_lines() -> None:
-    whole = half_space(10, 5.0)
+    whole = conditioned(20, 4.0, 1.0, 0.3)
     calls = 0
 
     def severity(z: Floats) -> Floats:

@@ -53,6 +53,7 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(6)
 _FAR = math.log(1e-4)  # what lies beyond is at most this share of the mode
 _FLOOR = 0.005  # of the standard error: what lines that agree cannot tell
 _MOST_MODES = 12
+_SLOWEST = 0.5  # nats a unit at least: below the bulk the mass beyond hardly changes
 _CHEAP, _DEAR = 8, 40  # calls to keep for a line, if it is simple and if it needs a grid
 _LIGHTEST = 0.2  # weight in the fit of a line that hardly counts
 _LEAST = 5  # fresh lines a mode
@@ -156,7 +157,8 @@ class _Mode:
         """Nats that the mass beyond the boundary loses per unit."""
         r = np.array([self.beta, self.beta + 1e-4])
         fall = self.law.log_sf(r)
-        return float(fall[0] - fall[1]) / 1e-4
+        rate = float(fall[0] - fall[1]) / 1e-4
+        return max(rate, _SLOWEST) if math.isfinite(rate) else max(self.beta, _SLOWEST)
 
 
 @dataclass
