@@ -62,7 +62,7 @@ _LESSONS = 4  # each with twice as many lines as the one before
 _POOR = 0.2  # misfit of a model, in nats
 _MANY = 32  # fresh lines where the model is poor
 _STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
-_FEW = 6  # dimensions
+_FEW = 8  # dimensions
 _LOOKS = 5
 _AROUND = 16  # points far out that are asked for modes
 
@@ -177,7 +177,8 @@ class _Campaign:
     def run(self) -> list[Evidence]:
         few = self.meter.event.dim <= _FEW
         search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8)
-        if not search.run(self.rng, self.method.starts, 6 * self.method.starts):
+        starts = (5 * self.method.starts) // 8 if few else self.method.starts
+        if not search.run(self.rng, starts, 6 * self.method.starts):
             return [self._nothing("gradients lead to no boundary of the event.")]
         points = self._look_around(search)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
@@ -459,7 +460,7 @@ class _Campaign:
 
         Plain, with the control variate, and the control variate's own error.
         """
-        plain, varied, error = [np.empty(0)], [np.empty(0)], 0.0
+        plain, varied, errors = [np.empty(0)], [np.empty(0)], [np.empty(0)]
         for r in self.modes[k].rounds:
             if r.learning != learning:
                 continue
@@ -467,12 +468,15 @@ class _Campaign:
             plain.append(value)
             if r.model is None:
                 varied.append(value)
+                errors.append(np.zeros(len(value)))
                 continue
             modelled = self._modelled_lines(k, r)
             mean = math.exp(r.model.proposal.log_mean - self.scale)
             varied.append(value - np.exp(r.log_w + modelled - self.scale) + mean)
-            error = max(error, mean * math.hypot(r.model.proposal.error, 0.5 * r.model.proposal.unseen))
-        return np.concatenate(plain), np.concatenate(varied), error
+            own = mean * math.hypot(r.model.proposal.error, 0.5 * r.model.proposal.unseen)
+            errors.append(np.full(len(value), own))
+        error = np.concatenate(errors)
+        return np.concatenate(plain), np.concatenate(varied), float(error.mean()) if len(error) else 0.0
 
     def _learnt(self, k: int) -> float:
         mode = self.modes[k]
@@ -549,6 +553,8 @@ class _Campaign:
         aim = (self.method.precision or 1e-9) * mean * 0.9
         wanted = 1.1 * np.sum(spread) * spread / aim**2
         more = np.maximum(0.0, np.maximum(wanted, self._least()) - done)
+        if not np.any(more > 0.0):  # nearly there: what is missing is certainty of the error itself
+            more[int(np.argmax(spread))] = _LEAST
         more = np.where(more > 0.0, np.maximum(more, _LEAST), 0.0)
         afford = self.meter.left / (max(self.price, 2.0) * max(float(more.sum()), 1.0))
         if afford < 1.0 and self.method.precision is not None:
