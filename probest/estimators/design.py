@@ -264,10 +264,12 @@ class Search:
         else:
             found = np.empty((0, dim))
             out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
+            known = np.array([_normal(walk)[0] for walk in self.arrived])
+            out -= out @ np.linalg.pinv(known, rtol=1e-8) @ known  # known modes would explain what is found there
         with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
-        known = len(self.arrived)
-        return len(found) > 0 and self.start_from(self._entries(found)) > 0 and len(self.arrived) > known
+        before = len(self.arrived)
+        return len(found) > 0 and self.start_from(self._entries(found)) > 0 and len(self.arrived) > before
 
     def _unexplained(self, z: Floats) -> Floats:
         """Catastrophes among the rays through z that come earlier than any known mode has it; at most a few of them.
@@ -326,7 +328,7 @@ class Search:
         """
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)
-        if known >= 5 and known > 0.5 * met:  # every start arrives somewhere else: more will not change that
+        if known >= 5 and known > 0.75 * met:  # every start arrives somewhere else: more will not change that
             return self.begun
         rare = known > 1 and min(walk.weight for walk in counted) < 2
         missing = max(starts, self.each * known if known > 1 else 0) - met

@@ -662,7 +662,8 @@ class _Campaign:
 
 def _endless(points: DesignPoints) -> bool:
     """Whether there are more modes than directions could serve: as good as every start found its own."""
-    return len(points.beta) > _MOST_MODES or int(np.sum(points.starts == 1)) >= 5
+    single = int(np.sum(points.starts == 1))
+    return len(points.beta) > _MOST_MODES or (single >= 5 and single >= 0.7 * int(np.sum(points.starts)))
 
 
 def _along(mode: _Mode) -> Floats:
