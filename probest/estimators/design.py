@@ -56,7 +56,7 @@ _FIRST = 2  # starts of the first batch
 _SUFFICIENT = 0.3  # share of the hoped-for fall of the merit that a step must bring
 _NEAR = 2.0  # linearisations further away than this are forgotten when a step succeeds
 _PLANES = 5  # linearisations that a walk keeps before it shortens its step
-_CLOSE = 0.15  # a target this near counts as reached: lines need the direction only roughly
+_CLOSE = 0.1  # a target this near counts as reached: lines need the direction only roughly
 _SAME_MODE = 0.35  # design points nearer than this (relative to their norm, plus as much) are one mode
 _COUNTS = math.log(0.02)  # as likely as this, compared to the likeliest, a mode counts when starts are counted
 _NEGLIGIBLE = math.log(1e-3)  # share of the first-order estimate below which a mode is left out
@@ -264,8 +264,7 @@ class Search:
         else:
             found = np.empty((0, dim))
             out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
-            known = np.array([_normal(walk)[0] for walk in self.arrived])
-            out -= out @ np.linalg.pinv(known, rtol=1e-8) @ known  # known modes would explain what is found there
+            out = _aside(out, np.array([_normal(walk)[0] for walk in self.arrived]))
         with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
         before = len(self.arrived)
@@ -357,6 +356,18 @@ class Search:
             self.lost,
             self.origin,
         )
+
+
+def _aside(z: Floats, normals: Floats) -> Floats:
+    """The points mirrored to the safe side of known modes, which would explain whatever is found beyond them.
+
+    Between opposite modes there is no safe side: there the component along their normals is removed.
+    """
+    opposite = np.any(normals @ normals.T < -0.5, axis=1).tolist()
+    for normal, pressed in zip(normals, opposite, strict=True):
+        along = z @ normal
+        z = z - (along if pressed else 2.0 * np.maximum(along, 0.0))[:, None] * normal
+    return np.asarray(z)
 
 
 def even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:
