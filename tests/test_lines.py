@@ -32,7 +32,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.design import Search, find_design_points
 from probest.estimators.line import LineSampling
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
-from probest.estimators.thicken import thicken
+from probest.estimators.thicken import cost, thicken
 from probest.estimators.tracing import Pencil, trace
 
 FAILURE = 1e-4  # that a correct build fails a statistical test here, each
@@ -339,7 +339,8 @@ def test_bad_settings_are_named(field: str, value: float) -> None:
 def test_thickened_particles_keep_their_law(event: ExactEvent) -> None:
     few = LineSampling().run(event, budget=2000, seed=seed(1)).particles
     assert few is not None
-    many = thicken(event, few, 600, seed=seed(2))
+    meter = Meter(event, cost(600, 5))
+    many = thicken(meter, few, 600, seed=seed(2))
     assert len(many.z) == 600
     np.testing.assert_allclose(event.severity(many.z), many.severity, atol=1e-12)
     assert np.all(many.severity >= 0.0)

@@ -4,6 +4,7 @@
 2. *Line up*: where the severity has a gradient, line sampling along the design points' directions
    (:mod:`probest.estimators.line`) settles smooth problems and unions of smooth ones in some hundreds of calls. If its
    lines vary too much, or its own checks fail, what follows starts from nothing.
+   Where only their precision does not do, a guide is fitted to their particles (see *aim*).
 3. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
    replaces it: those are exact).
 4. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
@@ -42,6 +43,7 @@ from probest.estimators.line import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
+from probest.estimators.thicken import cost, thicken
 
 __all__ = ["Combined"]
 
@@ -54,6 +56,8 @@ _LINES = 0.4  # of the budget, at most, for line sampling
 _LEAST_LINES = 100  # calls without which it is not tried
 _CLOSE = 1.2  # times the precision, that will do
 _MARKOV = math.log(40.0)
+_THICK, _THICK_SHARE, _SWEEPS = 192, 30, 3  # particles made from those of lines, calls left for each, rounds of moves
+_VAGUE = 1.5  # standard error of lines whose particles say nothing
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 _LEARN = 1000  # calls left below which nothing is learned
 
@@ -112,6 +116,9 @@ class Combined:
             lined = self._line_up(event, ledger, child_seed(seed, 9), look)
             if lined is not None and lined.converged and lined.std_error <= _CLOSE * aim:
                 return lined
+            aimed = None if lined is None else self._aim(event, ledger, child_seed(seed, 10), lined)
+            if aimed is not None:
+                return aimed
         if ledger.left < 1:
             return lined or look
         crude = self._sample(event, ledger, child_seed(seed, 0), self.pilot)
@@ -165,6 +172,19 @@ class Combined:
             note = "the crude sample speaks against this: a mode is missing, or lines miss parts of the event."
             lined = replace(lined, converged=False, notes=(*lined.notes, note))
         return ledger.add(lined)
+
+    def _aim(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, lined: Evidence) -> Evidence | None:
+        """A guide fitted to the particles of lines that varied too much; None unless it passes and agrees with them."""
+        n = min(_THICK, ledger.left // _THICK_SHARE)
+        if lined.particles is None or n < 64 or not lined.std_error < _VAGUE:
+            return None
+        meter = Meter(event, cost(n, _SWEEPS))
+        particles = thicken(meter, lined.particles, n, seed=child_seed(seed, 0), sweeps=_SWEEPS)
+        population = _crude_population(particles)._replace(effective=len(particles.z) / 3.0)
+        ledger.left -= meter.calls
+        weighed = self._weigh(event, ledger, child_seed(seed, 1), population, None)
+        ledger.lines[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
+        return weighed if weighed.converged and agree(weighed, lined) else None
 
     def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""

@@ -15,33 +15,38 @@ import math
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import GRADIENT_CALLS, EventLike, Floats, Meter, Particles, generator
+from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, Particles, generator
 from probest.estimators.moves import State, fit_moves, guided_sweep, move, probe, refresh
 
-__all__ = ["thicken"]
+__all__ = ["cost", "thicken"]
 
-_SWEEPS = 5
+_PROBES = 64  # gradients a sweep, for the directions of moves
 _LEAST = 4  # particles, below which there is nothing to start from
 
 
-def thicken(event: EventLike, particles: Particles, n: int, *, seed: np.random.SeedSequence) -> Particles:
+def thicken(meter: Meter, particles: Particles, n: int, *, seed: np.random.SeedSequence, sweeps: int = 5) -> Particles:
     """``n`` equally weighted particles, or the given ones where these are worth as many.
 
-    Costs about 15 model calls a particle. The adversary must not be conditioned.
+    sweeps: rounds of moves; :func:`cost` says what they take. The adversary must not be conditioned.
     """
+    event = meter.event
     if event.weighted or diagnostics.effective_sample_size(particles.log_weight) >= n or len(particles.z) < _LEAST:
         return particles
     rng = generator(seed)
     at = diagnostics.systematic_resample(particles.log_weight, n, rng)
     state = _state(particles.z[at], particles.severity[at])
-    meter = Meter(event, n * (4 * _SWEEPS + GRADIENT_CALLS))
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         refresh(state, meter, rng)
         accepted = move(state, meter, rng, False)
         state.angle = float(np.clip(state.angle * math.exp(2.0 * (accepted - 0.35)), 1e-3, 1.4))
-        probe(state, meter, event.differentiable, 64)
+        probe(state, meter, event.differentiable, _PROBES)
         guided_sweep(state, meter, rng, fit_moves(state, rng))
     return Particles(state.z, np.full(n, -math.log(n)), state.severity)
+
+
+def cost(n: int, sweeps: int) -> int:
+    """Model calls that ``n`` particles take at most."""
+    return sweeps * (3 * n + GRADIENT_CALLS * min(n, _PROBES))
 
 
 def _state(z: Floats, severity: Floats) -> State:

@@ -26,9 +26,9 @@ from scipy.special import log_ndtr
 
 from probest.backends.base import Array, Backend, Parts
 from probest.diagnostics import systematic_resample
-from probest.estimators.base import Evidence, Floats, Particles, child_seed
+from probest.estimators.base import Evidence, Floats, Meter, Particles, child_seed
 from probest.estimators.surface import Surface, sample_surface
-from probest.estimators.thicken import thicken
+from probest.estimators.thicken import cost, thicken
 from probest.programs.event import Event
 
 __all__ = ["GradientError", "Weigher"]
@@ -77,7 +77,7 @@ class Weigher:
                 "no longer belong to them: call log_prob_at once before changing parameters, or estimate again"
             )
         rng = np.random.Generator(np.random.Philox(seed))
-        particles = thicken(event, particles, lines, seed=child_seed(seed, 1))
+        particles = thicken(Meter(event, cost(lines, 5)), particles, lines, seed=child_seed(seed, 1))
         surface = None
         if event.differentiable:
             surface = sample_surface(event, particles, lines=lines, seed=child_seed(seed, 0))
