@@ -17,6 +17,7 @@ from scipy.special import ndtri
 from probest.backends.base import Array, PyTree
 from probest.estimators.base import Estimator, Evidence, Floats
 from probest.estimators.combined import Combined
+from probest.estimators.tempering import Tempering
 from probest.estimators.weigh import GradientError, Weigher
 from probest.problem import Problem
 from probest.programs.event import Event
@@ -39,6 +40,7 @@ def estimate(
     precision: float = 0.05,
     seed: int = 0,
     estimator: Estimator | None = None,
+    warm_start: Estimate | Evidence | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimate log P, the log-probability of a catastrophe.
@@ -49,6 +51,8 @@ def estimate(
         precision: standard error of log P, in nats, at which to stop early.
         seed: the same seed gives the same estimate.
         estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
+        warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
+            steps. Its catastrophes say where to look; the new estimate does not rest on them.
         progress: show a progress line (only ever in a terminal or notebook).
 
     Returns:
@@ -67,6 +71,8 @@ def estimate(
     check_whole("seed", seed, least=0)
     event = problem.event.replaced()
     method = Combined(precision=precision) if estimator is None else estimator
+    if warm_start is not None:
+        method = _warmed(method, warm_start)
     start = time.perf_counter()
     ledger: list[Evidence] = []
     with Progress("estimate", enabled=progress) as line:
@@ -80,6 +86,16 @@ def estimate(
             ledger.append(replace(ledger[-1], converged=False, notes=(*ledger[-1].notes, note)))
     event.on_calls = None
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
+
+
+def _warmed(method: Estimator, before: Estimate | Evidence) -> Estimator:
+    """The method with the catastrophes of an earlier estimate to start from; as it is where that found none."""
+    if not isinstance(before, Estimate | Evidence):
+        raise TypeError(f"warm_start is a {type(before).__name__}: expected an Estimate or an Evidence")
+    if not isinstance(method, Combined | Tempering):
+        raise ValueError(f"warm_start: {method.name} does not start from particles; use Tempering or the default")
+    evidence = before.conclusion if isinstance(before, Estimate) else before
+    return method if evidence.particles is None else replace(method, warm_start=evidence.particles)
 
 
 def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:

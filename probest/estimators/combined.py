@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,11 +48,13 @@ class Combined:
     precision: wanted standard error of log P; stops there. None spends the budget.
     pilot: size of the first crude sample.
     particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
     """
 
     precision: float | None = 0.05
     pilot: int = 500
     particles: int = 256
+    warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -167,7 +169,7 @@ class Combined:
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
     ) -> _Run | None:
-        method = Tempering(particles=max(64, particles), max_moves=6)
+        method = Tempering(particles=max(64, particles), max_moves=6, warm_start=self.warm_start)
         evidence, state, prior = temper(method, event, budget=max(1, int(share * ledger.left)), seed=seed)
         ledger.add(evidence)
         return None if state is None else _Run(evidence, state, prior)

@@ -32,6 +32,7 @@ from scipy import stats
 
 from probest import diagnostics
 from probest.estimators.base import GRADIENT_CALLS, Evaluation, Floats, Meter
+from probest.estimators.scouts import with_scouts
 from probest.estimators.softening import ADVERSARY, Softening
 from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
 from probest.guides.radial import Radial, fit_radial
@@ -66,6 +67,7 @@ class State:
     z ``(n, dim)`` and gradients ``(n, dim)`` or None (not known now), in float32 where they are large; rows: gradient
     information for a subspace; ``soft``: the softening of the target, ``drift`` the one that gradient moves follow;
     ``power`` of the log-weight; size: worth of the run when it is pooled with others, known before it started;
+    places: where scouts say that modes may be, ``(k, dim)`` or None;
     rest: levels until guided moves are tried again; cost: model calls a particle that a level takes.
     """
 
@@ -86,6 +88,7 @@ class State:
     rows: Floats | None = None
     rest: int = 0
     family: NDArray[np.intp] | None = None
+    places: Floats | None = None
     size: float = 0.0
     cost: float = 1.5
     first_hits: int = 0
@@ -120,13 +123,18 @@ def ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
     if state.severity_grad is None:
         if meter.left < 4 * GRADIENT_CALLS * n:
             return False
-        _, first, inverse = np.unique(state.z[:, 0], return_index=True, return_inverse=True)
-        result = meter.evaluate(state.z[first], gradient=True)
-        if result.severity_grad is None:
-            return False
-        state.severity_grad = result.severity_grad[inverse]
-        if result.log_weight_grad is not None:
-            state.weight_grad = result.log_weight_grad[inverse]
+        grad = np.empty_like(state.z)
+        weight_grad = np.empty_like(state.z) if meter.event.weighted else None
+        for rows in np.array_split(np.arange(n), math.ceil(state.z.size / _BLOCK)):
+            # relatives lie next to each other, and are often the same
+            _, first, inverse = np.unique(state.z[rows, 0], return_index=True, return_inverse=True)
+            result = meter.evaluate(state.z[rows[first]], gradient=True)
+            if result.severity_grad is None:
+                return False
+            grad[rows] = result.severity_grad[inverse]
+            if weight_grad is not None and result.log_weight_grad is not None:
+                weight_grad[rows] = result.log_weight_grad[inverse]
+        state.severity_grad, state.weight_grad = grad, weight_grad
     if not state.started and state.weight_grad is not None:
         return bool(np.isfinite(state.weight_grad).all(axis=1).mean() > 0.5)
     norm = np.linalg.norm(state.severity_grad, axis=1)
@@ -346,7 +354,7 @@ def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial,
             few = float(np.sum((other @ basis) ** 2)) >= 0.7 * float(np.sum(other**2))
         if few:
             fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
-            laws.append(fit.with_wide_tails(0.4, 2.0))
+            laws.append(with_scouts(fit.with_wide_tails(0.4, 2.0), state.places))
         else:
             laws.append(fit_radial(z, equal).with_wide_tails(0.5, 3.0))
     return laws[1], laws[0]

@@ -6,10 +6,10 @@ A softening is a factor g(s) of the severity, increasing in s; its logarithm and
   trains keeps it fixed.
 - :class:`Tilt`: :math:`1 / (1 + \exp(-\lambda (h(s) - h(0))))` with h the *index* of a severity,
   :math:`h(x) = -\Phi^{-1}(P(S \ge x))`, learnt from the population on the way (:class:`Index`). On that scale
-  severities of the adversary are standard normal whatever their units, so that a path from λ = 0 is that of a half-space: as many
-  levels as the event is standard deviations away, the population as wide as the prior along it, and no scale on
-  which severities may not grow. It depends on the order of severities alone, like subset simulation, and
-  takes :math:`\sqrt{|\log P|}` levels where that takes :math:`|\log P|`.
+  severities of the adversary are standard normal whatever their units, so that a path from λ = 0 is that of a
+  half-space: as many levels as the event is standard deviations away, the population as wide as the prior along it,
+  and no scale on which severities may not grow. It depends on the order of severities alone, like subset simulation,
+  and takes :math:`\sqrt{|\log P|}` levels where that takes :math:`|\log P|`.
 
 References: Papaioannou, Papadimitriou & Straub (2016), Sequential importance sampling for structural reliability
 (smoothed events); Au & Beck (2001), Subset simulation (levels by the order of severities alone); Hasofer & Lind (1974)

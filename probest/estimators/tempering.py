@@ -5,9 +5,9 @@ With φ the standard normal density of z, w the weight of observed sites and g a
 .. math:: \pi_t(z) \propto \varphi(z)\, w(z)^{\kappa_t}\, g_t(s(z)),
 
 first κ from 0 to 1 (a conditioned adversary's own evidence), then g from 1 to the event. g is logistic in the *index*
-of the severity (:mod:`probest.estimators.softening`), a scale on which severities are standard normal; so each step has a
-known length, and choosing it by the very particles that it weighs, which makes estimates low, is left to the
-few steps at the edge. Weights are averaged (their product estimates the evidence), the population is resampled and
+of the severity (:mod:`probest.estimators.softening`), a scale on which severities are standard normal; so each step
+has a known length, and choosing it by the very particles that it weighs, which makes estimates low, is left to
+the few steps at the edge. Weights are averaged (their product estimates the evidence), the population is resampled and
 moved. Moves are reversible for φ, so their cost does not grow with the dimension (:mod:`probest.estimators.moves`).
 The population is as large as the budget allows for the levels that are still ahead.
 
@@ -31,7 +31,7 @@ of particle filters; Lee & Whiteley (2018), Variance estimation in the particle 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ from probest.estimators.base import (
     Floats,
     Meter,
     Particles,
+    child_seed,
     generator,
 )
 from probest.estimators.families import Families, combine, complaints
@@ -63,6 +64,7 @@ from probest.estimators.moves import (
     total,
     walk,
 )
+from probest.estimators.scouts import scouts_from, search
 from probest.estimators.softening import EVENT, Index, Softening, Tilt, learn_index
 
 __all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
@@ -72,6 +74,7 @@ _FLOOR = -2000.0  # log P below which the event counts as impossible
 _LOG2 = math.log(2.0)
 _WIDE = 8  # times as many first draws as particles, where the budget is large enough
 _FIRST = 0.12  # of the budget, at most, for the first draws
+_MOST = 20_000_000  # numbers of z that more draws than particles may take
 _CONDITIONING = 12.0  # levels that are expected where nothing is known yet
 _UNMOVED = 0.35  # of the particles that may stay where they are at a level of guided moves
 _WALKERS = 0.2  # of the particles that take a local step instead of a guided one
@@ -98,6 +101,8 @@ class Tempering:
     decorrelation: moves stop once the severities' rank correlation with the level's start is below this.
     gradient: use the severity's gradient in moves where the event has one.
     guided: try independent moves from a mixture fitted to the population first.
+    warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
+        may jump to (:mod:`probest.estimators.scouts`) and never enter the estimate, which means what it means without.
     """
 
     particles: int = 512
@@ -107,6 +112,7 @@ class Tempering:
     decorrelation: float = 0.5
     gradient: bool = True
     guided: bool = True
+    warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.islands < 2:
@@ -137,6 +143,13 @@ def temper(
         note = f"a budget of {budget} calls is too small for {method.islands} islands: give at least some thousands."
         return _report(method, meter, None, None, 0, note), None, None
     state, drawn = _init(method, meter, rng)
+    if method.warm_start is not None:
+        if method.warm_start.z.shape[1] != event.dim:
+            sizes = f"{method.warm_start.z.shape[1]} coordinates, the problem has {event.dim}"
+            raise ValueError(f"warm_start is of another adversary: its particles have {sizes}; start without it")
+        state.places = scouts_from(method.warm_start, generator(child_seed(seed, 0)))
+    elif method.gradient and method.guided and event.differentiable and not event.weighted:
+        state.places = search(meter, generator(child_seed(seed, 0)))
     prior: Prior | None = None
     gradient = method.gradient and event.differentiable
     note = _condition(state, method, meter, rng, gradient) if event.weighted else ""
@@ -227,7 +240,8 @@ def _share(method: Tempering, keep: int, n: int) -> float:
 def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[State, int]:
     """Draw the population; more of it where most severities are equal (boolean checkers, plateaus)."""
     k = method.islands
-    each = max(2, int(min(_WIDE * method.particles, _FIRST * meter.budget)) // k)
+    most = min(_WIDE * method.particles, max(method.particles, _MOST // meter.event.dim))
+    each = max(2, int(min(most, _FIRST * meter.budget)) // k)
     z = rng.standard_normal((k * each, meter.event.dim))
     first = meter.evaluate(z)
     severity, log_weight = first.severity, first.log_weight
@@ -245,7 +259,7 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
             severity = _interleave(severity, result.severity, k)
             log_weight = _interleave(log_weight, result.log_weight, k)
             drawn += k * more
-            if len(z) * meter.event.dim > 60_000_000:
+            if z.size > _MOST:
                 break
     hits = int(np.count_nonzero(severity >= 0.0))
     return State(z, severity, log_weight, None, None, log_z, size=float(k * each), first_hits=hits), drawn
@@ -326,7 +340,20 @@ def _reweight(
 
 
 def _resampled(value: Floats, index: NDArray[np.intp]) -> Floats:
-    return value[index]
+    """``value[index]`` for a nondecreasing ``index`` no longer than ``value``, in place and in blocks.
+
+    Rows that come from further up move first to last, rows from further down last to first: then none is overwritten
+    before it is read.
+    """
+    keep = len(index)
+    blocks = np.array_split(np.arange(keep), math.ceil(keep * value.shape[1] / 1_000_000))
+    for rows in blocks:
+        down = rows[index[rows] > rows]
+        value[down] = value[index[down]]
+    for rows in reversed(blocks):
+        up = rows[index[rows] < rows]
+        value[up] = value[index[up]]
+    return value if keep == len(value) else value[:keep].copy()
 
 
 def _move_level(
