@@ -191,8 +191,8 @@ def _drift(state: State, severity: Floats, grad: Floats, weight_grad: Floats | N
             drift += state.power * weight_grad
         norm = np.linalg.norm(drift, axis=1)
         scale = np.where(np.isfinite(norm), np.minimum(1.0, cap / np.maximum(norm, 1e-300)), 0.0)
-    drift *= scale[:, None]
     drift[~np.isfinite(norm)] = 0.0
+    drift *= scale[:, None]
     return drift
 
 
@@ -311,7 +311,7 @@ def _regression_rows(state: State) -> Floats | None:
     """Without gradients: the direction of a linear regression of the severity, if it predicts held-out particles."""
     n, dim = state.z.shape
     at = np.linspace(0, n - 1, min(n, 4000)).astype(np.intp)
-    at = at[np.isfinite(state.severity[at])]
+    at = at[np.abs(state.severity[at]) < 1e100]  # where squares are numbers
     middle = len(at) // 2
     if middle < 1.2 * dim + 8 or dim <= 2:
         return None
@@ -407,7 +407,7 @@ def guided_sweep(
 
 def rank_correlation(a: Floats, b: Floats) -> float:
     """Spearman's correlation; 1 where nothing moved and 0 where it is not defined."""
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
         return 1.0 if np.array_equal(a, b) else 0.0
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 

@@ -2,8 +2,8 @@ r"""Scouts: places where catastrophes may be, for moves to jump to.
 
 A population follows the mode that is easiest to see from where the adversary's draws are. A steeper one beside it is a
 ridge that comes up late, and too few particles stand near it by then. So a few scouts start far out, at draws
-of the adversary two to five times as wide, and take Newton-like steps to the limit surface (Hasofer & Lind 1974; Rackwitz &
-Fiessler 1978: :math:`z \leftarrow (g \cdot z - s)\, g / \lVert g\rVert^2`). Where a few of them agree on few
+of the adversary two to five times as wide, and take Newton-like steps to the limit surface (Hasofer & Lind 1974;
+Rackwitz & Fiessler 1978: :math:`z \leftarrow (g \cdot z - s)\, g / \lVert g\rVert^2`). Where a few of them agree on few
 directions, independent moves propose places along these too. Scouts say where to look, never how likely it is: a move
 is accepted by the target alone, so nothing that a scout gets wrong enters the estimate.
 
@@ -34,7 +34,7 @@ def search(meter: Meter, rng: np.random.Generator) -> Floats:
     """Places ``(k, dim)`` on the limit surface, nearest first; none where scouts do not agree on a few."""
     dim = meter.event.dim
     none = np.empty((0, dim))
-    if meter.left < 12 * _COUNT * (GRADIENT_CALLS * _STEPS + 1):
+    if meter.left < 8 * _COUNT * (GRADIENT_CALLS * _STEPS + 1):
         return none
     z = _SPREADS[:, None] * rng.standard_normal((_COUNT, dim))
     for _ in range(_STEPS):

@@ -29,6 +29,9 @@ from probest.estimators.base import Floats
 
 __all__ = ["ADVERSARY", "EVENT", "Index", "Noise", "Softening", "Tilt", "learn_index"]
 
+_AHEAD = 2.0  # how much index there is beyond the last knot: less than a population could run away to
+_FAR = 1e100  # an index beyond which nothing is
+_STEEPEST = 1e150  # index a unit of severity
 _LARGEST = 1e300  # severities beyond it are as good as infinite; their differences would not be
 
 
@@ -59,7 +62,11 @@ class Noise:
 
 @dataclass(frozen=True)
 class Index:
-    """h as a piecewise linear function: increasing knots ``(k,)``, their index, and the slopes outside of them."""
+    """h as a piecewise linear function: increasing knots ``(k,)``, their index, and the slopes outside of them.
+
+    Above the last knot h levels off. A severity may grow so fast there that a straight line would make the far end
+    of it the most likely place of all, and a population that never saw what lies between would jump to it.
+    """
 
     knots: Floats
     index: Floats
@@ -68,14 +75,27 @@ class Index:
 
     def __call__(self, severity: Floats) -> Floats:
         s = np.clip(severity, -_LARGEST, _LARGEST)
-        out = np.interp(s, self.knots, self.index)
-        out += self.below * np.minimum(s - self.knots[0], 0.0)
-        out += self.above * np.maximum(s - self.knots[-1], 0.0)
-        return np.asarray(np.where(severity == -np.inf, -np.inf, out), dtype=np.float64)
+        with np.errstate(over="ignore"):
+            out = np.interp(s, self.knots, self.index)
+            out += self.below * np.minimum(s - self.knots[0], 0.0)
+            out -= _AHEAD * np.expm1(-self.above * np.maximum(s - self.knots[-1], 0.0) / _AHEAD)
+        return np.asarray(np.where(severity == -np.inf, -np.inf, np.clip(out, -_FAR, _FAR)), dtype=np.float64)
 
     def slope(self, severity: Floats) -> Floats:
-        slopes = np.concatenate([[self.below], np.diff(self.index) / np.diff(self.knots), [self.above]])
-        return np.asarray(slopes[np.searchsorted(self.knots, severity)], dtype=np.float64)
+        with np.errstate(over="ignore"):
+            inside = np.minimum(np.diff(self.index) / np.diff(self.knots), _STEEPEST)
+            slopes = np.concatenate([[self.below], inside, [self.above]])
+            slope = slopes[np.searchsorted(self.knots, severity)]
+            slope *= np.exp(-self.above * np.clip(severity - self.knots[-1], 0.0, _LARGEST) / _AHEAD)
+        return np.asarray(slope, dtype=np.float64)
+
+    def reach(self, severity: float) -> float:
+        """The index as it may be at a severity above all knots: extended by a straight line."""
+        return (
+            float(self(np.array([severity]))[0])
+            if severity <= self.knots[-1]
+            else float(min(self.index[-1] + self.above * (severity - self.knots[-1]), _FAR))
+        )
 
 
 @dataclass(frozen=True)
@@ -136,15 +156,13 @@ def learn_index(before: Index | None, severity: Floats, log_w: Floats) -> Index 
     index = np.maximum.accumulate(index)
     if len(knots) < 2:
         return None
+    third = s[min(n - 1, n // 3)] if n else -math.inf
+    start = max(0, min(len(knots) - 2, int(np.searchsorted(knots, third))))
+    if not index[-1] > index[start]:
+        start = int(np.searchsorted(index, index[-1])) - 1
+    if start < 0:
+        return None
     with np.errstate(over="ignore"):
-        start = len(knots) - 2
-        if n and knots[start] > s[min(n - 1, n // 3)]:
-            start = min(start, int(np.searchsorted(knots, s[min(n - 1, n // 3)])))
-        above = float((index[-1] - index[start]) / (knots[-1] - knots[start]))
-        below = float((index[1] - index[0]) / (knots[1] - knots[0]))
-    if not (above > 0.0 and math.isfinite(above)):
-        rises = np.flatnonzero(index < index[-1])
-        if not len(rises):
-            return None
-        above = float((index[-1] - index[rises[-1]]) / (knots[-1] - knots[rises[-1]]))
-    return Index(knots, index, below if math.isfinite(below) else 0.0, above)
+        above = (index[-1] - index[start]) / (knots[-1] - knots[start])
+        below = (index[1] - index[0]) / (knots[1] - knots[0])
+    return Index(knots, index, min(float(below), _STEEPEST), min(float(above), _STEEPEST))

@@ -76,6 +76,7 @@ _WIDE = 8  # times as many first draws as particles, where the budget is large e
 _FIRST = 0.12  # of the budget, at most, for the first draws
 _MOST = 20_000_000  # numbers of z that more draws than particles may take
 _CONDITIONING = 12.0  # levels that are expected where nothing is known yet
+_EDGE = 4.0  # levels from a softening as steep as the event is far to the event
 _UNMOVED = 0.35  # of the particles that may stay where they are at a level of guided moves
 _WALKERS = 0.2  # of the particles that take a local step instead of a guided one
 
@@ -177,7 +178,7 @@ def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Gen
             lambda x: (x - state.power) * state.log_weight,
             easy=state.power,
             hard=1.0,
-            target=_share(method, keep, n),
+            target=_share(method.target, keep, n),
         )
         if not _reweight(state, method, rng, keep, power, state.soft):
             return "no particle is compatible with the observed sites: check them, or raise the budget."
@@ -201,9 +202,10 @@ def _climb_to_event(state: State, method: Tempering, meter: Meter, rng: np.rando
                 "the severity is the same at every particle, so nothing says where catastrophes are: return how far "
                 "from the limit a run is, or use crude sampling with a larger budget."
             )
-        levels = _levels_left(state, index, method.target)
+        target = _hurried(state, method, meter, index)
+        levels = _levels_left(state, index, target)
         keep = _affordable(state, method, meter, levels)
-        soft = _next_softening(state, index, _share(method, keep, n))
+        soft = _next_softening(state, index, _share(target, keep, n))
         if not _reweight(state, method, rng, keep, state.power, soft):
             return "the population died out before it reached a catastrophe: raise the budget or the particles."
         if total(state) - before < _FLOOR or state.levels >= _MAX_LEVELS:
@@ -222,8 +224,8 @@ def _levels_left(state: State, index: Index | None, target: float) -> float:
     """How many levels the event is away, if the index is right: tilts of a normal law, and a few for its edge."""
     if index is None:
         return 1.0
-    distance = float(index(np.zeros(1))[0]) - (state.soft.rate if isinstance(state.soft, Tilt) else 0.0)
-    return 3.0 + max(0.0, distance) / math.sqrt(-math.log(target))
+    distance = index.reach(0.0) - float(np.median(np.maximum(index(state.severity), -40.0)))
+    return float(_EDGE + max(0.0, distance) / math.sqrt(-math.log(target)))
 
 
 def _affordable(state: State, method: Tempering, meter: Meter, levels: float) -> int:
@@ -232,9 +234,19 @@ def _affordable(state: State, method: Tempering, meter: Meter, levels: float) ->
     return min(len(state.z), max(4 * method.islands, min(method.particles, most)))
 
 
-def _share(method: Tempering, keep: int, n: int) -> float:
+def _hurried(state: State, method: Tempering, meter: Meter, index: Index | None) -> float:
+    """The conditional ESS of a step: the method's, or less where not even the smallest population affords it."""
+    most = 0.9 * meter.left / (4 * method.islands * max(1.0, min(state.cost, 2.0)))
+    levels = _levels_left(state, index, method.target)
+    if levels <= max(most, _EDGE + 1.0):
+        return method.target
+    longer = (levels - _EDGE) / max(most - _EDGE, 1.0)
+    return float(max(0.1, method.target ** (longer**2)))
+
+
+def _share(target: float, keep: int, n: int) -> float:
     """The conditional ESS to step to: a population that shrinks anyway may step further."""
-    return max(0.1, min(method.target, keep / n))
+    return max(0.1, min(target, keep / n))
 
 
 def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[State, int]:
@@ -267,7 +279,7 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
 
 def _flat(severity: Floats, least: int) -> bool:
     """Whether fewer than ``least`` draws rise above the lowest severity: too few to climb from."""
-    low = severity.min()
+    low = max(float(severity.min()), -1e300)
     return bool(np.count_nonzero(severity > low + 1e-12 * (1.0 + abs(low))) < least)
 
 
@@ -293,7 +305,18 @@ def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
     if within or index is None:
         return EVENT
     assert isinstance(state.soft, Tilt)
-    rate = state.soft.rate
+
+    def share(tilt: Tilt) -> float:
+        return diagnostics.conditional_ess(equal, _minus(tilt.log(state.severity), now))
+
+    # where an index that has been learnt anew stands now: its slope may differ from what was extended before
+    rate, known = state.soft.rate, state.soft.index
+    if known is not None:
+        rates = rate * np.geomspace(0.25, 4.0, 33)
+        shares = [share(Tilt(float(x), index)) for x in rates]
+        rate = float(rates[int(np.argmax(shares))])
+        if max(shares) < target:
+            rate, index = state.soft.rate, known
     step = rate + math.sqrt(-math.log(target))
     if step < float(index(np.zeros(1))[0]):
         # severities are normal on the index: the step is known, and only a bad index is corrected
@@ -303,7 +326,7 @@ def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
     rate = diagnostics.next_temperature(
         equal,
         lambda x: _minus(Tilt(x, index).log(state.severity), now),
-        easy=max(rate, 1e-3),
+        easy=max(rate, 1e-6),
         hard=hard,
         target=least,
     )
@@ -377,7 +400,7 @@ def _move(
     n = len(state.z)
     most = meter.calls + min(allowance, meter.left)
     if method.guided and state.rest == 0:
-        probe(state, meter, gradient, int(np.clip(n // 8, 8, 64)))
+        probe(state, meter, gradient, int(np.clip(n // 12, 6, 64)))
         laws = fit_moves(state, rng)
         unmoved = 1.0
         while unmoved > _UNMOVED:
