@@ -18,6 +18,7 @@ from probest.backends.base import Array, PyTree
 from probest.estimators.base import Estimator, Evidence, Floats
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.tempering import Tempering
 from probest.estimators.weigh import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
@@ -43,6 +44,7 @@ def estimate(
     seed: int = 0,
     estimator: Estimator | None = None,
     guide: Callable[[], Any] | ProgramGuide | None = None,
+    warm_start: Estimate | Evidence | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimate log P, the log-probability of a catastrophe.
@@ -57,6 +59,8 @@ def estimate(
         estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
         guide: a program that draws the adversary's sites from another law, for importance sampling in place of the
             default combination; a share of the samples still comes from the adversary itself (see ``ProgramGuide``).
+        warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
+            steps. Its catastrophes say where to look; the new estimate does not rest on them.
         progress: show a progress line (only ever in a terminal or notebook).
 
     Returns:
@@ -84,6 +88,8 @@ def estimate(
         method = Importance(
             precision=precision, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide)
         )
+    if warm_start is not None:
+        method = _warmed(method, warm_start)
     start = time.perf_counter()
     ledger: list[Evidence] = []
     with Progress("estimate", enabled=progress) as line:
@@ -100,6 +106,16 @@ def estimate(
         note = f"checker_budget={checker_budget} left no more cases to judge: raise it."
         ledger[-1] = replace(ledger[-1], notes=(*ledger[-1].notes, note))
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
+
+
+def _warmed(method: Estimator, before: Estimate | Evidence) -> Estimator:
+    """The method with the catastrophes of an earlier estimate to start from; as it is where that found none."""
+    if not isinstance(before, Estimate | Evidence):
+        raise TypeError(f"warm_start is a {type(before).__name__}: expected an Estimate or an Evidence")
+    if not isinstance(method, Combined | Tempering):
+        raise ValueError(f"warm_start: {method.name} does not start from particles; use Tempering or the default")
+    evidence = before.conclusion if isinstance(before, Estimate) else before
+    return method if evidence.particles is None else replace(method, warm_start=evidence.particles)
 
 
 def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:

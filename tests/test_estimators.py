@@ -26,6 +26,7 @@ from probest.estimators.families import Families, combine
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.moves import State, refresh
+from probest.estimators.softening import EVENT
 from probest.estimators.tempering import Tempering
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
@@ -304,7 +305,7 @@ def test_refreshed_coordinates_leave_the_target_alone() -> None:
     z = rng.standard_normal((n, dim))
     law = stats.truncnorm(beta, np.inf)
     z += (law.rvs(n, random_state=rng) - z @ axis)[:, None] * axis
-    state = State(z, event.severity(z), np.zeros(n), None, None, np.zeros(4), inverse_noise=math.inf)
+    state = State(z, event.severity(z), np.zeros(n), None, None, np.zeros(4), soft=EVENT)
     meter = Meter(event, 100 * n)
     before = z.copy()
     for _ in range(20):

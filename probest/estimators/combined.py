@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,12 +69,14 @@ class Combined:
     precision: wanted standard error of log P; stops there. None spends the budget.
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
     """
 
     precision: float | None = 0.05
     look: int = 20
     pilot: int = 500
     particles: int = 256
+    warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -109,6 +111,7 @@ class Combined:
     def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
         aim = self.precision or 0.02
         lined: Evidence | None = None
+        aimed: Evidence | None = None
         if event.differentiable and not event.weighted:
             look = self._sample(event, ledger, child_seed(seed, 8), self.look)
             if _crude_cost(look, aim) <= min(0.8 * ledger.left, _CHEAP):
@@ -117,7 +120,7 @@ class Combined:
             if lined is not None and lined.converged and lined.std_error <= _CLOSE * aim:
                 return lined
             aimed = None if lined is None else self._aim(event, ledger, child_seed(seed, 10), lined)
-            if aimed is not None:
+            if aimed is not None and lined is not None and aimed.converged and agree(aimed, lined):
                 return aimed
         if ledger.left < 1:
             return lined or look
@@ -150,7 +153,7 @@ class Combined:
             if weighed.diagnostics["hopeless"] or particles < self.particles:
                 break
         self._fall_back(event, ledger, seed, runs)
-        return _better(_judge(ledger, crude, runs, lined), learned)
+        return _better(_settle(_judge(ledger, crude, runs, lined), lined, aimed), learned)
 
     def _sample(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, n: int) -> Evidence:
         return ledger.add(MonteCarlo(max_samples=n).run(event, budget=min(n, ledger.left), seed=seed))
@@ -174,7 +177,7 @@ class Combined:
         return ledger.add(lined)
 
     def _aim(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, lined: Evidence) -> Evidence | None:
-        """A guide fitted to the particles of lines that varied too much; None unless it passes and agrees with them."""
+        """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""
         n = min(_THICK, ledger.left // _THICK_SHARE)
         if lined.particles is None or n < 64 or not lined.std_error < _VAGUE:
             return None
@@ -184,7 +187,7 @@ class Combined:
         ledger.left -= meter.calls
         weighed = self._weigh(event, ledger, child_seed(seed, 1), population, None)
         ledger.lines[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
-        return weighed if weighed.converged and agree(weighed, lined) else None
+        return weighed
 
     def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
@@ -256,7 +259,7 @@ class Combined:
     def _temper(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
     ) -> _Run | None:
-        method = Tempering(particles=max(64, particles), max_moves=6)
+        method = Tempering(particles=max(64, particles), max_moves=6, warm_start=self.warm_start)
         evidence, state, prior = temper(method, event, budget=max(1, int(share * ledger.left)), seed=seed)
         ledger.add(evidence)
         return None if state is None else _Run(evidence, state, prior)
@@ -317,6 +320,17 @@ class _Ledger:
 def _crude_population(particles: Particles) -> Population:
     n = len(particles.z)
     return Population(particles.z, particles.log_weight, np.zeros(n), None, float(n))
+
+
+def _settle(judged: Evidence, *others: Evidence | None) -> Evidence:
+    """Where nothing passed: the evidence with the least error, and an interval that spans all of them."""
+    found = [line for line in (judged, *others) if line is not None and math.isfinite(line.log_prob)]
+    if judged.converged or len(found) < 2:
+        return judged
+    best = min(found, key=lambda line: line.std_error)
+    lower, upper = min(line.interval[0] for line in found), max(line.interval[1] for line in found)
+    notes = tuple(dict.fromkeys((*judged.notes, *best.notes)))
+    return replace(best, converged=False, interval=(lower, upper), notes=notes)
 
 
 def _contradicts(lined: Evidence | None, other: Evidence) -> bool:

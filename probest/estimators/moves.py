@@ -1,9 +1,10 @@
 r"""Moves of a population: what keeps a softened event's particles distributed as they should be.
 
-Three kernels, all exact for :math:`\pi \propto \varphi(z)\, w(z)^\lambda\, \Phi(s(z)/\sigma)` and built on
+Kernels, all exact for :math:`\pi \propto \varphi(z)\, w(z)^\kappa\, g(s(z))` with g a softening of the event
+(:mod:`probest.estimators.softening`) and built on
 proposals that leave the standard normal φ alone, so that cost does not grow with the dimension:
 
-- *local* (:func:`move`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
+- *local* (:func:`climb`, :func:`walk`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
 - *refreshing* (:func:`refresh`): a few coordinates are drawn anew from φ, the others stay. Where severities are rough
   this crosses from mode to mode when small steps of all coordinates cannot (on the digits problem it made the variance
   at equal cost four times smaller);
@@ -22,31 +23,36 @@ Dimension-independent likelihood-informed MCMC (the split into informed directio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import stats
 
 from probest import diagnostics
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
+from probest.estimators.base import GRADIENT_CALLS, Evaluation, Floats, Meter
+from probest.estimators.scouts import with_scouts
+from probest.estimators.softening import ADVERSARY, Softening
 from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
 from probest.guides.radial import Radial, fit_radial
 
 __all__ = [
     "State",
+    "climb",
     "ensure_gradient",
     "fit_moves",
     "guided_sweep",
     "log_target",
-    "move",
     "probe",
     "rank_correlation",
     "refresh",
     "slow",
-    "soft",
     "total",
+    "walk",
 ]
+
+Rows = NDArray[np.intp]
 
 _BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
 
@@ -58,8 +64,11 @@ class State:
     ``log_z`` ``(k,)`` is what each family alone says of the running log-evidence: their mean is the estimate. Particles
     are in the order of their ancestors, so that relatives lie next to each other.
 
-    z ``(n, dim)``; gradients ``(n, dim)`` or None (not known now); rows: gradient information for a subspace;
-    ``inverse_noise`` = 1/σ, 0 at the start and inf in the event; rest: levels until guided moves are tried again.
+    z ``(n, dim)`` and gradients ``(n, dim)`` or None (not known now), in float32 where they are large; rows: gradient
+    information for a subspace; ``soft``: the softening of the target, ``drift`` the one that gradient moves follow;
+    ``power`` of the log-weight; size: worth of the run when it is pooled with others, known before it started;
+    places: where scouts say that modes may be, ``(k, dim)`` or None;
+    rest: levels until guided moves are tried again; cost: model calls a particle that a level takes.
     """
 
     z: Floats
@@ -69,8 +78,8 @@ class State:
     weight_grad: Floats | None
     log_z: Floats
     power: float = 0.0
-    inverse_noise: float = 0.0
-    drift_noise: float = 0.0
+    soft: Softening = ADVERSARY
+    drift: Softening = ADVERSARY
     angle: float = 1.0
     side_angle: float = 1.2
     walk_angle: float = 1.0
@@ -79,26 +88,25 @@ class State:
     rows: Floats | None = None
     rest: int = 0
     family: NDArray[np.intp] | None = None
+    places: Floats | None = None
+    size: float = 0.0
+    cost: float = 1.5
     first_hits: int = 0
     levels: int = 0
     moves: int = 0
     acceptance: float = 1.0
     correlation: float = 0.0
 
-
-def soft(severity: Floats, inverse_noise: float) -> Floats:
-    """log Φ(s/σ): 0 at σ = ∞ (the constant ½ is left out) and the indicator at σ = 0."""
-    if inverse_noise == 0.0:
-        return np.zeros_like(severity)
-    if math.isinf(inverse_noise):
-        return np.where(severity >= 0.0, 0.0, -np.inf)
-    return np.asarray(special.log_ndtr(inverse_noise * severity), dtype=np.float64)
+    @property
+    def started(self) -> bool:
+        """Whether the target is a softened event already; before, the adversary is conditioned."""
+        return self.soft is not ADVERSARY
 
 
-def log_target(severity: Floats, log_weight: Floats, power: float, inverse_noise: float) -> Floats:
-    """log-target without φ at these severities and log-weights."""
-    softened = soft(severity, inverse_noise)
-    return softened + power * log_weight if power > 0.0 else softened
+def log_target(state: State, severity: Floats, log_weight: Floats) -> Floats:
+    """The state's log-target without φ at these severities and log-weights."""
+    softened = state.soft.log(severity)
+    return softened + state.power * log_weight if state.power > 0.0 else softened
 
 
 def total(state: State) -> float:
@@ -115,14 +123,19 @@ def ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
     if state.severity_grad is None:
         if meter.left < 4 * GRADIENT_CALLS * n:
             return False
-        _, first, inverse = np.unique(state.z[:, 0], return_index=True, return_inverse=True)
-        result = meter.evaluate(state.z[first], gradient=True)
-        if result.severity_grad is None:
-            return False
-        state.severity_grad = result.severity_grad[inverse]
-        if result.log_weight_grad is not None:
-            state.weight_grad = result.log_weight_grad[inverse]
-    if state.inverse_noise == 0.0 and state.weight_grad is not None:
+        grad = np.empty_like(state.z)
+        weight_grad = np.empty_like(state.z) if meter.event.weighted else None
+        for rows in np.array_split(np.arange(n), math.ceil(state.z.size / _BLOCK)):
+            # relatives lie next to each other, and are often the same
+            _, first, inverse = np.unique(state.z[rows, 0], return_index=True, return_inverse=True)
+            result = meter.evaluate(state.z[rows[first]], gradient=True)
+            if result.severity_grad is None:
+                return False
+            grad[rows] = result.severity_grad[inverse]
+            if weight_grad is not None and result.log_weight_grad is not None:
+                weight_grad[rows] = result.log_weight_grad[inverse]
+        state.severity_grad, state.weight_grad = grad, weight_grad
+    if not state.started and state.weight_grad is not None:
         return bool(np.isfinite(state.weight_grad).all(axis=1).mean() > 0.5)
     norm = np.linalg.norm(state.severity_grad, axis=1)
     useful = bool(np.mean(np.isfinite(norm) & (norm > 0.0)) > 0.5)
@@ -131,105 +144,126 @@ def ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
     return useful
 
 
+Correction = Callable[[Evaluation], Floats]
+Propose = Callable[[Rows], tuple[Floats, Correction]]
+
+
+def _metropolis(
+    state: State, meter: Meter, rng: np.random.Generator, at: Rows, propose: Propose, gradient: bool = False
+) -> float:
+    """One Metropolis–Hastings step of the particles ``at``, in blocks of rows and in place; the mean acceptance.
+
+    propose: proposals for some rows, and what their log-density ratio adds to that of the targets.
+    """
+    if not len(at):
+        return 0.0
+    accepted = 0.0
+    for rows in np.array_split(at, math.ceil(len(at) * state.z.shape[1] / _BLOCK)):
+        proposal, correction = propose(rows)
+        proposal = proposal.astype(state.z.dtype, copy=False).astype(np.float64, copy=False)  # what will be kept
+        log_u = np.log(rng.random(len(rows)))
+        result = meter.evaluate(proposal, gradient=gradient)
+        before = log_target(state, state.severity[rows], state.log_weight[rows])
+        with np.errstate(invalid="ignore"):
+            log_ratio = log_target(state, result.severity, result.log_weight) - np.maximum(before, -1e300)
+            log_ratio += correction(result)
+        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
+        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
+        taken = np.flatnonzero(log_u < log_ratio)
+        kept = rows[taken]
+        state.z[kept] = proposal[taken]
+        state.severity[kept] = result.severity[taken]
+        state.log_weight[kept] = result.log_weight[taken]
+        if gradient and state.severity_grad is not None and result.severity_grad is not None:
+            state.severity_grad[kept] = result.severity_grad[taken]
+            if state.weight_grad is not None and result.log_weight_grad is not None:
+                state.weight_grad[kept] = result.log_weight_grad[taken]
+    if not gradient:
+        state.severity_grad = state.weight_grad = None
+    return accepted / len(at)
+
+
 def _drift(state: State, severity: Floats, grad: Floats, weight_grad: Floats | None, cap: float) -> Floats:
     """Gradient of the log-target without φ, its length capped: a function of the point alone, so moves stay exact."""
-    tau = state.drift_noise
     with np.errstate(all="ignore"):
-        mills = tau * math.sqrt(2.0 / math.pi) / special.erfcx(-tau * severity / math.sqrt(2.0))
-        drift = grad * np.where(np.isfinite(mills), mills, 0.0)[:, None]
+        drift = grad * state.drift.slope(severity)[:, None]
         if weight_grad is not None and state.power > 0.0:
             drift += state.power * weight_grad
         norm = np.linalg.norm(drift, axis=1)
         scale = np.where(np.isfinite(norm), np.minimum(1.0, cap / np.maximum(norm, 1e-300)), 0.0)
-    drift *= scale[:, None]
     drift[~np.isfinite(norm)] = 0.0
+    drift *= scale[:, None]
     return drift
 
 
-def move(state: State, meter: Meter, rng: np.random.Generator, gradient: bool, typical: float | None = None) -> float:
-    """One local move of every particle, in blocks of rows; returns the mean acceptance probability.
+def _everyone(state: State) -> Rows:
+    return np.arange(len(state.z))
 
-    typical: angle of the step (cos is what stays of z); None takes ``state.angle``.
-    """
-    typical = state.angle if typical is None else typical
-    n, dim = state.z.shape
+
+def walk(state: State, meter: Meter, rng: np.random.Generator, angle: float, at: Rows | None = None) -> float:
+    """A pCN step of about ``angle`` (its cosine is what stays of z) of the particles ``at``, 1 call each."""
+
+    def propose(rows: Rows) -> tuple[Floats, Correction]:
+        angles = np.minimum(angle * (0.5 + rng.random(len(rows))), 0.5 * math.pi)
+        noise = rng.standard_normal((len(rows), state.z.shape[1]))
+        noise *= np.sin(angles)[:, None]
+        noise += np.cos(angles)[:, None] * state.z[rows]
+        return noise, lambda _: np.zeros(len(rows))
+
+    return _metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
+
+
+def climb(state: State, meter: Meter, rng: np.random.Generator, angle: float) -> float:
+    """A preconditioned Crank–Nicolson Langevin step of every particle, 3 calls each; needs the gradients at hand."""
     cap = 1.5 * (math.sqrt(max(0.0, -2.0 * total(state))) + 1.0)
-    rows = max(1, _BLOCK // dim)
-    accepted = 0.0
-    for start in range(0, n, rows):
-        at = slice(start, min(start + rows, n))
-        z = state.z[at]
-        m = len(z)
-        angle = np.minimum(typical * (0.5 + rng.random(m)), 0.5 * math.pi)
-        noise = rng.standard_normal((m, dim))
-        log_u = np.log(rng.random(m))
-        rho, sigma = np.cos(angle), np.sin(angle)
-        noise *= sigma[:, None]
-        proposal = noise
-        if gradient:
-            assert state.severity_grad is not None
-            gw = None if state.weight_grad is None else state.weight_grad[at]
-            drift = _drift(state, state.severity[at], state.severity_grad[at], gw, cap)
-            proposal = noise + (1.0 - rho)[:, None] * drift
+
+    def propose(rows: Rows) -> tuple[Floats, Correction]:
+        assert state.severity_grad is not None
+        z = state.z[rows].astype(np.float64, copy=False)
+        angles = np.minimum(angle * (0.5 + rng.random(len(rows))), 0.5 * math.pi)
+        rho, sigma = np.cos(angles), np.sin(angles)
+        weight_grad = None if state.weight_grad is None else state.weight_grad[rows]
+        drift = _drift(state, state.severity[rows], state.severity_grad[rows], weight_grad, cap)
+        proposal = rng.standard_normal(z.shape)
+        proposal *= sigma[:, None]
+        proposal += (1.0 - rho)[:, None] * drift
         proposal += rho[:, None] * z
-        result = meter.evaluate(proposal, gradient=gradient)
-        log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
-        before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
-        log_ratio -= np.where(before > -np.inf, before, 0.0)  # -inf only in a dead island, where nothing matters
-        if gradient:
+
+        def correction(result: Evaluation) -> Floats:
+            # log of q(z | z') / q(z' | z) relative to plain pCN, whose ratio is φ(z)/φ(z')
             assert result.severity_grad is not None
             back = _drift(state, result.severity, result.severity_grad, result.log_weight_grad, cap)
-            # log of q(z | z') / q(z' | z) relative to plain pCN, whose ratio is φ(z)/φ(z')
-            share = (1.0 - rho) / sigma**2
-            ahead = np.einsum("ij,ij->i", drift, proposal) - rho * np.einsum("ij,ij->i", drift, z)
-            behind = np.einsum("ij,ij->i", back, z) - rho * np.einsum("ij,ij->i", back, proposal)
-            half = 0.5 * (1.0 - rho)
-            log_ratio += share * (behind - half * np.einsum("ij,ij->i", back, back))
-            log_ratio -= share * (ahead - half * np.einsum("ij,ij->i", drift, drift))
-        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
-        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
-        taken = np.flatnonzero(log_u < log_ratio)
-        rows_taken = taken + start
-        state.z[rows_taken] = proposal[taken]
-        state.severity[rows_taken] = result.severity[taken]
-        state.log_weight[rows_taken] = result.log_weight[taken]
-        if gradient and state.severity_grad is not None and result.severity_grad is not None:
-            state.severity_grad[rows_taken] = result.severity_grad[taken]
-            if state.weight_grad is not None and result.log_weight_grad is not None:
-                state.weight_grad[rows_taken] = result.log_weight_grad[taken]
-    return float(accepted / n)
+            share, half = (1.0 - rho) / sigma**2, 0.5 * (1.0 - rho)
+            ahead = _dot(drift, proposal) - rho * _dot(drift, z) - half * _dot(drift, drift)
+            behind = _dot(back, z) - rho * _dot(back, proposal) - half * _dot(back, back)
+            return np.asarray(share * (behind - ahead), dtype=np.float64)
+
+        return proposal, correction
+
+    return _metropolis(state, meter, rng, _everyone(state), propose, gradient=True)
 
 
-def refresh(state: State, meter: Meter, rng: np.random.Generator) -> float:
-    """Fresh values for a random few coordinates of every particle, 1 call each; returns the mean acceptance.
+def _dot(a: Floats, b: Floats) -> Floats:
+    return np.asarray(np.einsum("ij,ij->i", a, b), dtype=np.float64)
+
+
+def refresh(state: State, meter: Meter, rng: np.random.Generator, at: Rows | None = None) -> float:
+    """Fresh values for a random few coordinates of the particles ``at``, 1 call each; returns the mean acceptance.
 
     Each particle has its own coordinates. They are redrawn from the prior altogether (mixed with what was there once
     even one coordinate at a time is refused), so that a move can cross what lies between two modes, and one sensitive
     coordinate does not shorten the steps of all others. Discrete choices have a coordinate of their own and flip here.
     """
-    n, dim = state.z.shape
-    rows = max(1, _BLOCK // dim)
+    dim = state.z.shape[1]
     rho, sigma = math.cos(state.refresh_angle), math.sin(state.refresh_angle)
-    accepted = 0.0
-    for start in range(0, n, rows):
-        at = slice(start, min(start + rows, n))
-        z = state.z[at]
-        m = len(z)
+
+    def propose(rows: Rows) -> tuple[Floats, Correction]:
+        z, m = state.z[rows], len(rows)
         chosen = rng.random((m, dim)) < state.portion * (0.3 + 1.4 * rng.random((m, 1)))
         chosen[np.arange(m), rng.integers(dim, size=m)] = True
-        proposal = np.where(chosen, rho * z + sigma * rng.standard_normal((m, dim)), z)
-        log_u = np.log(rng.random(m))
-        result = meter.evaluate(proposal)
-        log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
-        before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
-        log_ratio -= np.where(before > -np.inf, before, 0.0)
-        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
-        taken = np.flatnonzero(log_u < log_ratio)
-        state.z[taken + start] = proposal[taken]
-        state.severity[taken + start] = result.severity[taken]
-        state.log_weight[taken + start] = result.log_weight[taken]
-    state.severity_grad = state.weight_grad = None
-    acceptance = float(accepted / n)
+        return np.where(chosen, rho * z + sigma * rng.standard_normal((m, dim)), z), lambda _: np.zeros(m)
+
+    acceptance = _metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
     step = math.exp(1.5 * (acceptance - 0.35))
     single = state.portion * dim <= 0.7
     if (step < 1.0 and single) or (step > 1.0 and state.refresh_angle < 1.57):
@@ -240,34 +274,44 @@ def refresh(state: State, meter: Meter, rng: np.random.Generator) -> float:
 
 
 def probe(state: State, meter: Meter, gradient: bool, count: int) -> None:
-    """Renew the gradient information, from at most ``count`` evenly spaced particles where none is at hand."""
+    """Renew the gradient information, from at most ``count`` evenly spaced particles where none is at hand.
+
+    What was known before counts as much as what is new, and is forgotten after a few times.
+    """
     n = len(state.z)
     if not gradient:
         state.rows = None
-        if state.inverse_noise > 0.0 and not meter.event.weighted and not meter.event.boolean:
+        if state.started and not meter.event.weighted and not meter.event.boolean:
             state.rows = _regression_rows(state)
         return
     grad, weight_grad = state.severity_grad, state.weight_grad
     at = np.arange(n)
     if grad is None or n > 2000:
         at = np.linspace(0, n - 1, min(n, count if grad is None else 2000)).astype(np.intp)
+    z = state.z[at].astype(np.float64, copy=False)
     if grad is None:
         if meter.left < GRADIENT_CALLS * len(at) + 2 * n:
             return
-        result = meter.evaluate(state.z[at], gradient=True)
+        result = meter.evaluate(z, gradient=True)
         grad, weight_grad = result.severity_grad, result.log_weight_grad
     else:
         grad, weight_grad = grad[at], None if weight_grad is None else weight_grad[at]
-    if state.inverse_noise == 0.0:
-        grad = None
-    state.rows = gradient_rows(state.z[at], np.zeros(len(at)), grad, weight_grad)
+    rows = gradient_rows(z, np.zeros(len(at)), grad if state.started else None, weight_grad)
+    if rows is None or state.rows is None:
+        state.rows = rows
+        return
+    # the first half of the rows belongs to the first half of the particles: keep it so
+    fresh, old = len(rows) // 2, len(state.rows) // 2
+    kept = min(old, 3 * fresh)
+    parts = (rows[:fresh], state.rows[:kept], rows[fresh:], state.rows[old : old + kept])
+    state.rows = math.sqrt(0.5) * np.concatenate(parts)
 
 
 def _regression_rows(state: State) -> Floats | None:
     """Without gradients: the direction of a linear regression of the severity, if it predicts held-out particles."""
     n, dim = state.z.shape
     at = np.linspace(0, n - 1, min(n, 4000)).astype(np.intp)
-    at = at[np.isfinite(state.severity[at])]
+    at = at[np.abs(state.severity[at]) < 1e100]  # where squares are numbers
     middle = len(at) // 2
     if middle < 1.2 * dim + 8 or dim <= 2:
         return None
@@ -295,7 +339,7 @@ def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial,
     laws: list[Mixture | Radial] = []
     for low, high in ((0, middle), (middle, n)):
         at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
-        z, equal = state.z[at], np.zeros(len(at))
+        z, equal = state.z[at].astype(np.float64, copy=False), np.zeros(len(at))
         rows = state.rows
         # directions found from moments alone would be noise in many dimensions
         few = rows is not None or dim <= max(2, n // 40)
@@ -310,7 +354,7 @@ def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial,
             few = float(np.sum((other @ basis) ** 2)) >= 0.7 * float(np.sum(other**2))
         if few:
             fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
-            laws.append(fit.with_wide_tails(0.4, 2.0))
+            laws.append(with_scouts(fit.with_wide_tails(0.4, 2.0), state.places))
         else:
             laws.append(fit_radial(z, equal).with_wide_tails(0.5, 3.0))
     return laws[1], laws[0]
@@ -341,45 +385,33 @@ def _middle(state: State) -> int:
 
 
 def guided_sweep(
-    state: State, meter: Meter, rng: np.random.Generator, laws: tuple[Mixture | Radial, Mixture | Radial]
+    state: State, meter: Meter, rng: np.random.Generator, laws: tuple[Mixture | Radial, Mixture | Radial], at: Rows
 ) -> float:
-    """One move of every particle: independent where the fitted law is, pCN in all other directions. 1 call each.
+    """A move of the particles ``at``: independent where the fitted law is, pCN in all other directions. 1 call each.
 
     The law is relative to φ and pCN is reversible for φ, so the ratio is that of the targets times
     (φ/q)(z') / (φ/q)(z).
     """
-    n, dim = state.z.shape
-    rows = max(1, _BLOCK // dim)
     rho, sigma = math.cos(state.side_angle), math.sin(state.side_angle)
     accepted = 0.0
-    middle = _middle(state)
-    blocks = [(i, min(i + rows, middle), laws[0]) for i in range(0, middle, rows)]
-    blocks += [(i, min(i + rows, n), laws[1]) for i in range(middle, n, rows)]
-    for start, stop, law in blocks:
-        at = slice(start, stop)
-        proposal, correction = _propose(state.z[at], law, rho, sigma, rng)
-        log_u = np.log(rng.random(stop - start))
-        result = meter.evaluate(proposal)
-        log_ratio = log_target(result.severity, result.log_weight, state.power, state.inverse_noise)
-        before = log_target(state.severity[at], state.log_weight[at], state.power, state.inverse_noise)
-        log_ratio -= np.where(before > -np.inf, before, 0.0)
-        log_ratio += correction
-        log_ratio = np.where(np.isnan(log_ratio), -np.inf, log_ratio)
-        accepted += float(np.sum(np.exp(np.minimum(log_ratio, 0.0))))
-        taken = np.flatnonzero(log_u < log_ratio)
-        state.z[taken + start] = proposal[taken]
-        state.severity[taken + start] = result.severity[taken]
-        state.log_weight[taken + start] = result.log_weight[taken]
-    return float(accepted / n)
+    upper = at >= _middle(state)
+    for law, rows in zip(laws, (at[~upper], at[upper]), strict=True):
+
+        def propose(rows: Rows, law: Mixture | Radial = law) -> tuple[Floats, Correction]:
+            proposal, correction = _propose(state.z[rows].astype(np.float64, copy=False), law, rho, sigma, rng)
+            return proposal, lambda _: correction
+
+        accepted += len(rows) * _metropolis(state, meter, rng, rows, propose)
+    return accepted / max(1, len(at))
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:
     """Spearman's correlation; 1 where nothing moved and 0 where it is not defined."""
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
         return 1.0 if np.array_equal(a, b) else 0.0
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def slow(state: State) -> Floats:
     """What moves have to decorrelate: the severity, or the log-weight while conditioning."""
-    return state.severity if state.inverse_noise > 0.0 else state.log_weight
+    return state.severity if state.started else state.log_weight

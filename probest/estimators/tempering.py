@@ -1,17 +1,15 @@
 r"""Tempering: walk a population from the adversary to the catastrophes, and multiply the shares that survive.
 
-The event is softened by noise of size σ on the severity. With φ the standard normal density of z, w the weight
-of observed sites and Φ the normal distribution function, the population follows
+With φ the standard normal density of z, w the weight of observed sites and g a softened event, the population follows
 
-.. math:: \pi_t(z) \propto \varphi(z)\, w(z)^{\lambda_t}\, \Phi(s(z) / \sigma_t),
+.. math:: \pi_t(z) \propto \varphi(z)\, w(z)^{\kappa_t}\, g_t(s(z)),
 
-first λ from 0 to 1 (a conditioned adversary's own evidence), then σ from ∞ to 0, where what is left is the
-event. Each step is as long as the conditional effective sample size allows; weights are averaged (their
-product estimates the evidence), the population is resampled and moved. Moves are preconditioned Crank–Nicolson
-Langevin, reversible for φ, so their cost does not grow with the dimension; without a useful gradient they are
-plain pCN. Between them a few coordinates at a time are drawn afresh, which crosses what lies between modes. Step sizes
-follow the acceptance; moves repeat until severities are decorrelated. The first draws are several times as many as the
-particles, and the population shrinks by halves: where modes part, many draws are worth more than many moves.
+first κ from 0 to 1 (a conditioned adversary's own evidence), then g from 1 to the event. g is logistic in the *index*
+of the severity (:mod:`probest.estimators.softening`), a scale on which severities are standard normal; so each step
+has a known length, and choosing it by the very particles that it weighs, which makes estimates low, is left to
+the few steps at the edge. Weights are averaged (their product estimates the evidence), the population is resampled and
+moved. Moves are reversible for φ, so their cost does not grow with the dimension (:mod:`probest.estimators.moves`).
+The population is as large as the budget allows for the levels that are still ahead.
 
 The population is drawn in islands, and every particle keeps the name of the island its first ancestor came from.
 All particles compete in one resampling (islands that never exchanged particles would each have to find every mode
@@ -33,10 +31,11 @@ of particle filters; Lee & Whiteley (2018), Variance estimation in the particle 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from probest import diagnostics
 from probest.estimators.base import (
@@ -47,31 +46,39 @@ from probest.estimators.base import (
     Floats,
     Meter,
     Particles,
+    child_seed,
     generator,
 )
 from probest.estimators.families import Families, combine, complaints
 from probest.estimators.moves import (
     State,
+    climb,
     ensure_gradient,
     fit_moves,
     guided_sweep,
     log_target,
-    move,
     probe,
     rank_correlation,
     refresh,
     slow,
-    soft,
     total,
+    walk,
 )
+from probest.estimators.scouts import scouts_from, search
+from probest.estimators.softening import EVENT, Index, Softening, Tilt, learn_index
 
 __all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
 
-_MAX_LEVELS = 300
+_MAX_LEVELS = 400
 _FLOOR = -2000.0  # log P below which the event counts as impossible
-_LEVEL_SHARE = 0.18  # of what is left of the budget, at most, for one level's local moves
-_WIDE = 8  # times as many first draws as particles, where the budget is large enough
 _LOG2 = math.log(2.0)
+_WIDE = 8  # times as many first draws as particles, where the budget is large enough
+_FIRST = 0.12  # of the budget, at most, for the first draws
+_MOST = 20_000_000  # numbers of z that more draws than particles may take
+_CONDITIONING = 12.0  # levels that are expected where nothing is known yet
+_EDGE = 4.0  # levels from a softening as steep as the event is far to the event
+_UNMOVED = 0.35  # of the particles that may stay where they are at a level of guided moves
+_WALKERS = 0.2  # of the particles that take a local step instead of a guided one
 
 
 class Prior(NamedTuple):
@@ -95,15 +102,18 @@ class Tempering:
     decorrelation: moves stop once the severities' rank correlation with the level's start is below this.
     gradient: use the severity's gradient in moves where the event has one.
     guided: try independent moves from a mixture fitted to the population first.
+    warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
+        may jump to (:mod:`probest.estimators.scouts`) and never enter the estimate, which means what it means without.
     """
 
     particles: int = 512
     islands: int = 16
-    target: float = 0.5
+    target: float = 0.75
     max_moves: int = 8
     decorrelation: float = 0.5
     gradient: bool = True
     guided: bool = True
+    warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.islands < 2:
@@ -132,59 +142,118 @@ def temper(
     rng = generator(seed)
     if meter.budget < 4 * method.islands:
         note = f"a budget of {budget} calls is too small for {method.islands} islands: give at least some thousands."
-        return _unfinished(method, meter, None, None, 0, note), None, None
+        return _report(method, meter, None, None, 0, note), None, None
     state, drawn = _init(method, meter, rng)
+    if method.warm_start is not None:
+        if method.warm_start.z.shape[1] != event.dim:
+            sizes = f"{method.warm_start.z.shape[1]} coordinates, the problem has {event.dim}"
+            raise ValueError(f"warm_start is of another adversary: its particles have {sizes}; start without it")
+        state.places = scouts_from(method.warm_start, generator(child_seed(seed, 0)))
+    elif method.gradient and method.guided and event.differentiable and not event.weighted:
+        state.places = search(meter, generator(child_seed(seed, 0)))
     prior: Prior | None = None
     gradient = method.gradient and event.differentiable
-    if event.weighted:
-        while state.power < 1.0:
-            power = _next_power(state, method.target)
-            if not _reweight(state, power, 0.0, rng, method):
-                note = "no particle is compatible with the observed sites: check them, or raise the budget."
-                return _unfinished(method, meter, state, None, drawn, note), None, None
-            if not _move_level(state, method, meter, rng, gradient):
-                note = "the budget ran out while conditioning the adversary on its observed sites: raise it."
-                return _unfinished(method, meter, state, None, drawn, note), None, None
-        prior = Prior(
-            state.z.copy(),
-            state.severity.copy(),
-            state.log_weight.copy(),
-            state.rows,
-            state.log_z.copy(),
+    note = _condition(state, method, meter, rng, gradient) if event.weighted else ""
+    if not note:
+        if event.weighted:
+            prior = Prior(
+                state.z.copy(), state.severity.copy(), state.log_weight.copy(), state.rows, state.log_z.copy()
+            )
+        note = _climb_to_event(state, method, meter, rng, gradient)
+    if note:
+        return _report(method, meter, state, prior, drawn, note), None, prior
+    _move_level(state, method, meter, rng, gradient, meter.left)
+    probe(state, meter, gradient, 128)
+    return _report(method, meter, state, prior, drawn, ""), state, prior
+
+
+def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> str:
+    """Bring in the weight of the observed sites; says what went wrong, or nothing."""
+    while state.power < 1.0:
+        n = len(state.z)
+        keep = _affordable(state, method, meter, 2.0 * _CONDITIONING)
+        equal = np.zeros(n)
+        power = diagnostics.next_temperature(
+            equal,
+            lambda x: (x - state.power) * state.log_weight,
+            easy=state.power,
+            hard=1.0,
+            target=_share(method.target, keep, n),
         )
+        if not _reweight(state, method, rng, keep, power, state.soft):
+            return "no particle is compatible with the observed sites: check them, or raise the budget."
+        if not _move_level(state, method, meter, rng, gradient, meter.left / (2.0 * _CONDITIONING)):
+            return "the budget ran out while conditioning the adversary on its observed sites: raise it."
+    return ""
+
+
+def _climb_to_event(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> str:
+    """Harden the softened event until it is the event; says what went wrong, or nothing."""
+    index: Index | None = None
+    before = total(state)
     while True:
-        noise = _next_noise(state, method.target)
-        if noise is None:
-            note = (
+        n = len(state.z)
+        log_w = total(state) - before - math.log(n) - state.soft.log(state.severity)
+        # a softening that was chosen by the particles that it weighs would favour low estimates: it lags a level
+        learnt = learn_index(index, state.severity, log_w)
+        index = learnt if index is None else index
+        if index is None and not np.any(state.severity >= 0.0):
+            return (
                 "the severity is the same at every particle, so nothing says where catastrophes are: return how far "
                 "from the limit a run is, or use crude sampling with a larger budget."
             )
-            return _unfinished(method, meter, state, prior, drawn, note), None, prior
-        if not _reweight(state, 1.0, noise, rng, method):
-            note = "the population died out before it reached a catastrophe: raise the budget or the particles."
-            return _unfinished(method, meter, state, prior, drawn, note), None, prior
-        if total(state) < _FLOOR or state.levels >= _MAX_LEVELS:
-            note = (
+        target = _hurried(state, method, meter, index)
+        levels = _levels_left(state, index, target)
+        keep = _affordable(state, method, meter, levels)
+        soft = _next_softening(state, index, _share(target, keep, n))
+        if not _reweight(state, method, rng, keep, state.power, soft):
+            return "the population died out before it reached a catastrophe: raise the budget or the particles."
+        if total(state) - before < _FLOOR or state.levels >= _MAX_LEVELS:
+            return (
                 "the severity approaches its limit without reaching it: a catastrophe may be impossible, "
                 "or hidden where the severity does not lead."
             )
-            return _unfinished(method, meter, state, prior, drawn, note), None, prior
-        if math.isinf(noise):
-            break
-        if not _move_level(state, method, meter, rng, gradient):
-            note = "the budget ran out before the particles were catastrophes: raise it (or lower particles)."
-            return _unfinished(method, meter, state, prior, drawn, note), None, prior
-    _move_level(state, method, meter, rng, gradient)
-    probe(state, meter, gradient, 128)
-    return _finished(method, meter, state, prior), state, prior
+        if soft is EVENT:
+            return ""
+        index = learnt
+        if not _move_level(state, method, meter, rng, gradient, 0.9 * meter.left / max(1.0, levels - 1.0)):
+            return "the budget ran out before the particles were catastrophes: raise it (or lower particles)."
+
+
+def _levels_left(state: State, index: Index | None, target: float) -> float:
+    """How many levels the event is away, if the index is right: tilts of a normal law, and a few for its edge."""
+    if index is None:
+        return 1.0
+    distance = index.reach(0.0) - float(np.median(np.maximum(index(state.severity), -40.0)))
+    return float(_EDGE + max(0.0, distance) / math.sqrt(-math.log(target)))
+
+
+def _affordable(state: State, method: Tempering, meter: Meter, levels: float) -> int:
+    """The population for so many more levels: what was asked for, or as many as the budget allows."""
+    most = int(0.9 * meter.left / (levels * min(state.cost, 4.0)))
+    return min(len(state.z), max(4 * method.islands, min(method.particles, most)))
+
+
+def _hurried(state: State, method: Tempering, meter: Meter, index: Index | None) -> float:
+    """The conditional ESS of a step: the method's, or less where not even the smallest population affords it."""
+    most = 0.9 * meter.left / (4 * method.islands * max(1.0, min(state.cost, 2.0)))
+    levels = _levels_left(state, index, method.target)
+    if levels <= max(most, _EDGE + 1.0):
+        return method.target
+    longer = (levels - _EDGE) / max(most - _EDGE, 1.0)
+    return float(max(0.1, method.target ** (longer**2)))
+
+
+def _share(target: float, keep: int, n: int) -> float:
+    """The conditional ESS to step to: a population that shrinks anyway may step further."""
+    return max(0.1, min(target, keep / n))
 
 
 def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[State, int]:
     """Draw the population; more of it where most severities are equal (boolean checkers, plateaus)."""
     k = method.islands
-    each = min(method.particles // k, meter.budget // (2 * k) or 1)
-    wide = int(min(_WIDE, 0.12 * meter.budget / (each * k)))
-    each *= max(1, wide)
+    most = min(_WIDE * method.particles, max(method.particles, _MOST // meter.event.dim))
+    each = max(2, int(min(most, _FIRST * meter.budget)) // k)
     z = rng.standard_normal((k * each, meter.event.dim))
     first = meter.evaluate(z)
     severity, log_weight = first.severity, first.log_weight
@@ -202,15 +271,15 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
             severity = _interleave(severity, result.severity, k)
             log_weight = _interleave(log_weight, result.log_weight, k)
             drawn += k * more
-            if len(z) * meter.event.dim > 60_000_000:
+            if z.size > _MOST:
                 break
     hits = int(np.count_nonzero(severity >= 0.0))
-    return State(z, severity, log_weight, None, None, log_z, first_hits=hits), drawn
+    return State(z, severity, log_weight, None, None, log_z, size=float(k * each), first_hits=hits), drawn
 
 
 def _flat(severity: Floats, least: int) -> bool:
     """Whether fewer than ``least`` draws rise above the lowest severity: too few to climb from."""
-    low = severity.min()
+    low = max(float(severity.min()), -1e300)
     return bool(np.count_nonzero(severity > low + 1e-12 * (1.0 + abs(low))) < least)
 
 
@@ -228,121 +297,154 @@ def _minus(a: Floats, b: Floats) -> Floats:
     return out
 
 
-def _next_power(state: State, target: float) -> float:
+def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
+    """The hardest tilt whose conditional ESS is the target; the event itself when it is within reach."""
     equal = np.zeros(len(state.severity))
-    return diagnostics.next_temperature(
-        equal, lambda x: (x - state.power) * state.log_weight, easy=state.power, hard=1.0, target=target
-    )
+    now = state.soft.log(state.severity)
+    within = diagnostics.conditional_ess(equal, _minus(EVENT.log(state.severity), now)) >= target
+    if within or index is None:
+        return EVENT
+    assert isinstance(state.soft, Tilt)
 
+    def share(tilt: Tilt) -> float:
+        return diagnostics.conditional_ess(equal, _minus(tilt.log(state.severity), now))
 
-def _next_noise(state: State, target: float) -> float | None:
-    """The next 1/σ: inf when the event itself is within reach, None when severities say nothing."""
-    equal = np.zeros(len(state.severity))
-    now = soft(state.severity, state.inverse_noise)
-    if diagnostics.conditional_ess(equal, _minus(soft(state.severity, math.inf), now)) >= target:
-        return math.inf
-    finite = state.severity[np.isfinite(state.severity)]
-    flat = finite.size == 0 or np.ptp(finite) <= 1e-12 * np.abs(finite).max()
-    if flat and (finite.size == len(state.severity) or not np.any(state.severity >= 0.0)):
-        return None
-    largest = float(np.abs(finite).max()) if finite.size else 1.0
-    start = state.inverse_noise or 1e-4 / max(largest, 1e-300)
-    log_noise = diagnostics.next_temperature(
+    # where an index that has been learnt anew stands now: its slope may differ from what was extended before
+    rate, known = state.soft.rate, state.soft.index
+    if known is not None:
+        rates = rate * np.geomspace(0.25, 4.0, 33)
+        shares = [share(Tilt(float(x), index)) for x in rates]
+        rate = float(rates[int(np.argmax(shares))])
+        if max(shares) < target:
+            rate, index = state.soft.rate, known
+    step = rate + math.sqrt(-math.log(target))
+    if step < float(index(np.zeros(1))[0]):
+        # severities are normal on the index: the step is known, and only a bad index is corrected
+        least, hard = 0.5 * target, step
+    else:
+        least, hard = target, 4.0 * rate + 8.0
+    rate = diagnostics.next_temperature(
         equal,
-        lambda x: _minus(soft(state.severity, math.exp(x)), now),
-        easy=math.log(start),
-        hard=math.log(start) + 40.0,
-        target=target,
+        lambda x: _minus(Tilt(x, index).log(state.severity), now),
+        easy=max(rate, 1e-6),
+        hard=hard,
+        target=least,
     )
-    return math.exp(log_noise) if log_noise < math.log(start) + 39.9 else math.inf
+    return Tilt(rate, index)
 
 
-def _reweight(state: State, power: float, noise: float, rng: np.random.Generator, method: Tempering) -> bool:
+def _reweight(
+    state: State, method: Tempering, rng: np.random.Generator, keep: int, power: float, soft: Softening
+) -> bool:
     """Weigh by the new target, resample, and count each family's share of the evidence. False when all died."""
-    new = log_target(state.severity, state.log_weight, power, noise)
-    old = log_target(state.severity, state.log_weight, state.power, state.inverse_noise)
-    increment = _minus(new, old)
-    k = method.islands
-    each = len(increment) // k
-    # the first levels decide which modes there are, and moves are cheap there: the population shrinks by halves
-    keep = k * min(each, max(method.particles // k, each // 2))
+    old = log_target(state, state.severity, state.log_weight)
+    state.power, state.soft = power, soft
+    increment = _minus(log_target(state, state.severity, state.log_weight), old)
     gain = diagnostics.log_mean_exp(increment)[0]
     if not math.isfinite(gain):
         return False
-    if math.isfinite(noise):
-        state.drift_noise = noise
-    family = np.repeat(np.arange(k), each) if state.family is None else state.family
+    if soft is not EVENT:
+        state.drift = soft
+    k, n = method.islands, len(increment)
+    family = np.repeat(np.arange(k), n // k) if state.family is None else state.family
     overall = total(state) + gain
     index = diagnostics.systematic_resample(increment, keep, rng)
     for name in ("z", "severity_grad", "weight_grad"):
         value = getattr(state, name)
-        if value is None:
-            continue
-        if keep < len(increment):
-            setattr(state, name, value[index])
-        else:
-            value[:] = value[index]
+        if value is not None:
+            setattr(state, name, _resampled(value, index))
     state.severity = state.severity[index]
     state.log_weight = state.log_weight[index]
     state.family = family[index]
     with np.errstate(divide="ignore"):
         state.log_z = overall + np.log(np.bincount(state.family, minlength=k) * (k / keep))
-    state.power, state.inverse_noise = power, noise
     state.levels += 1
     return True
 
 
-def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> bool:
-    """Move until severities are decorrelated from the level's start. False when the budget did not allow one move."""
+def _resampled(value: Floats, index: NDArray[np.intp]) -> Floats:
+    """``value[index]`` for a nondecreasing ``index`` no longer than ``value``, in place and in blocks.
+
+    Rows that come from further up move first to last, rows from further down last to first: then none is overwritten
+    before it is read.
+    """
+    keep = len(index)
+    blocks = np.array_split(np.arange(keep), math.ceil(keep * value.shape[1] / 1_000_000))
+    for rows in blocks:
+        down = rows[index[rows] > rows]
+        value[down] = value[index[down]]
+    for rows in reversed(blocks):
+        up = rows[index[rows] < rows]
+        value[up] = value[index[up]]
+    return value if keep == len(value) else value[:keep].copy()
+
+
+def _move_level(
+    state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool, allowance: float
+) -> bool:
+    """Move until severities are decorrelated from the level's start, or ``allowance`` calls are spent.
+
+    False when the budget did not allow one move.
+    """
+    calls = meter.calls
+    n = len(state.z)
+    done = _move(state, method, meter, rng, gradient, allowance)
+    state.cost = 0.5 * state.cost + 0.5 * (meter.calls - calls) / n
+    return done
+
+
+def _move(
+    state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool, allowance: float
+) -> bool:
     start = slow(state).copy()
+    n = len(state.z)
+    most = meter.calls + min(allowance, meter.left)
     if method.guided and state.rest == 0:
-        probe(state, meter, gradient, 64)
+        probe(state, meter, gradient, int(np.clip(n // 12, 6, 64)))
         laws = fit_moves(state, rng)
         unmoved = 1.0
-        while unmoved > 0.35:
-            if meter.left < len(state.z):
+        while unmoved > _UNMOVED:
+            if meter.left < n:
                 return unmoved < 1.0
-            acceptance = guided_sweep(state, meter, rng, laws)
-            state.severity_grad = state.weight_grad = None
+            if unmoved < 1.0 and meter.calls + n > most:
+                return True
+            # a mode that the laws lack would be stuck, and die out: some of the particles take a local step
+            local = rng.random(n) < _WALKERS
+            acceptance = guided_sweep(state, meter, rng, laws, np.flatnonzero(~local))
+            walked = walk(state, meter, rng, state.walk_angle, np.flatnonzero(local))
+            state.walk_angle = float(np.clip(state.walk_angle * math.exp(walked - 0.35), 1e-4, 1.4))
             state.moves += 1
             state.acceptance = acceptance
-            unmoved *= 1.0 - acceptance
+            unmoved *= 1.0 - (1.0 - _WALKERS) * acceptance
             factor = 1.2 if acceptance > 0.35 else 0.7 if acceptance < 0.2 else 1.0
             state.side_angle = min(1.5, factor * state.side_angle)
             if acceptance < 0.12:
                 state.rest = 2
                 break
         state.correlation = rank_correlation(start, slow(state))
-        if unmoved <= 0.35 and state.correlation <= max(method.decorrelation, 0.6):
-            # a mode that the mixture lacks would be stuck, and die out: one small step for everyone
-            if meter.left >= len(state.z):
-                walked = move(state, meter, rng, False, state.walk_angle)
-                state.walk_angle = float(np.clip(state.walk_angle * math.exp(2.0 * (walked - 0.35)), 1e-4, 1.4))
-                state.moves += 1
+        if unmoved <= _UNMOVED and state.correlation <= max(method.decorrelation, 0.7):
             return True
-        if unmoved <= 0.35:  # accepted, but only since it moved little in all other directions
+        if unmoved <= _UNMOVED:  # accepted, but only since it moved little in all other directions
             state.rest = 2
     state.rest = max(0, state.rest - 1)
-    n = len(state.z)
     if gradient:
-        most = min(method.max_moves, int(0.5 * _LEVEL_SHARE * meter.left / n))
-        for _ in range(most):
+        for _ in range(min(method.max_moves, int(0.5 * (most - meter.calls) / n))):
             state.acceptance = refresh(state, meter, rng)
             state.moves += 1
         state.correlation = rank_correlation(start, slow(state))
     gradient = ensure_gradient(state, meter, gradient)
     cost = n * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
     aim = 0.55 if gradient else 0.35
-    most = method.max_moves if gradient else 2 * method.max_moves
-    # where the budget is short, fewer moves a level: a run that ends without reaching the event says nothing
-    most = min(most, max(1, int(_LEVEL_SHARE * meter.left / cost)))
-    for i in range(most):
+    for i in range(method.max_moves if gradient else 2 * method.max_moves):
         if meter.left < cost:
             return i > 0
+        if i > 0 and meter.calls + cost > most:
+            break
         if not gradient and i % 2 == 0:
             state.acceptance = refresh(state, meter, rng)
         else:
-            state.acceptance = move(state, meter, rng, gradient, state.angle)
+            step = climb if gradient else walk
+            state.acceptance = step(state, meter, rng, state.angle)
             state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
         state.moves += 1
         state.correlation = rank_correlation(start, slow(state))
@@ -353,71 +455,53 @@ def _move_level(state: State, method: Tempering, meter: Meter, rng: np.random.Ge
 
 def families_of(state: State, prior: Prior | None) -> Families:
     """What each family of a finished run says of P."""
-    return Families(state.log_z, None if prior is None else prior.log_z, float(len(state.z)))
+    return Families(state.log_z, None if prior is None else prior.log_z, state.size)
 
 
-def _finished(method: Tempering, meter: Meter, state: State, prior: Prior | None) -> Evidence:
-    verdict = combine([families_of(state, prior)])
-    n = len(state.z)
-    notes = list(complaints(verdict))
-    if state.correlation > 0.9:
-        notes.append("the particles hardly move inside the event: raise max_moves or the budget.")
-    converged = not notes
-    particles = Particles(state.z, np.full(n, -math.log(n)), state.severity)
-    prior_particles = None
-    if prior is not None:
-        prior_particles = Particles(prior.z, np.full(len(prior.z), -math.log(len(prior.z))), prior.severity)
+def _report(
+    method: Tempering, meter: Meter, state: State | None, prior: Prior | None, drawn: int, failure: str
+) -> Evidence:
+    """The evidence of a run that reached the event, or says in ``failure`` why not.
+
+    Without a population of catastrophes only the first draws bound P without an assumption (exact binomial). A
+    softening is at least ½ on the event, so P ≤ 2 E[g(s)] too; that bound trusts the population: a diagnostic only.
+    """
+    info: dict[str, float] = {}
+    log_prob, error, interval = -math.inf, math.inf, (-math.inf, 0.0)
+    notes: tuple[str, ...] = (failure,)
+    particles = prior_particles = None
+    if state is not None:
+        info = {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
+        verdict = combine([families_of(state, prior)])
+        if failure:
+            if drawn and not meter.event.weighted:
+                interval = (-math.inf, diagnostics.binomial_interval(state.first_hits, drawn)[1])
+            if state.started:
+                info["soft_upper"] = verdict.log_prob + _LOG2
+        else:
+            log_prob, error, interval = min(verdict.log_prob, 0.0), verdict.error, verdict.interval
+            info |= {"correlation": state.correlation, "island_ess": verdict.effective}
+            notes = complaints(verdict)
+            if state.correlation > 0.9:
+                notes = (*notes, "the particles hardly move inside the event: raise max_moves or the budget.")
+            particles = _equal(state.z, state.severity)
+            prior_particles = None if prior is None else _equal(prior.z, prior.severity)
     return Evidence(
         method=method.name,
-        log_prob=min(verdict.log_prob, 0.0),
-        std_error=verdict.error,
-        interval=verdict.interval,
-        claim="consistent",
+        log_prob=log_prob,
+        std_error=error,
+        interval=interval,
+        claim="upper" if failure else "consistent",
         calls=meter.calls,
         seconds=meter.seconds,
-        converged=converged,
+        converged=not notes,
         particles=particles,
         prior_particles=prior_particles,
         log_evidence=0.0 if prior is None else diagnostics.log_mean_exp(prior.log_z)[0],
-        diagnostics={
-            "levels": float(state.levels),
-            "moves": float(state.moves),
-            "acceptance": state.acceptance,
-            "correlation": state.correlation,
-            "island_ess": verdict.effective,
-        },
-        notes=tuple(notes),
-    )
-
-
-def _unfinished(
-    method: Tempering, meter: Meter, state: State | None, prior: Prior | None, drawn: int, note: str
-) -> Evidence:
-    """No population of catastrophes: only the first draws bound P without an assumption (exact binomial).
-
-    On the event Φ(s/σ) ≥ ½, so P ≤ 2 E[Φ(s/σ)] too; that bound trusts the population, and is a diagnostic only.
-    """
-    upper = 0.0
-    log_evidence = 0.0
-    info: dict[str, float] = {}
-    if state is not None:
-        if drawn and not meter.event.weighted:
-            upper = diagnostics.binomial_interval(state.first_hits, drawn)[1]
-        if 0.0 < state.inverse_noise < math.inf:
-            info["soft_upper"] = combine([families_of(state, prior)]).log_prob + _LOG2
-        if prior is not None:
-            log_evidence = diagnostics.log_mean_exp(prior.log_z)[0]
-        info |= {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
-    return Evidence(
-        method=method.name,
-        log_prob=-math.inf,
-        std_error=math.inf,
-        interval=(-math.inf, upper),
-        claim="upper",
-        calls=meter.calls,
-        seconds=meter.seconds,
-        converged=False,
-        log_evidence=log_evidence,
         diagnostics=info,
-        notes=(note,),
+        notes=notes,
     )
+
+
+def _equal(z: Floats, severity: Floats) -> Particles:
+    return Particles(z.astype(np.float64, copy=False), np.full(len(z), -math.log(len(z))), severity)

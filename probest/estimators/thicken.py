@@ -16,7 +16,8 @@ import numpy as np
 
 from probest import diagnostics
 from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, Particles, generator
-from probest.estimators.moves import State, fit_moves, guided_sweep, move, probe, refresh
+from probest.estimators.moves import State, fit_moves, guided_sweep, probe, refresh, walk
+from probest.estimators.softening import EVENT
 
 __all__ = ["cost", "thicken"]
 
@@ -37,10 +38,10 @@ def thicken(meter: Meter, particles: Particles, n: int, *, seed: np.random.SeedS
     state = _state(particles.z[at], particles.severity[at])
     for _ in range(sweeps):
         refresh(state, meter, rng)
-        accepted = move(state, meter, rng, False)
+        accepted = walk(state, meter, rng, state.angle)
         state.angle = float(np.clip(state.angle * math.exp(2.0 * (accepted - 0.35)), 1e-3, 1.4))
         probe(state, meter, event.differentiable, _PROBES)
-        guided_sweep(state, meter, rng, fit_moves(state, rng))
+        guided_sweep(state, meter, rng, fit_moves(state, rng), np.arange(n))
     return Particles(state.z, np.full(n, -math.log(n)), state.severity)
 
 
@@ -51,4 +52,4 @@ def cost(n: int, sweeps: int) -> int:
 
 def _state(z: Floats, severity: Floats) -> State:
     """The particles as a population in the event."""
-    return State(z, severity, np.zeros(len(z)), None, None, np.zeros(1), power=1.0, inverse_noise=math.inf, angle=0.5)
+    return State(z, severity, np.zeros(len(z)), None, None, np.zeros(1), power=1.0, soft=EVENT, drift=EVENT, angle=0.5)

@@ -27,7 +27,8 @@ from scipy.special import log_ndtr
 
 from probest.diagnostics import effective_sample_size, log_mean_exp, systematic_resample
 from probest.estimators.base import GRADIENT_CALLS, EventLike, Floats, Meter, Particles
-from probest.estimators.moves import State, move
+from probest.estimators.moves import State, climb
+from probest.estimators.softening import Noise
 
 __all__ = ["Walkers"]
 
@@ -91,14 +92,14 @@ class Walkers:
             weight_grad=None if at.log_weight_grad is None else at.log_weight_grad[rows],
             log_z=np.array([self.log_prob]),
             power=1.0,
-            inverse_noise=1.0 / self.noise,
-            drift_noise=1.0 / self.noise,
+            soft=Noise(1.0 / self.noise),
+            drift=Noise(1.0 / self.noise),
             angle=self.angle,
         )
         typical = math.sqrt(max(-2.0 * self.log_prob, 0.0)) * BREADTH / (1 + BREADTH**2)
         caught_up = float(log_ndtr(-typical)) - LAG
         for _ in range(MAX_MOVES):
-            acceptance = move(state, meter, rng, True)
+            acceptance = climb(state, meter, rng, state.angle)
             state.angle = float(np.clip(state.angle * math.exp(acceptance - ACCEPTANCE), 1e-3, 1.4))
             if np.mean(log_ndtr(state.severity / self.noise)) >= caught_up:
                 break
