@@ -59,6 +59,7 @@ _LIGHTEST = 0.2  # weight in the fit of a line that hardly counts
 _LEAST = 5  # fresh lines a mode
 _ROUNDS = 20
 _LESSONS = 4  # each with twice as many lines as the one before
+_CURVED = 1.5  # times as many fresh lines where a boundary bends
 _POOR = 0.2  # misfit of a model, in nats
 _MANY = 32  # fresh lines where the model is poor
 _STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
@@ -539,7 +540,8 @@ class _Campaign:
         """Fresh lines for each mode, shared out by what the models say of the modes."""
         sums = np.array([self._learnt(k) if m is None else m.proposal.log_mean for k, m in enumerate(models)])
         share = np.exp(sums - diagnostics.log_sum_exp(sums))
-        lines = self.method.fresh * 0.5 * (1 + len(models))
+        bends = any(m is not None and m.proposal.spread > 0.0 for m in models)
+        lines = self.method.fresh * 0.5 * (1 + len(models)) * (_CURVED if bends else 1.0)
         return [max(_LEAST, round(lines * part)) for part in share.tolist()]
 
     def _further_counts(self) -> list[int]:
