@@ -332,6 +332,65 @@ def test_bad_settings_are_named(field: str, value: float) -> None:
         LineSampling(**{field: value})
 
 
+# --- what follows lines that do not do ----------------------------------------------------------------------------
+
+
+def exponentials(dim: int, limit: float) -> ExactEvent:
+    """The sum of ``dim`` exponential variables stays below ``limit``: one mode, strongly curved in all directions."""
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray(limit + special.log_ndtr(-z).sum(axis=1))
+
+    def gradient(z: Floats) -> Floats:
+        return np.asarray(-np.exp(stats.norm.logpdf(z) - special.log_ndtr(-z)))
+
+    return ExactEvent("exponentials", dim, float(stats.gamma.logcdf(limit, dim)), severity, gradient)
+
+
+def test_a_guide_is_aimed_at_the_particles_of_lines() -> None:
+    event = exponentials(20, 8.951)
+    runs = [Combined().run_ledger(event, budget=10_000, seed=seed(number)) for number in range(4)]
+    for ledger in runs:
+        methods = [line.method for line in ledger]
+        assert "tempering" not in methods
+        assert methods.index("importance sampling") > methods.index("line sampling")
+        assert ledger[-1].converged
+        assert sum(line.calls for line in ledger[:-1]) == ledger[-1].calls
+        error = ledger[-1].log_prob - event.log_prob
+        assert abs(error) <= stats.norm.isf(FAILURE / 8) * ledger[-1].std_error + 0.02
+
+
+def test_where_nothing_passes_the_interval_spans_what_was_found() -> None:
+    event = parabola_of_many(100, 60, 5.0, 0.05)
+    ledger = Combined().run_ledger(event, budget=5000, seed=seed(0))
+    found = [line for line in ledger[:-1] if line.claim != "heuristic" and math.isfinite(line.log_prob)]
+    assert not ledger[-1].converged
+    assert ledger[-1].notes
+    assert ledger[-1].interval[0] <= event.log_prob <= ledger[-1].interval[1]
+    assert ledger[-1].std_error <= max(line.std_error for line in found if line.method != "monte carlo")
+
+
+def parabola_of_many(dim: int, curved: int, beta: float, bend: float) -> ExactEvent:
+    """z₁ ≥ β + ½ bend ‖(z₂, …)‖² over ``curved`` coordinates; P by integration over their chi-square."""
+
+    def integrand(q: float) -> float:
+        return float(
+            np.exp(special.log_ndtr(-beta - 0.5 * bend * q) - special.log_ndtr(-beta)) * stats.chi2.pdf(q, curved)
+        )
+
+    value = integrate.quad(integrand, 0.0, 400.0, limit=1000, points=[curved])[0]
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray(z[:, 0] - beta - 0.5 * bend * np.sum(z[:, 1 : 1 + curved] ** 2, axis=1))
+
+    def gradient(z: Floats) -> Floats:
+        out = np.zeros_like(z)
+        out[:, 0], out[:, 1 : 1 + curved] = 1.0, -bend * z[:, 1 : 1 + curved]
+        return out
+
+    return ExactEvent("many_curved", dim, math.log(value) + float(special.log_ndtr(-beta)), severity, gradient)
+
+
 # --- more particles from few --------------------------------------------------------------------------------------
 
 
