@@ -32,10 +32,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 from scipy.optimize import elementwise
-from scipy.special import log_ndtr, logsumexp
+from scipy.special import logsumexp
 
 from probest.diagnostics import systematic_resample
 from probest.estimators.base import Floats, Particles
+from probest.estimators.position import Chi, Normal, between, log_mass
 from probest.programs.event import Event
 
 __all__ = ["Surface", "sample_surface"]
@@ -204,14 +205,14 @@ def _log_line_probability(
         high += ends[1::2]
     who, a, b = np.array(owner, dtype=int), np.array(low), np.array(high)
     straight = ~lines.ray[who]
-    mass = np.where(straight, _log_normal_interval(a, b), _log_chi_interval(np.maximum(a, 0), b, dim))
+    mass = np.where(straight, log_mass(Normal(), a, b), log_mass(Chi(dim), np.maximum(a, 0.0), b))
     if event.weighted or lines.held:
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         t = 0.5 * (nodes + 1)
         r = np.where(
             straight[:, None],
-            stats.truncnorm.ppf(t, a[:, None], b[:, None]),
-            _chi_between(t, np.maximum(a, 0)[:, None], b[:, None], dim),
+            between(Normal(), a[:, None], b[:, None], t),
+            between(Chi(dim), np.maximum(a, 0.0)[:, None], b[:, None], t),
         )
         index = np.repeat(who, NODES)
         log_weight = event.evaluate(lines.at(index, r.ravel()), held=_take(lines.held, index)).log_weight
@@ -219,29 +220,6 @@ def _log_line_probability(
     total = np.full(n, -np.inf)
     np.logaddexp.at(total, pair[who], mass)
     return total
-
-
-def _log_normal_interval(a: Floats, b: Floats) -> Floats:
-    """log(Φ(b) − Φ(a)), accurate in both tails."""
-    flip = a > 0
-    low, high = np.where(flip, -b, a), np.where(flip, -a, b)
-    upper, lower = log_ndtr(high), log_ndtr(low)
-    with np.errstate(divide="ignore"):
-        result: Floats = upper + np.log(-np.expm1(np.minimum(lower - upper, 0.0)))
-    return result
-
-
-def _log_chi_interval(a: Floats, b: Floats, dim: int) -> Floats:
-    upper, lower = stats.chi.logsf(a, dim), stats.chi.logsf(b, dim)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result: Floats = upper + np.log(-np.expm1(np.minimum(lower - upper, 0.0)))
-    return result
-
-
-def _chi_between(t: Floats, a: Floats, b: Floats, dim: int) -> Floats:
-    upper, lower = stats.chi.sf(a, dim), stats.chi.sf(b, dim)
-    result: Floats = stats.chi.isf(upper - t * (upper - lower), dim)
-    return result
 
 
 def _share(normal: Floats, z: Floats, directions: Floats) -> Floats:
