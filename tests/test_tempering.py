@@ -214,11 +214,10 @@ def test_a_warm_start_keeps_a_mode_without_gradients() -> None:
     for j, at in enumerate((slice(0, 200), slice(200, 400))):
         z[at, j] = law.rvs(200, random_state=rng(j))
     start = Particles(z, np.full(400, -math.log(400)), event.severity(z))
-    errors = []
-    for i in range(5):
-        evidence = Tempering(particles=256, warm_start=start).run(event, budget=10_000, seed=seed(i))
-        errors.append(abs(evidence.log_prob - event.log_prob))
-    assert np.median(errors) < 0.5  # without the steep mode: 1.5
+    runs = [Tempering(particles=256, warm_start=start).run(event, budget=10_000, seed=seed(i)) for i in range(5)]
+    # without the steep mode every run would be 1.5 too low, with an interval of 0.3 around that
+    assert np.median([run.log_prob - event.log_prob for run in runs]) > -0.75
+    assert sum(run.interval[0] <= event.log_prob <= run.interval[1] for run in runs) >= 3
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
