@@ -28,7 +28,8 @@ __all__ = ["Boundary", "Proposal", "fit_boundary", "propose"]
 
 _COORDINATES = 24
 _MATTERS = 0.02  # nats of slope (squared, on average) that make a direction one that matters
-_CLOUD = 2048
+_CLOUD = 4096  # points that integrate the model
+_COARSE = 512  # points that place the proposal, at least; 60 a coordinate
 _RIDGE = 0.3
 _NEARER = 5.0  # nats
 
@@ -151,14 +152,15 @@ def propose(
     if r == 0:
         return Proposal(Prior(dim), float(log_mass(np.zeros((1, 0)))[0]), 0.0, 0.0, 0.0)
     normal = around = Mixture(boundary.basis, np.ones(1), np.zeros((1, r)), np.eye(r)[None])
+    coarse = max(_COARSE, 60 * r)
     for width in (1.5, 1.3, 1.2, 1.2):
         wide = normal.widened(width)
-        u = wide.sample_inside(_CLOUD, rng)
+        u = wide.sample_inside(coarse, rng)
         log_w = wide.log_density_ratio(u) + log_mass(u)
         total = diagnostics.log_sum_exp(log_w)
         if not math.isfinite(total):
             break
-        w = np.exp(np.minimum(log_w - total, math.log(20.0 / _CLOUD)))
+        w = np.exp(np.minimum(log_w - total, math.log(20.0 / coarse)))
         w /= w.sum()
         mean = w @ u
         scatter = ((u - mean) * w[:, None]).T @ (u - mean)
@@ -166,7 +168,7 @@ def propose(
         factor = np.asarray(np.linalg.cholesky(scatter), dtype=np.float64)
         normal = Mixture(boundary.basis, np.ones(1), mean[None], factor[None])
     inner, shares = (normal.widened(1.15), normal.widened(1.8), around), (0.75, 0.15, 0.1)
-    counts = [int(share * 2 * _CLOUD) for share in shares]
+    counts = [int(share * _CLOUD) for share in shares]
     u = np.concatenate([part.sample_inside(count, rng) for part, count in zip(inner, counts, strict=True)])
     log_q = [math.log(share) - part.log_density_ratio(u) for part, share in zip(inner, shares, strict=True)]
     log_w = log_mass(u) - np.logaddexp.reduce(log_q)

@@ -50,6 +50,7 @@ _FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
 _FEW = 6  # dimensions in which a sphere can be covered
 _SUSPECTS = 3  # starts from unexplained catastrophes at a time
 _EARLIER = 0.9  # a catastrophe at this share of the way to the expected entry is unexplained
+_OPPOSITE = 1.08  # as far beyond a mode's mirror image is looked for the opposite mode
 _HALVINGS = 4
 _STEPS = 14
 _FIRST = 2  # starts of the first batch
@@ -255,16 +256,19 @@ class Search:
         dim = self.meter.event.dim
         if dim < 2 or not self.arrived:
             return False
-        nearest = max(min(_normal(walk)[1] for walk in self.arrived), 0.0)
+        sides = [_normal(walk) for walk in self.arrived]
+        # catastrophes often come in opposite pairs
+        opposite = np.array([-_OPPOSITE * max(offset, 0.5) * normal for normal, offset in sides])
+        nearest = max(min(side[1] for side in sides), 0.0)
         if dim <= _FEW:
-            near = even_normals(points, dim, rng)
+            near = _circle(points + points // 4, rng) if dim == 2 else even_normals(points, dim, rng)
             near *= (1.25 * nearest + 0.5) / np.linalg.norm(near, axis=1, keepdims=True)
-            found = self._unexplained(near)
+            found = self._unexplained(np.concatenate([opposite, near]))
             out = rng.uniform(-_FAR, _FAR, (points // 2, dim))
         else:
-            found = np.empty((0, dim))
+            found = self._unexplained(opposite)
             out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
-            out = _aside(out, np.array([_normal(walk)[0] for walk in self.arrived]))
+            out = _aside(out, np.array([side[0] for side in sides]))
         with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
         before = len(self.arrived)
@@ -368,6 +372,11 @@ def _aside(z: Floats, normals: Floats) -> Floats:
         along = z @ normal
         z = z - (along if pressed else 2.0 * np.maximum(along, 0.0))[:, None] * normal
     return np.asarray(z)
+
+
+def _circle(n: int, rng: np.random.Generator) -> Floats:
+    angle = 2.0 * math.pi * (np.arange(n) + rng.random()) / n
+    return np.column_stack([np.cos(angle), np.sin(angle)])
 
 
 def even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:

@@ -263,23 +263,31 @@ class _Campaign:
         self._log_p = np.asarray(log_ndtr(-points.beta)) - 0.5 * points.beta**2
 
     def _suspects(self) -> Floats:
-        """Points on lines whose gradients lead to a boundary about as near as the known modes, but elsewhere."""
+        """Points on lines that are about as near as the known modes, but lead elsewhere.
+
+        Roots whose gradients point away from known modes, and intervals of the event that belong to none.
+        """
         least = min(mode.beta for mode in self.modes)
-        found = []
+        found, target = [], []
         for mode in self.modes:
             first = mode.rounds[0]
             root, gradient = first.traced.root, first.traced.gradient
             rows = np.flatnonzero(np.isfinite(root) & np.isfinite(gradient).all(axis=1))
             z = first.lines.at(rows, root[rows])
             normal = gradient[rows] / np.maximum(np.linalg.norm(gradient[rows], axis=1), 1e-300)[:, None]
-            away = np.sum(normal * z, axis=1)
-            target = away[:, None] * normal
-            apart = np.linalg.norm(target[:, None] - self._normals[None], axis=2)
-            elsewhere = (apart > 0.5 * (1.0 + 0.5 * np.abs(away))[:, None]).all(axis=1)
-            likely = (away < least + 1.2) & (away > 0.0)
-            found.append(z[elsewhere & likely])
-        every = np.concatenate(found)
-        return every[np.argsort(np.linalg.norm(every, axis=1), kind="stable")[:4]]
+            found.append(z)
+            target.append(np.sum(normal * z, axis=1)[:, None] * normal)
+            owner, _, high = first.traced.intervals
+            behind = high < 0.0
+            z = first.lines.at(owner[behind], high[behind])
+            found.append(z)
+            target.append(z)
+        z, towards = np.concatenate(found), np.concatenate(target)
+        away = np.linalg.norm(towards, axis=1)
+        apart = np.linalg.norm(towards[:, None] - self._normals[None], axis=2)
+        elsewhere = (apart > 0.5 * (1.0 + 0.5 * away)[:, None]).all(axis=1)
+        z = z[elsewhere & (away < least + 1.2) & (np.sum(towards * z, axis=1) > 0.0)]
+        return np.asarray(z[np.argsort(np.linalg.norm(z, axis=1), kind="stable")[:4]])
 
     # --- lines -----------------------------------------------------------------------------------------------------
 
