@@ -21,9 +21,12 @@ from exact_events import (
     sphere,
     union,
 )
+from library import library
 from scipy import special, stats
 
+from probest import Problem, estimate
 from probest.estimators.base import Evaluation, Evidence, Floats, Meter, Particles
+from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.scouts import scouts_from, search, with_scouts
 from probest.estimators.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
 from probest.estimators.tempering import Tempering, _resampled
@@ -218,6 +221,24 @@ def test_a_warm_start_keeps_a_mode_without_gradients() -> None:
     # without the steep mode every run would be 1.5 too low, with an interval of 0.3 around that
     assert np.median([run.log_prob - event.log_prob for run in runs]) > -0.75
     assert sum(run.interval[0] <= event.log_prob <= run.interval[1] for run in runs) >= 3
+
+
+def test_estimates_start_from_estimates(backend: str) -> None:
+    lib = library(backend)
+
+    def problem(beta: float) -> Problem:
+        return Problem(lambda: lib.sample("x", lib.dist.Normal(0.0, 1.0)), lambda x: x, lambda x, y: y - beta)
+
+    truth = float(special.log_ndtr(-4.2))
+    before = estimate(problem(4.0), budget=4000, progress=False)
+    for method in (None, Tempering(particles=128)):
+        after = estimate(problem(4.2), budget=8000, estimator=method, warm_start=before, progress=False)
+        reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * after.std_error
+        assert abs(after.log_prob - truth) < reach
+    with pytest.raises(TypeError, match="warm_start"):
+        estimate(problem(4.2), warm_start=1.0, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="warm_start"):
+        estimate(problem(4.2), estimator=MonteCarlo(), warm_start=before.conclusion, progress=False)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
