@@ -73,7 +73,7 @@ class Combined:
     """
 
     precision: float | None = 0.05
-    look: int = 20
+    look: int = 12
     pilot: int = 500
     particles: int = 256
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
