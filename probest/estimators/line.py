@@ -236,16 +236,16 @@ class _Campaign:
 
     def _explore(self, search: Search, points: DesignPoints) -> DesignPoints:
         """First lines through every mode; where their gradients lead to further modes, these too."""
-        for _ in range(3):
+        for attempt in range(_LOOKS):
             self._adopt(points)
             for k in range(len(self.modes)):
                 if not self.modes[k].rounds:
                     self._learn(k)
             suspects = self._suspects()
-            before = len(points.beta)
-            if not len(suspects) or len(self.modes) > _MOST_MODES or not search.start_from(suspects):
+            last = attempt == _LOOKS - 1 or len(self.modes) > _MOST_MODES
+            if last or not len(suspects) or not search.start_from(suspects):
                 break
-            points = search.points()
+            before, points = len(points.beta), search.points()
             if len(points.beta) == before:
                 break
         return points
