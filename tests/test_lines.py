@@ -29,7 +29,7 @@ from scipy import integrate, special, stats
 from probest.estimators.base import Floats, Meter, generator
 from probest.estimators.boundary import Boundary, fit_boundary, propose
 from probest.estimators.combined import Combined
-from probest.estimators.design import Search, find_design_points
+from probest.estimators.design import DesignPoints, Search
 from probest.estimators.line import LineSampling
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
 from probest.estimators.thicken import cost, thicken
@@ -40,6 +40,11 @@ FAILURE = 1e-4  # that a correct build fails a statistical test here, each
 
 def seed(number: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(number)
+
+
+def find_design_points(meter: Meter, rng: np.random.Generator) -> DesignPoints | None:
+    search = Search(meter)
+    return search.points() if search.run(rng, 8, 48) else None
 
 
 def steep_union(dim: int, thresholds: tuple[float, ...], steepness: tuple[float, ...]) -> ExactEvent:

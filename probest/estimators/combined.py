@@ -161,7 +161,7 @@ class Combined:
     def _line_up(
         self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, look: Evidence
     ) -> Evidence | None:
-        """Line sampling; None where it does not apply, or the crude sample speaks against it."""
+        """Line sampling, not converged if the crude sample speaks against it; None without calls enough to try."""
         budget = int(_LINES * ledger.left)
         if budget < _LEAST_LINES:
             return None

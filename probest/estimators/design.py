@@ -43,7 +43,7 @@ from scipy.stats import qmc
 from probest.diagnostics import log_sum_exp
 from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, UndefinedError
 
-__all__ = ["DesignPoints", "Search", "even_normals", "find_design_points"]
+__all__ = ["DesignPoints", "Search", "even_normals"]
 
 _WIDE = 2.0  # scale of every other start
 _FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
@@ -195,18 +195,6 @@ def _nearest(planes: list[_Plane]) -> Floats | None:
 
 
 Room = Callable[[int], bool]
-
-
-def find_design_points(
-    meter: Meter, rng: np.random.Generator, *, starts: int = 8, most: int = 48, calls: int | None = None
-) -> DesignPoints | None:
-    """Distinct design points from ``starts`` starts, and from more while modes turn up that few starts have seen.
-
-    most: at most so many starts. calls: at most so many model calls (default: all that are left).
-    Returns None where gradients say nothing, or where no start arrives.
-    """
-    search = Search(meter, calls)
-    return search.points() if search.run(rng, starts, most) else None
 
 
 @dataclass

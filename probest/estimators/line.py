@@ -201,16 +201,17 @@ class _Campaign:
         for _ in range(_ROUNDS):
             for k, count in enumerate(counts):
                 self._measure(k, models[k], count)
-            if self._precise():
+            chosen = self._all_chosen()
+            if self._precise(chosen):
                 break
-            counts = self._further_counts()
+            counts = self._further_counts(chosen)
             if not sum(counts):
                 size = self.method.first << lessons
                 if around or lessons == _LESSONS or self.meter.left < 12 * size * len(self.modes):
                     break
                 lessons += 1
                 self._relearn(models, size)
-                counts = self._further_counts()
+                counts = self._further_counts(self._all_chosen())
             models = self._models()
         return [*ledger, self._conclude(points, search)]
 
@@ -375,9 +376,7 @@ class _Campaign:
             r = between(law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
             share = self._log_share(k, base[owner][:, None, :] + r[:, :, None] * along)
             mass = mass + np.log(np.exp(share) @ (0.5 * _NODE_WEIGHTS))
-        total = np.full(len(base), -np.inf)
-        np.logaddexp.at(total, owner, mass)
-        return total
+        return _summed(mass, owner, len(base))
 
     def _log_line(self, k: int, r: _Round) -> Floats:
         """log of what each line of a round says of its mode's probability."""
@@ -508,9 +507,11 @@ class _Campaign:
             return _Values(varied, own, error)
         return _Values(plain, spread, 0.0)
 
-    def _spread(self) -> tuple[float, float]:
+    def _all_chosen(self) -> list[_Values]:
+        return [self._chosen(k) for k in range(len(self.modes))]
+
+    def _spread(self, chosen: list[_Values]) -> tuple[float, float]:
         """The estimate relative to the scale, and its standard error."""
-        chosen = [self._chosen(k) for k in range(len(self.modes))]
         mean = sum(float(np.mean(c.values)) for c in chosen if len(c.values))
         square = sum(c.spread**2 / max(len(c.values) - 1, 1) + c.error**2 for c in chosen if len(c.values))
         return mean, math.sqrt(square)
@@ -527,18 +528,18 @@ class _Campaign:
                 square += float(share @ np.where(share > 0.0, gap, 0.0) ** 2)
         return math.sqrt(square / weight) if weight > 0.0 else 0.0
 
-    def _least(self) -> Floats:
+    def _least(self, chosen: list[_Values]) -> Floats:
         """Fresh lines that each mode needs: more where its model is poor, since few may then miss what matters."""
-        means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in map(self._chosen, range(len(self.modes)))])
+        means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in chosen])
         share = means / max(float(means.sum()), 1e-300)
         poor = np.array([self._misfit(k) > _POOR for k in range(len(self.modes))])
         return np.where(poor, np.maximum(_MANY * np.sqrt(np.maximum(share, 0.0)), _LEAST), _LEAST)
 
-    def _precise(self) -> bool:
-        mean, error = self._spread()
-        done = np.array([len(self._chosen(k).values) for k in range(len(self.modes))])
+    def _precise(self, chosen: list[_Values]) -> bool:
+        mean, error = self._spread(chosen)
+        done = np.array([len(c.values) for c in chosen])
         precision = self.method.precision
-        if precision is None or not mean > 0.0 or np.any(done < self._least()):
+        if precision is None or not mean > 0.0 or np.any(done < self._least(chosen)):
             return False
         # the error of few lines may be small by chance: its upper confidence limit counts
         dof = max(int(done.sum()) - len(done), 1)
@@ -552,23 +553,21 @@ class _Campaign:
         lines = self.method.fresh * 0.5 * (1 + len(models)) * (_CURVED if bends else 1.0)
         return [max(_LEAST, round(lines * part)) for part in share.tolist()]
 
-    def _further_counts(self) -> list[int]:
+    def _further_counts(self, chosen: list[_Values]) -> list[int]:
         """Fresh lines for each mode to reach the precision; zeros where the calls that are left do not suffice."""
-        sizes = range(len(self.modes))
-        mean, _ = self._spread()
-        chosen = [self._chosen(k) for k in sizes]
+        mean, _ = self._spread(chosen)
         spread, done = np.array([c.spread for c in chosen]), np.array([len(c.values) for c in chosen])
         if not mean > 0.0 or not np.sum(spread) > 0.0:
-            return [0 for _ in sizes]
+            return [0 for _ in chosen]
         aim = (self.method.precision or 1e-9) * mean * 0.9
         wanted = 1.1 * np.sum(spread) * spread / aim**2
-        more = np.maximum(0.0, np.maximum(wanted, self._least()) - done)
+        more = np.maximum(0.0, np.maximum(wanted, self._least(chosen)) - done)
         if not np.any(more > 0.0):  # nearly there: what is missing is certainty of the error itself
             more[int(np.argmax(spread))] = _LEAST
         more = np.where(more > 0.0, np.maximum(more, _LEAST), 0.0)
         afford = self.meter.left / (max(self.price, 2.0) * max(float(more.sum()), 1.0))
         if afford < 1.0 and self.method.precision is not None:
-            return [0 for _ in sizes]
+            return [0 for _ in chosen]
         capped = np.minimum(more * min(1.0, 0.9 * afford), np.maximum(3 * done, 2 * self.method.fresh))
         return [int(count) for count in np.ceil(capped)]
 
@@ -596,9 +595,9 @@ class _Campaign:
         return _nothing(self.method, self._calls(), self.meter.seconds, note)
 
     def _conclude(self, points: DesignPoints, search: Search) -> Evidence:
-        chosen = [self._chosen(k) for k in range(len(self.modes))]
+        chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
-        mean = sum(float(np.mean(c.values)) for c in chosen if len(c.values))
+        mean, _ = self._spread(chosen)
         if not mean > 0.0 or any(len(c.values) < _LEAST for c in chosen):
             return self._nothing("too few lines met the event: its boundary is too rough, or the budget too small.")
         # deviations as if all lines were one sample: their mean square over n - 1 is the stratified variance
@@ -659,7 +658,8 @@ class _Campaign:
             count = sum(len(r.log_w) for r in mode.rounds)
             for r in mode.rounds:
                 weight = r.log_w - math.log(count)
-                weight = weight + _line_masses(r.lines, r.traced.intervals)
+                owner, low, high = r.traced.intervals
+                weight = weight + _summed(log_mass(r.lines.law, low, high), owner, len(weight))
                 share = self._log_share(k, r.traced.at @ self._normals.T) if len(self.modes) > 1 else 0.0
                 z.append(r.traced.at)
                 log_w.append(weight[r.traced.on] + share)
@@ -691,9 +691,10 @@ def _deviations(chosen: _Values) -> Floats:
     return np.asarray(sign * chosen.spread)
 
 
-def _line_masses(lines: Pencil, intervals: Intervals) -> Floats:
-    total = np.full(len(lines.offset), -np.inf)
-    np.logaddexp.at(total, intervals.owner, log_mass(lines.law, intervals.low, intervals.high))
+def _summed(log_mass: Floats, owner: np.ndarray, n: int) -> Floats:
+    """log of the sum over each line's intervals, ``(n,)``."""
+    total = np.full(n, -np.inf)
+    np.logaddexp.at(total, owner, log_mass)
     return total
 
 
