@@ -14,7 +14,8 @@ import numpy as np
 import openturns as ot
 from scipy.special import log_ndtr
 
-from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, EventLike
+from probest.budget import FORWARD_CALLS, GRADIENT_CALLS
+from probest.evidence import EventLike
 
 SIZES = (300, 1_000, 3_000)
 MOST_CALLS, MOST_SECONDS = 50_000, 15.0  # a run that needs more is stopped and counts as failed

@@ -42,12 +42,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from models import acas_xu, reliability  # noqa: E402
 from models.reliability import Reliability, band, half_space, islands, parabola, sphere, union  # noqa: E402
 from probest import Problem, estimate  # noqa: E402
-from probest.estimators.base import EventLike, Floats  # noqa: E402
 from probest.estimators.combined import Combined  # noqa: E402
 from probest.estimators.importance import Importance  # noqa: E402
 from probest.estimators.line import LineSampling  # noqa: E402
 from probest.estimators.surrogate import Surrogate  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
+from probest.evidence import EventLike, Floats  # noqa: E402
 
 OURS = "probest"
 ESTIMATORS: dict[str, Any] = {

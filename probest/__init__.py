@@ -2,12 +2,12 @@
 
 from probest import checkers
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
-from probest.estimators.base import Evidence
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
+from probest.evidence import Evidence
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import SiteError

@@ -15,11 +15,12 @@ from scipy.optimize import brentq
 from scipy.special import ndtri
 
 from probest.backends.base import Array, PyTree
-from probest.estimators.base import Estimator, Evidence, Floats
+from probest.estimators.base import Estimator
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.tempering import Tempering
 from probest.estimators.weigh import GradientError, Weigher
+from probest.evidence import Evidence, Floats
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.event import Event

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import integrate, special, stats
 
-from probest.estimators.base import Evaluation, Floats
+from probest.evidence import Evaluation, Floats
 
 Batch = Callable[[Floats], Floats]
 

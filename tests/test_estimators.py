@@ -20,7 +20,7 @@ from exact_events import (
 )
 from scipy import special, stats
 
-from probest.estimators.base import Evaluation, Evidence, Floats, Meter
+from probest.budget import Meter
 from probest.estimators.combined import Combined
 from probest.estimators.families import Families, combine
 from probest.estimators.importance import Importance
@@ -28,6 +28,7 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.moves import State, refresh
 from probest.estimators.softening import EVENT
 from probest.estimators.tempering import Tempering
+from probest.evidence import Evaluation, Evidence, Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
 from probest.guides.mixture import Mixture, fit_mixture, informed_basis

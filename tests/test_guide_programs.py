@@ -11,7 +11,7 @@ from library import library
 from scipy import special, stats
 
 from probest import Importance, Problem, ProblemError, ProgramGuide, estimate
-from probest.estimators.base import Meter
+from probest.budget import Meter
 
 # A correct guide fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-5

@@ -12,9 +12,9 @@ from exact_events import ExactEvent, half_space, numeric_gradient, parabola
 from scipy import integrate, special, stats
 
 from probest import diagnostics
-from probest.estimators.base import Floats
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance, Population, weigh
+from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, allocate
 from probest.guides.directional import Directional, fit_directional, log_normaliser
 from probest.guides.fit import Fitted, fit_guide

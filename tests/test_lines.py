@@ -26,7 +26,7 @@ from exact_events import (
 )
 from scipy import integrate, special, stats
 
-from probest.estimators.base import Floats, Meter, generator
+from probest.budget import Meter
 from probest.estimators.boundary import Boundary, fit_boundary, propose
 from probest.estimators.combined import Combined
 from probest.estimators.design import DesignPoints, Search
@@ -34,6 +34,8 @@ from probest.estimators.line import LineSampling
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
 from probest.estimators.thicken import cost, thicken
 from probest.estimators.tracing import Pencil, trace
+from probest.evidence import Floats
+from probest.seeds import generator
 
 FAILURE = 1e-4  # that a correct build fails a statistical test here, each
 

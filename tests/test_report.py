@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probest.estimators.base import Evidence
+from probest.evidence import Evidence
 from probest.report import arviz as report_arviz
 from probest.report.html import estimate_html
 from probest.report.progress import Progress

@@ -11,7 +11,7 @@ from scipy import special
 
 from models import discrete
 from probest import estimate
-from probest.estimators.base import Evaluation, Evidence, Floats, Meter
+from probest.budget import Meter
 from probest.estimators.combined import Combined
 from probest.estimators.surrogate import (
     Cases,
@@ -23,6 +23,7 @@ from probest.estimators.surrogate import (
     _floor,
     _verdict,
 )
+from probest.evidence import Evaluation, Evidence, Floats
 
 # A correct estimator fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-4

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "Trainer", "chunks", "load_backend"]
+__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "Trainer", "chunks"]
 
 Array = Any
 PyTree = Any
@@ -144,19 +144,6 @@ class Trainer(Protocol):
         """Everything a checkpoint needs, by name."""
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None: ...
-
-
-def load_backend(name: str) -> Backend:
-    """The backend called ``name`` (``torch`` or ``jax``), imported only now."""
-    if name == "torch":
-        from probest.backends.torch import TorchBackend
-
-        return TorchBackend()
-    if name == "jax":
-        from probest.backends.jax import JaxBackend
-
-        return JaxBackend()
-    raise ValueError(f"backend={name!r} is not known: choose 'torch' (Pyro) or 'jax' (NumPyro)")
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 from probest.guides.base import Defensive, Guide, Prior
 from probest.guides.mixture import Mixture
 

@@ -36,7 +36,7 @@ import numpy as np
 from scipy import stats
 
 from probest import diagnostics
-from probest.estimators.base import EventLike, Evidence, Meter, Particles, child_seed
+from probest.budget import Meter
 from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, agree, population_of, prior_population_of, weigh
 from probest.estimators.line import LineSampling
@@ -44,6 +44,8 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
 from probest.estimators.thicken import cost, thicken
+from probest.evidence import EventLike, Evidence, Particles
+from probest.seeds import child_seed
 
 __all__ = ["Combined"]
 

@@ -40,8 +40,9 @@ from scipy.optimize import nnls
 from scipy.special import log_ndtr, ndtri
 from scipy.stats import qmc
 
+from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, UndefinedError
+from probest.evidence import Floats
 
 __all__ = ["DesignPoints", "Search", "even_normals"]
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import Evidence, Floats, Particles
+from probest.evidence import Evidence, Floats, Particles
 
 __all__ = ["Families", "Verdict", "combine", "complaints", "pool"]
 

@@ -31,12 +31,14 @@ from typing import NamedTuple
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, child_seed, generator
+from probest.budget import Meter
 from probest.estimators.tempering import Prior, State, Tempering, temper
+from probest.evidence import EventLike, Evidence, Floats, Particles
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.program import BoundProgram, ProgramGuide
+from probest.seeds import child_seed, generator
 
 __all__ = ["Importance", "Population", "agree", "population_of", "prior_population_of", "weigh"]
 

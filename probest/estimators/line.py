@@ -40,12 +40,14 @@ import numpy as np
 from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
-from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, UndefinedError, generator
+from probest.budget import Meter, UndefinedError
 from probest.estimators.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.estimators.design import DesignPoints, Search, even_normals
 from probest.estimators.position import Chi, Normal, Position, between, log_mass
 from probest.estimators.tracing import Intervals, Pencil, Traced, trace
+from probest.evidence import EventLike, Evidence, Floats, Particles
 from probest.guides.base import Guide, Prior
+from probest.seeds import generator
 
 __all__ = ["LineSampling"]
 

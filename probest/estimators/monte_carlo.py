@@ -21,7 +21,9 @@ import numpy as np
 from scipy import special
 
 from probest import diagnostics
-from probest.estimators.base import EventLike, Evidence, Floats, Meter, Particles, generator
+from probest.budget import Meter
+from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.seeds import generator
 
 __all__ = ["MonteCarlo"]
 

@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from probest import diagnostics
-from probest.estimators.base import GRADIENT_CALLS, Evaluation, Floats, Meter
+from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.scouts import with_scouts
 from probest.estimators.softening import ADVERSARY, Softening
+from probest.evidence import Evaluation, Floats
 from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
 from probest.guides.radial import Radial, fit_radial
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from scipy import special
 
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 
 __all__ = ["Chi", "Normal", "Position", "between", "log_mass"]
 

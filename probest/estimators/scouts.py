@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, Particles
+from probest.budget import GRADIENT_CALLS, Meter
+from probest.evidence import Floats, Particles
 from probest.guides.mixture import Mixture, fit_mixture, informed_basis
 
 __all__ = ["scouts_from", "search", "with_scouts"]

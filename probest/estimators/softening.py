@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 from scipy import special
 
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 
 __all__ = ["ADVERSARY", "EVENT", "Index", "Noise", "Softening", "Tilt", "learn_index"]
 

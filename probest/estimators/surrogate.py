@@ -42,10 +42,12 @@ from scipy import linalg, special
 from scipy.spatial.distance import cdist
 
 from probest import diagnostics
-from probest.estimators.base import Evaluation, EventLike, Evidence, Floats, Meter, Particles, child_seed, generator
+from probest.budget import Meter
 from probest.estimators.importance import Importance, Population, weigh
 from probest.estimators.tempering import Tempering, temper
+from probest.evidence import Evaluation, EventLike, Evidence, Floats, Particles
 from probest.guides.mixture import gradient_rows, informed_basis
+from probest.seeds import child_seed, generator
 
 __all__ = ["Surrogate"]
 

@@ -38,17 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probest import diagnostics
-from probest.estimators.base import (
-    FORWARD_CALLS,
-    GRADIENT_CALLS,
-    EventLike,
-    Evidence,
-    Floats,
-    Meter,
-    Particles,
-    child_seed,
-    generator,
-)
+from probest.budget import FORWARD_CALLS, GRADIENT_CALLS, Meter
 from probest.estimators.families import Families, combine, complaints
 from probest.estimators.moves import (
     State,
@@ -66,6 +56,8 @@ from probest.estimators.moves import (
 )
 from probest.estimators.scouts import scouts_from, search
 from probest.estimators.softening import EVENT, Index, Softening, Tilt, learn_index
+from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.seeds import child_seed, generator
 
 __all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
 

@@ -15,9 +15,11 @@ import math
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter, Particles, generator
+from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.moves import State, fit_moves, guided_sweep, probe, refresh, walk
 from probest.estimators.softening import EVENT
+from probest.evidence import Floats, Particles
+from probest.seeds import generator
 
 __all__ = ["cost", "thicken"]
 

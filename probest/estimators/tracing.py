@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from probest.estimators.base import GRADIENT_CALLS, Floats, Meter
+from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.position import Position, between, log_mass
+from probest.evidence import Floats
 
 __all__ = ["Intervals", "Pencil", "Traced", "trace"]
 

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_ndtr
 
+from probest.budget import GRADIENT_CALLS, Meter
 from probest.diagnostics import effective_sample_size, log_mean_exp, systematic_resample
-from probest.estimators.base import GRADIENT_CALLS, EventLike, Floats, Meter, Particles
 from probest.estimators.moves import State, climb
 from probest.estimators.softening import Noise
+from probest.evidence import EventLike, Floats, Particles
 
 __all__ = ["Walkers"]
 

@@ -25,11 +25,13 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from probest.backends.base import Array, Backend, Parts
+from probest.budget import Meter
 from probest.diagnostics import systematic_resample
-from probest.estimators.base import Evidence, Floats, Meter, Particles, child_seed
 from probest.estimators.surface import Surface, sample_surface
 from probest.estimators.thicken import cost, thicken
+from probest.evidence import Evidence, Floats, Particles
 from probest.programs.event import Event
+from probest.seeds import child_seed
 
 __all__ = ["GradientError", "Weigher"]
 

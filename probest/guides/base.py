@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from probest.diagnostics import Ints
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 
 __all__ = ["Defensive", "Guide", "Law", "Prior", "allocate", "stratify"]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from probest import diagnostics
 from probest.diagnostics import Ints
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 from probest.guides.base import Guide, Law
 from probest.guides.directional import fit_directional
 from probest.guides.flow import FLOWS, fit_flow

@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from probest import diagnostics
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.mixture import Mixture, fit_mixture
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from probest import diagnostics
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, stratify
 
 __all__ = ["Mixture", "fit_mixture", "gradient_rows", "informed_basis"]

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from probest.backends.base import Array, Parts, PyTree, chunks
-from probest.estimators.base import Floats, Meter
+from probest.budget import Meter
+from probest.evidence import Floats
 from probest.guides.base import allocate
 from probest.programs.base import Frontend, Run, Site
 from probest.programs.event import Event, ProblemError

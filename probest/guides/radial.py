@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from probest import diagnostics
-from probest.estimators.base import Floats
+from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, stratify
 
 __all__ = ["Radial", "fit_radial"]

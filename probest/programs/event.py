@@ -17,8 +17,9 @@ import numpy as np
 
 from probest import checkers
 from probest.backends.base import Array, Backend, Parts, PyTree, chunks
+from probest.budget import FORWARD_CALLS, GRADIENT_CALLS
 from probest.checkers import BlackBox, SeverityError
-from probest.estimators.base import FORWARD_CALLS, GRADIENT_CALLS, Evaluation, Floats
+from probest.evidence import Evaluation, Floats
 from probest.programs.base import Frontend, Run, Site
 
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
@@ -265,7 +266,7 @@ def compose(
 
 @dataclass
 class Event:
-    """A problem in standard-normal coordinates; satisfies :class:`~probest.estimators.base.EventLike`.
+    """A problem in standard-normal coordinates; satisfies :class:`~probest.evidence.EventLike`.
 
     ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
     ``on_calls`` is told after each chunk.

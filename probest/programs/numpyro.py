@@ -12,7 +12,8 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
-from probest.backends.base import Array, Backend, PyTree, load_backend
+from probest.backends.base import Array, Backend, PyTree
+from probest.backends.load import load_backend
 from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
 from probest.programs.gaussianize import UnsupportedDistribution, gaussian_map, mixture_map
 

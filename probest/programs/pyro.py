@@ -18,7 +18,8 @@ from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamMessenger
 
-from probest.backends.base import Array, Backend, PyTree, load_backend
+from probest.backends.base import Array, Backend, PyTree
+from probest.backends.load import load_backend
 from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
 from probest.programs.gaussianize import UnsupportedDistribution, gaussian_map, mixture_map
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from probest.estimators.base import Evidence, Floats
+from probest.evidence import Evidence, Floats
 
 __all__ = ["CatastrophesLike", "EstimateLike", "RunLike", "StepLike"]
 

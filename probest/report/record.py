@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from probest.estimators.base import Evidence
+from probest.evidence import Evidence
 from probest.report.protocols import EstimateLike
 
 __all__ = ["estimate_record"]

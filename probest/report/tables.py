@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from probest.estimators.base import Evidence
+from probest.evidence import Evidence
 from probest.report.protocols import EstimateLike
 from probest.report.text import format_count, format_interval, format_log, format_prob, format_seconds
 
