@@ -44,7 +44,7 @@ from models.reliability import Reliability, band, half_space, islands, parabola,
 from probest import Problem, estimate  # noqa: E402
 from probest.estimators.combined import Combined  # noqa: E402
 from probest.estimators.importance import Importance  # noqa: E402
-from probest.estimators.line import LineSampling  # noqa: E402
+from probest.estimators.line_sampling import LineSampling  # noqa: E402
 from probest.estimators.surrogate import Surrogate  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
 from probest.evidence import EventLike, Floats  # noqa: E402

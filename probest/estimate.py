@@ -19,8 +19,8 @@ from probest.estimators.base import Estimator
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.tempering import Tempering
-from probest.estimators.weigh import GradientError, Weigher
 from probest.evidence import Evidence, Floats
+from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.event import Event

@@ -16,10 +16,10 @@ from probest.backends.base import Backend, PyTree, Trainer
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
 from probest.estimators.tempering import Tempering
-from probest.estimators.warm import Walkers
 from probest.problem import Problem
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
+from probest.training.walkers import Walkers
 
 if TYPE_CHECKING:
     import os

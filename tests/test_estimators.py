@@ -22,17 +22,17 @@ from scipy import special, stats
 
 from probest.budget import Meter
 from probest.estimators.combined import Combined
-from probest.estimators.families import Families, combine
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
-from probest.estimators.moves import State, refresh
-from probest.estimators.softening import EVENT
 from probest.estimators.tempering import Tempering
 from probest.evidence import Evaluation, Evidence, Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
 from probest.guides.mixture import Mixture, fit_mixture, informed_basis
 from probest.guides.radial import fit_radial
+from probest.smc.families import Families, combine
+from probest.smc.moves import State, refresh
+from probest.smc.softening import EVENT
 
 # A correct estimator fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-4

@@ -27,15 +27,15 @@ from exact_events import (
 from scipy import integrate, special, stats
 
 from probest.budget import Meter
-from probest.estimators.boundary import Boundary, fit_boundary, propose
 from probest.estimators.combined import Combined
-from probest.estimators.design import DesignPoints, Search
-from probest.estimators.line import LineSampling
-from probest.estimators.position import Chi, Normal, Position, between, log_mass
-from probest.estimators.thicken import cost, thicken
-from probest.estimators.tracing import Pencil, trace
+from probest.estimators.line_sampling import LineSampling
 from probest.evidence import Floats
+from probest.lines.along import Chi, Normal, Position, between, log_mass
+from probest.lines.boundary import Boundary, fit_boundary, propose
+from probest.lines.design_points import DesignPoints, Search
+from probest.lines.roots import Pencil, trace
 from probest.seeds import generator
+from probest.smc.resample_move import cost, thicken
 
 FAILURE = 1e-4  # that a correct build fails a statistical test here, each
 

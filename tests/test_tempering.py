@@ -27,11 +27,11 @@ from scipy import special, stats
 from probest import Problem, estimate
 from probest.budget import Meter
 from probest.estimators.monte_carlo import MonteCarlo
-from probest.estimators.scouts import scouts_from, search, with_scouts
-from probest.estimators.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
 from probest.estimators.tempering import Tempering, _resampled
 from probest.evidence import Evaluation, Evidence, Floats, Particles
 from probest.guides.mixture import Mixture
+from probest.smc.scouts import scouts_from, search, with_scouts
+from probest.smc.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
 
 # A correct implementation fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-4

@@ -2,9 +2,9 @@
 
 1. *Look*: a small crude sample. If P is large, crude sampling finishes the job.
 2. *Line up*: where the severity has a gradient, line sampling along the design points' directions
-   (:mod:`probest.estimators.line`) settles smooth problems and unions of smooth ones in some hundreds of calls. If its
-   lines vary too much, or its own checks fail, what follows starts from nothing.
-   Where only their precision does not do, a guide is fitted to their particles (see *aim*).
+   (:mod:`probest.estimators.line_sampling`) settles smooth problems and unions of smooth ones in some hundreds of
+   calls. If its lines vary too much, or its own checks fail, what follows starts from nothing. Where only their
+   precision does not do, a guide is fitted to their particles (see *aim*).
 3. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
    replaces it: those are exact).
 4. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
@@ -12,7 +12,7 @@
    where the guide samples. If not, more particles and a new guide. A guide that is hopeless already on its trial
    (many curved modes, as of deep networks) is left at once.
 6. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
-   (:mod:`probest.estimators.families`). If methods disagree, the answer is "not converged". Disagreement is never
+   (:mod:`probest.smc.families`). If methods disagree, the answer is "not converged". Disagreement is never
    averaged away.
 
 Where there is nothing to climb (a checker that returns a bool) or no gradient to climb by, a learned severity comes
@@ -21,7 +21,7 @@ first (:mod:`probest.estimators.surrogate`); the steps above follow where it did
 It fails where gradients and tempering fail: a mode that no walk and no particle found, in a place that no fresh sample
 reached.
 
-Reference: for the parts see :mod:`probest.estimators.line`, :mod:`probest.estimators.tempering` and
+Reference: for the parts see :mod:`probest.estimators.line_sampling`, :mod:`probest.estimators.tempering` and
 :mod:`probest.estimators.importance`.
 """
 
@@ -37,15 +37,15 @@ from scipy import stats
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.estimators.families import pool
 from probest.estimators.importance import Importance, Population, agree, population_of, prior_population_of, weigh
-from probest.estimators.line import LineSampling
+from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
-from probest.estimators.thicken import cost, thicken
 from probest.evidence import EventLike, Evidence, Particles
 from probest.seeds import child_seed
+from probest.smc.families import pool
+from probest.smc.resample_move import cost, thicken
 
 __all__ = ["Combined"]
 

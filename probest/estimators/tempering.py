@@ -5,10 +5,10 @@ With φ the standard normal density of z, w the weight of observed sites and g a
 .. math:: \pi_t(z) \propto \varphi(z)\, w(z)^{\kappa_t}\, g_t(s(z)),
 
 first κ from 0 to 1 (a conditioned adversary's own evidence), then g from 1 to the event. g is logistic in the *index*
-of the severity (:mod:`probest.estimators.softening`), a scale on which severities are standard normal; so each step
+of the severity (:mod:`probest.smc.softening`), a scale on which severities are standard normal; so each step
 has a known length, and choosing it by the very particles that it weighs, which makes estimates low, is left to
 the few steps at the edge. Weights are averaged (their product estimates the evidence), the population is resampled and
-moved. Moves are reversible for φ, so their cost does not grow with the dimension (:mod:`probest.estimators.moves`).
+moved. Moves are reversible for φ, so their cost does not grow with the dimension (:mod:`probest.smc.moves`).
 The population is as large as the budget allows for the levels that are still ahead.
 
 The population is drawn in islands, and every particle keeps the name of the island its first ancestor came from.
@@ -39,8 +39,10 @@ from numpy.typing import NDArray
 
 from probest import diagnostics
 from probest.budget import FORWARD_CALLS, GRADIENT_CALLS, Meter
-from probest.estimators.families import Families, combine, complaints
-from probest.estimators.moves import (
+from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.seeds import child_seed, generator
+from probest.smc.families import Families, combine, complaints
+from probest.smc.moves import (
     State,
     climb,
     ensure_gradient,
@@ -54,10 +56,8 @@ from probest.estimators.moves import (
     total,
     walk,
 )
-from probest.estimators.scouts import scouts_from, search
-from probest.estimators.softening import EVENT, Index, Softening, Tilt, learn_index
-from probest.evidence import EventLike, Evidence, Floats, Particles
-from probest.seeds import child_seed, generator
+from probest.smc.scouts import scouts_from, search
+from probest.smc.softening import EVENT, Index, Softening, Tilt, learn_index
 
 __all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
 
@@ -95,7 +95,7 @@ class Tempering:
     gradient: use the severity's gradient in moves where the event has one.
     guided: try independent moves from a mixture fitted to the population first.
     warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
-        may jump to (:mod:`probest.estimators.scouts`) and never enter the estimate, which means what it means without.
+        may jump to (:mod:`probest.smc.scouts`) and never enter the estimate, which means what it means without.
     """
 
     particles: int = 512

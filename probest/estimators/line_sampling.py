@@ -7,19 +7,19 @@ roots of the severity. With h_k a partition of unity over the modes k and q_k a 
           \int_{s \ge 0} h_k(z_\perp + r a_k)\, \varphi(r)\, dr \Big].
 
 It is unbiased for *any* directions, if all roots are found; good directions make what is averaged nearly constant. They
-are those of the design points (:mod:`probest.estimators.design`), or rays from the origin where catastrophes surround
+are those of the design points (:mod:`probest.lines.design_points`), or rays from the origin where catastrophes surround
 it (then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: its shares are those
 of unit normals at the design points, weighted by their first-order probabilities.
 
 *Rounds.* First lines learn: roots and the gradients there give a quadratic model of the boundary over the few
-coordinates that matter (:mod:`probest.estimators.boundary`). Gradients that point to an unknown mode start a new walk.
+coordinates that matter (:mod:`probest.lines.boundary`). Gradients that point to an unknown mode start a new walk.
 The model gives a
 proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines measure what the
 model misses, so the estimate stays unbiased. Where they show the model to be poor it learns once more, and fresh lines
 are drawn anew.
 
 *All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that
-answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.estimators.tracing`). Where lines
+answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.lines.roots`). Where lines
 were seen to leave the event again, or to enter it elsewhere, all are.
 
 It fails where there are more modes than directions (deep networks): the lines' contributions then vary wildly, and the
@@ -41,12 +41,12 @@ from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
-from probest.estimators.boundary import Boundary, Proposal, fit_boundary, propose
-from probest.estimators.design import DesignPoints, Search, even_normals
-from probest.estimators.position import Chi, Normal, Position, between, log_mass
-from probest.estimators.tracing import Intervals, Pencil, Traced, trace
 from probest.evidence import EventLike, Evidence, Floats, Particles
 from probest.guides.base import Guide, Prior
+from probest.lines.along import Chi, Normal, Position, between, log_mass
+from probest.lines.boundary import Boundary, Proposal, fit_boundary, propose
+from probest.lines.design_points import DesignPoints, Search, even_normals
+from probest.lines.roots import Intervals, Pencil, Traced, trace
 from probest.seeds import generator
 
 __all__ = ["LineSampling"]

@@ -17,8 +17,8 @@ origin sees it. Hence :meth:`Search.look_around` asks points far out; catastroph
 starts, at the place where the ray to them enters the event.
 
 The half-space beyond the design point gives the first-order estimate (FORM) Φ(−β), β = ‖u‖. It is a heuristic.
-It fails on curved boundaries, and where modes were missed; :mod:`probest.estimators.line` mends the first, and the
-number of starts that arrived at each mode tells of the second.
+It fails on curved boundaries, and where modes were missed; :mod:`probest.estimators.line_sampling` mends the first, and
+the number of starts that arrived at each mode tells of the second.
 
 References: Kelley (1960), The cutting-plane method for solving convex programs; Lawson & Hanson (1974), ch. 23;
 Hasofer & Lind (1974), Exact and invariant second-moment code format; Rackwitz & Fiessler (1978),

@@ -8,7 +8,7 @@ estimate, log P changes by three things, each an average over fixed points:
 - the adversary's own evidence changes, if it is conditioned: log P is then P(catastrophe, observed) / P(observed).
 
 The value at θ₀ is the estimate itself; the gradient at θ₀ is the gradient of log P without smoothing bias (Fisher's
-identity for weights and discrete sites, the surface integral of :mod:`probest.estimators.surface` for the rest). For a
+identity for weights and discrete sites, the surface integral of :mod:`probest.gradient.surface` for the rest). For a
 half-space the value is exact at every θ; in general trust it while it moves by a nat or so, then estimate again.
 
 A boolean checker has no surface that can be seen. Then all sites are held at their native values and only the
@@ -27,11 +27,11 @@ from scipy.special import log_ndtr
 from probest.backends.base import Array, Backend, Parts
 from probest.budget import Meter
 from probest.diagnostics import systematic_resample
-from probest.estimators.surface import Surface, sample_surface
-from probest.estimators.thicken import cost, thicken
 from probest.evidence import Evidence, Floats, Particles
+from probest.gradient.surface import Surface, sample_surface
 from probest.programs.event import Event
 from probest.seeds import child_seed
+from probest.smc.resample_move import cost, thicken
 
 __all__ = ["GradientError", "Weigher"]
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from probest.budget import GRADIENT_CALLS, Meter
-from probest.estimators.position import Position, between, log_mass
 from probest.evidence import Floats
+from probest.lines.along import Position, between, log_mass
 
 __all__ = ["Intervals", "Pencil", "Traced", "trace"]
 

@@ -1,7 +1,7 @@
 """More particles from few, by moves that leave the law of catastrophes as it is.
 
 Line sampling settles a smooth problem with two dozen lines, and leaves as many particles: enough for log P, too few
-for averages over catastrophes such as a gradient. Resampled and moved (:mod:`probest.estimators.moves`) they spread
+for averages over catastrophes such as a gradient. Resampled and moved (:mod:`probest.smc.moves`) they spread
 over the modes; each particle's law stays that of a catastrophe, so nothing can become wrong that was right before. The
 shares of distant modes stay about as the weights had them.
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
-from probest.estimators.moves import State, fit_moves, guided_sweep, probe, refresh, walk
-from probest.estimators.softening import EVENT
 from probest.evidence import Floats, Particles
 from probest.seeds import generator
+from probest.smc.moves import State, fit_moves, guided_sweep, probe, refresh, walk
+from probest.smc.softening import EVENT
 
 __all__ = ["cost", "thicken"]
 

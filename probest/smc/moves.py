@@ -1,7 +1,7 @@
 r"""Moves of a population: what keeps a softened event's particles distributed as they should be.
 
 Kernels, all exact for :math:`\pi \propto \varphi(z)\, w(z)^\kappa\, g(s(z))` with g a softening of the event
-(:mod:`probest.estimators.softening`) and built on
+(:mod:`probest.smc.softening`) and built on
 proposals that leave the standard normal φ alone, so that cost does not grow with the dimension:
 
 - *local* (:func:`climb`, :func:`walk`): preconditioned Crank–Nicolson Langevin, or plain pCN without a gradient;
@@ -32,11 +32,11 @@ from scipy import stats
 
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
-from probest.estimators.scouts import with_scouts
-from probest.estimators.softening import ADVERSARY, Softening
 from probest.evidence import Evaluation, Floats
 from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
 from probest.guides.radial import Radial, fit_radial
+from probest.smc.scouts import with_scouts
+from probest.smc.softening import ADVERSARY, Softening
 
 __all__ = [
     "State",

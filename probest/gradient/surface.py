@@ -35,8 +35,8 @@ from scipy.optimize import elementwise
 from scipy.special import logsumexp
 
 from probest.diagnostics import systematic_resample
-from probest.estimators.position import Chi, Normal, between, log_mass
 from probest.evidence import Floats, Particles
+from probest.lines.along import Chi, Normal, between, log_mass
 from probest.programs.event import Event
 
 __all__ = ["Surface", "sample_surface"]

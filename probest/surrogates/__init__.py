@@ -1,0 +1,1 @@
+"""Learned severities: what they are linear in, and how they are fitted."""
