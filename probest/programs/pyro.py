@@ -21,7 +21,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
 from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
-from probest.programs.gaussianize import UnsupportedDistribution, gaussian_map, mixture_map
+from probest.programs.maps import UnsupportedDistribution, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from probest.programs.gaussianize import GaussianMap, UnsupportedDistribution, _find, gaussian_map, mixture_map
+from probest.programs.maps import GaussianMap, UnsupportedDistribution, gaussian_map, mixture_map
+from probest.programs.maps.base import find_rule
 
 for module in ("pyro.distributions", "numpyro.distributions"):  # here, as some draw random numbers when imported
     with contextlib.suppress(ImportError), warnings.catch_warnings():
@@ -602,7 +603,7 @@ def test_every_class(name: str) -> None:
         unsupported, supported, tried = [], [], set()
         for cls in distributions(library):
             try:
-                _find(cls.__new__(cls))
+                find_rule(cls.__new__(cls))
             except UnsupportedDistribution as error:
                 unsupported.append(cls.__name__ if cls.__name__ in str(error) else error)
                 continue
