@@ -28,8 +28,9 @@ from probest.estimators.tempering import Tempering
 from probest.evidence import Evaluation, Evidence, Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
-from probest.guides.mixture import Mixture, fit_mixture, informed_basis
+from probest.guides.mixture import Mixture, fit_mixture
 from probest.guides.radial import fit_radial
+from probest.guides.subspace import informed_basis
 from probest.smc.families import Families, combine
 from probest.smc.moves import State, refresh
 from probest.smc.softening import EVENT

@@ -13,17 +13,10 @@ from models import discrete
 from probest import estimate
 from probest.budget import Meter
 from probest.estimators.combined import Combined
-from probest.estimators.surrogate import (
-    Cases,
-    Explored,
-    Features,
-    Learned,
-    Softened,
-    Surrogate,
-    _floor,
-    _verdict,
-)
+from probest.estimators.surrogate import Explored, Surrogate, _floor, _verdict
 from probest.evidence import Evaluation, Evidence, Floats
+from probest.surrogates.features import Features, Learned, Softened
+from probest.surrogates.regression import Judged
 
 # A correct estimator fails one of the statistical assertions below with at most this probability.
 TEST_FAILURE_RATE = 1e-4
@@ -152,7 +145,7 @@ def test_a_guide_that_knows_less_than_the_exploration_is_not_believed() -> None:
     event = boolean(half_space(2, 2.0))
     rng = np.random.default_rng(0)
     z = rng.standard_normal((2_000, 2))
-    explored = Explored(Cases(z, event.severity(z)), np.zeros(2_000), 2_000)
+    explored = Explored(Judged(z, event.severity(z)), np.zeros(2_000), 2_000)
     assert -5.0 < _floor(explored) < event.log_prob
 
     def line(log_prob: float, error: float, converged: bool) -> Evidence:

@@ -50,7 +50,7 @@ class Population(NamedTuple):
     """Weighted particles of a target, with what a guide can learn from them.
 
     z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; rows: gradient information
-    (:func:`probest.guides.mixture.gradient_rows`) or None; effective: how many independent particles they are worth.
+    (:func:`probest.guides.subspace.gradient_rows`) or None; effective: how many independent particles they are worth.
     """
 
     z: Floats

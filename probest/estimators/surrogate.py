@@ -33,140 +33,31 @@ structural reliability analysis (the second estimate).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg, special
+from scipy import special
 from scipy.spatial.distance import cdist
 
 from probest import diagnostics
 from probest.budget import Meter
 from probest.estimators.importance import Importance, Population, weigh
 from probest.estimators.tempering import Tempering, temper
-from probest.evidence import Evaluation, EventLike, Evidence, Floats, Particles
-from probest.guides.mixture import gradient_rows, informed_basis
+from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.guides.subspace import gradient_rows, informed_basis
 from probest.seeds import child_seed, generator
+from probest.surrogates.features import Decode, Learned, Softened
+from probest.surrogates.regression import RADIAL_DIRECTIONS, Judged, fit_surrogate
 
 __all__ = ["Surrogate"]
 
 _SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # standard deviations at which catastrophes are looked for
 _KNOWN = 30  # catastrophes that end the search
-_PRODUCTS = 24  # up to so many dimensions, all products of coordinates are features
-_RADIAL = 6  # up to so many directions, radial features
-_CENTRES = 120
-_PENALTIES = (1.0, 1e-2, 1e-4)
-_SIMPLER = 0.9  # how much better a richer kind of features has to predict to be taken
 _GOOD = 0.5  # effective share of the particles at which the surrogate has learned enough
-_FAR = 100.0  # times the scale of severities near the limit: beyond that, how far does not matter
-_HUGE = 1e30
 _FREE = 400  # evaluations of the surrogate a particle: they cost no model calls
 _SECOND = 600  # particles of the last tempering that are judged
 _NO_WAY = "nothing that was seen says where catastrophes are: raise the budget, or return a severity that does."
-
-
-Decode = Callable[[Floats], Floats]
-
-
-class Features(NamedTuple):
-    """What the surrogate is linear in: 1, z, and products and radial functions in directions ``basis`` ``(dim, r)``.
-
-    centres: ``(m, r)`` of radial functions of one ``width``; None for none. decode: z to the values of discrete sites
-    ``(n, k)``, or None; with them the surrogate has no gradient.
-    """
-
-    basis: Floats
-    products: bool = False
-    centres: Floats | None = None
-    width: float = 1.0
-    decode: Decode | None = None
-
-    def __call__(self, z: Floats) -> Floats:
-        columns = [np.ones((len(z), 1)), z]
-        if self.decode is not None:
-            columns.append(self.decode(z))
-        u = z @ self.basis
-        if self.products:
-            i, j = np.triu_indices(u.shape[1])
-            columns.append(u[:, i] * u[:, j])
-        if self.centres is not None:
-            columns.append(self._radial(u, self.centres))
-        return np.concatenate(columns, axis=1)
-
-    def slope(self, z: Floats, coefficients: Floats) -> Floats:
-        """Gradient in z, ``(n, dim)``, of the combination with these coefficients."""
-        u = z @ self.basis
-        inner = np.zeros_like(u)
-        at = z.shape[1] + 1
-        if self.products:
-            i, j = np.triu_indices(u.shape[1])
-            form = np.zeros((u.shape[1], u.shape[1]))
-            form[i, j] = coefficients[at : at + len(i)]
-            inner += u @ (form + form.T)
-            at += len(i)
-        if self.centres is not None:
-            pull = self._radial(u, self.centres) * (coefficients[at:] / self.width**2)
-            inner += pull @ self.centres - u * pull.sum(axis=1, keepdims=True)
-        return np.asarray(coefficients[1 : z.shape[1] + 1] + inner @ self.basis.T, dtype=np.float64)
-
-    def _radial(self, u: Floats, centres: Floats) -> Floats:
-        return np.asarray(np.exp(-0.5 * cdist(u, centres, "sqeuclidean") / self.width**2), dtype=np.float64)
-
-
-class Learned(NamedTuple):
-    """A fitted surrogate and the standard deviation of its error."""
-
-    features: Features
-    coefficients: Floats
-    noise: float
-
-    def severity(self, z: Floats) -> Floats:
-        return np.asarray(self.features(z) @ self.coefficients, dtype=np.float64)
-
-    def log_chance(self, z: Floats) -> Floats:
-        """log Φ(ŝ/σ̂): how likely a catastrophe is, as far as the surrogate can tell."""
-        return np.asarray(special.log_ndtr(self.severity(z) / self.noise), dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Softened:
-    """The surrogate with its error as one more coordinate e: the event ŝ(z) + σ̂ e ≥ 0 has probability E[Φ(ŝ/σ̂)]."""
-
-    learned: Learned
-    dim: int
-    boolean: bool = False
-    weighted: bool = False
-
-    @property
-    def differentiable(self) -> bool:
-        return self.learned.features.decode is None
-
-    def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        inner = z[:, :-1]
-        noise = self.learned.noise
-        severity = self.learned.severity(inner) + noise * z[:, -1]
-        if not gradient:
-            return Evaluation(severity, np.zeros(len(z)))
-        slope = self.learned.features.slope(inner, self.learned.coefficients)
-        return Evaluation(severity, np.zeros(len(z)), np.column_stack([slope, np.full(len(z), noise)]))
-
-
-class Cases(NamedTuple):
-    """Judged cases: z ``(n, dim)`` and severity ``(n,)``."""
-
-    z: Floats
-    severity: Floats
-
-    @property
-    def hit(self) -> np.ndarray:
-        return self.severity >= 0.0
-
-    def at(self, rows: np.ndarray | slice) -> Cases:
-        return Cases(self.z[rows], self.severity[rows])
-
-    def plus(self, other: Cases) -> Cases:
-        return Cases(np.concatenate([self.z, other.z]), np.concatenate([self.severity, other.severity]))
 
 
 class Explored(NamedTuple):
@@ -175,7 +66,7 @@ class Explored(NamedTuple):
     size: how many of each scale; the first is the adversary's own.
     """
 
-    cases: Cases
+    cases: Judged
     log_ratio: Floats
     size: int
 
@@ -198,10 +89,6 @@ class Tried(NamedTuple):
     @property
     def least(self) -> float:
         return self.log_prob - 2.0 * self.error
-
-
-Solver = Callable[[Floats, Floats, float, Sequence[float]], list[Floats]]
-"""``solve(features of n cases, severities, near, penalties)``: coefficients for each penalty."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +133,8 @@ class Surrogate:
         return _weigh(self, meter, explored, best, seed)
 
 
-def _judge(meter: Meter, z: Floats) -> Cases:
-    return Cases(z, meter.evaluate(z).severity)
+def _judge(meter: Meter, z: Floats) -> Judged:
+    return Judged(z, meter.evaluate(z).severity)
 
 
 def _look(method: Surrogate, meter: Meter, rng: np.random.Generator) -> Explored:
@@ -255,7 +142,7 @@ def _look(method: Surrogate, meter: Meter, rng: np.random.Generator) -> Explored
     dim = meter.event.dim
     size = max(1, int(min(max(method.look, 3 * dim), 0.3 * method.share * meter.budget / len(_SCALES))))
     scales: list[float] = []
-    cases = Cases(np.empty((0, dim)), np.empty(0))
+    cases = Judged(np.empty((0, dim)), np.empty(0))
     for scale in _SCALES if meter.event.boolean else _SCALES[:1]:
         if cases.hit.sum() >= _KNOWN or meter.left < size:
             break
@@ -266,9 +153,9 @@ def _look(method: Surrogate, meter: Meter, rng: np.random.Generator) -> Explored
     return Explored(cases, np.asarray(-0.5 * square - special.logsumexp(log_q, axis=0)), size)
 
 
-def _bisect(meter: Meter, ends: Cases, known: Cases, steps: int) -> Cases:
-    """Cases next to the boundary: halve segments from ``ends`` to the nearest known case of the other kind."""
-    new = Cases(ends.z[:0], ends.severity[:0])
+def _bisect(meter: Meter, ends: Judged, known: Judged, steps: int) -> Judged:
+    """Judged next to the boundary: halve segments from ``ends`` to the nearest known case of the other kind."""
+    new = Judged(ends.z[:0], ends.severity[:0])
     inside: list[Floats] = []
     outside: list[Floats] = []
     for end, other, from_, to in ((ends.hit, ~known.hit, inside, outside), (~ends.hit, known.hit, outside, inside)):
@@ -306,13 +193,13 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
         hits = rng.permutation(np.flatnonzero(known.hit))[:60]
         known = known.plus(_bisect(meter, known.at(hits), known, 5))
     floor = (1.0 - method.share) * meter.budget
-    learned = _fit(known, fresh, event.boolean, None, decode, rng)
+    learned = fit_surrogate(known, fresh, event.boolean, None, decode, rng)
     tried: list[Tried] = []
     for turn in range(method.rounds):
         reached = _temper(learned, event.dim, 512, 4, child_seed(seed, 2, turn))
         if reached is None:  # richer features, and more doubt, may show a way
-            basis = np.eye(event.dim) if event.dim <= _RADIAL else None
-            learned = _fit(known, fresh, event.boolean, basis, decode, rng)
+            basis = np.eye(event.dim) if event.dim <= RADIAL_DIRECTIONS else None
+            learned = fit_surrogate(known, fresh, event.boolean, basis, decode, rng)
             learned = learned._replace(noise=4.0**turn * learned.noise)
             continue
         if meter.left - 2 * method.batch < floor:
@@ -329,7 +216,9 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
         if event.boolean:
             known = known.plus(_bisect(meter, fresh.at(slice(40)), known, 3))
         enough = tried[-1].share > _GOOD and learned.features.centres is None
-        learned = _fit(known, fresh, event.boolean, None if enough else _directions(learned, reached.z), decode, rng)
+        learned = fit_surrogate(
+            known, fresh, event.boolean, None if enough else _directions(learned, reached.z), decode, rng
+        )
     if not tried:
         return _NO_WAY
     # a surrogate that lacks a part of the event may be exact on the rest: the sharpest of those that know of most
@@ -345,11 +234,11 @@ def _close(one: Tried, other: Tried) -> bool:
 
 def _directions(learned: Learned, z: Floats) -> Floats:
     """The few directions ``(dim, r)`` in which the surrogate matters to its particles; all where there are few."""
-    if z.shape[1] <= _RADIAL:
+    if z.shape[1] <= RADIAL_DIRECTIONS:
         return np.eye(z.shape[1])
     equal = np.zeros(len(z))
     slope = learned.features.slope(z, learned.coefficients)
-    return informed_basis(z, equal, gradient_rows(z, equal, slope, None), rank=_RADIAL)
+    return informed_basis(z, equal, gradient_rows(z, equal, slope, None), rank=RADIAL_DIRECTIONS)
 
 
 def _decoder(event: EventLike) -> Decode | None:
@@ -365,150 +254,9 @@ def _temper(learned: Learned, dim: int, particles: int, moves: int, seed: np.ran
     return None if state is None else Reached(state.z[:, :-1], mass)
 
 
-def _log_weights(learned: Learned, cases: Cases) -> Floats:
+def _log_weights(learned: Learned, cases: Judged) -> Floats:
     """log of 1_C / Φ(ŝ/σ̂): from the surrogate's particles to catastrophes."""
     return np.where(cases.hit, -learned.log_chance(cases.z), -np.inf)
-
-
-def _fit(
-    known: Cases, fresh: Cases, boolean: bool, basis: Floats | None, decode: Decode | None, rng: np.random.Generator
-) -> Learned:
-    """The kind of features that predicts ``fresh`` best when fitted to ``known``, fitted to both; simple ones first."""
-    solve = _logistic if boolean else _least_squares
-    near = _scale(known, fresh)
-    best: tuple[float, float, Features, int] | None = None
-    kinds = [Features(np.empty((known.z.shape[1], 0)), decode=decode)]
-    if decode is None:
-        kinds += _kinds(known, solve, basis, near, rng)
-    for features in kinds:
-        least = math.inf if best is None else _SIMPLER * best[0]
-        test = features(fresh.z)
-        for i, coefficients in enumerate(solve(features(known.z), known.severity, near, _PENALTIES)):
-            loss, noise = _loss(test @ coefficients, fresh, boolean, near)
-            if loss < least:
-                best, least = (loss, noise, features, i), loss
-    assert best is not None
-    _, noise, features, i = best
-    both = known.plus(fresh)
-    coefficients = solve(features(both.z), both.severity, near, _PENALTIES[: i + 1])[-1]
-    spread = float(np.std(features(rng.standard_normal((500, both.z.shape[1]))) @ coefficients))
-    return Learned(features, coefficients, max(noise, 0.05 * spread, 1e-300))
-
-
-def _kinds(known: Cases, solve: Solver, basis: Floats | None, near: float, rng: np.random.Generator) -> list[Features]:
-    """Candidates beyond z itself, simple ones first. Radial functions sit around cases that others put near the limit.
-
-    basis: the few directions that matter, or None for no radial functions: what these say of places without cases is
-    often wrong, so they wait until there are cases near the limit that simpler features cannot explain.
-    """
-    dim = known.z.shape[1]
-    kinds: list[Features] = []
-    if dim <= _PRODUCTS:
-        kinds.append(Features(np.eye(dim), True))
-    elif basis is not None:
-        kinds.append(Features(basis, True))
-    if basis is not None:
-        x = kinds[-1](known.z)
-        (coefficients,) = solve(x, known.severity, near, _PENALTIES[1:2])
-        close = np.argsort(np.abs(x @ coefficients), kind="stable")[: 3 * _CENTRES]
-        centres = known.z[rng.permutation(close)[:_CENTRES]] @ basis
-        kinds += [Features(basis, True, centres, width * math.sqrt(basis.shape[1])) for width in (1.5, 0.7)]
-    return kinds
-
-
-def _scale(known: Cases, fresh: Cases) -> float:
-    """The severity up to which a case counts as near the limit: typical of fresh cases, not much less than of all."""
-    sizes = [np.minimum(np.abs(cases.severity), _HUGE) for cases in (fresh, known)]
-    return max(float(np.median(sizes[0])), 0.1 * float(np.median(sizes[1])), 1.0 / _HUGE)
-
-
-def _near_limit(severity: Floats, near: float) -> Floats:
-    """Weights that count cases near the limit: what is far beyond or below it need not be predicted well."""
-    return np.asarray(1.0 / (1.0 + (severity / near) ** 2), dtype=np.float64)
-
-
-def _loss(guess: Floats, fresh: Cases, boolean: bool, near: float) -> tuple[float, float]:
-    """How badly the guess predicts, and the standard deviation σ̂ of its error: most likely, or by mean square."""
-    if boolean:
-        noises = max(float(np.std(guess)), 1e-300) * np.geomspace(0.01, 10.0, 25)
-        right = np.where(fresh.hit, guess, -guess)
-        losses = -np.mean(special.log_ndtr(right / noises[:, None]), axis=1)
-        return float(losses.min()), float(noises[np.argmin(losses)])
-    severity = np.clip(fresh.severity, -_FAR * near, _FAR * near)
-    w = _near_limit(severity, near)
-    square = float(w @ (guess - severity) ** 2 / w.sum())
-    return square, math.sqrt(square)
-
-
-def _standardised(x: Floats, w: Floats) -> tuple[Floats, Floats, Floats]:
-    """Columns (the first is the constant) with weighted mean 0 and variance 1; the means and deviations."""
-    mean = w @ x
-    mean[0] = 0.0
-    x = x - mean
-    deviation = np.sqrt(w @ x**2)
-    deviation[deviation < 1e-9] = 1.0
-    x /= deviation
-    return x, mean, deviation
-
-
-def _original(c: Floats, mean: Floats, deviation: Floats) -> Floats:
-    out = c / deviation
-    out[0] -= out[1:] @ mean[1:]
-    return out
-
-
-def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence[float]) -> list[Floats]:
-    """Ridge regressions, weighted towards the limit, one for each penalty."""
-    severity = np.clip(severity, -_FAR * near, _FAR * near)
-    w = _near_limit(severity, near)
-    w /= w.sum()
-    x, mean, deviation = _standardised(x, w)
-    weighted = x * w[:, None]
-    gram, moment = x.T @ weighted, severity @ weighted
-    free = np.arange(len(gram)) == 0
-    solutions = []
-    for penalty in penalties:
-        ridge = np.diag(np.where(free, 0.0, 0.01 * penalty) + 1e-12)
-        solutions.append(_original(linalg.solve(gram + ridge, moment, assume_a="pos"), mean, deviation))
-    return solutions
-
-
-def _logistic(x: Floats, severity: Floats, near: float, penalties: Sequence[float]) -> list[Floats]:
-    """Logistic regressions of yes and no, one for each penalty, each by Newton from the one before. near: unused."""
-    del near
-    n, p = x.shape
-    x, mean, deviation = _standardised(x, np.full(n, 1.0 / n))
-    x *= np.where(severity >= 0.0, 1.0, -1.0)[:, None]  # so that positive is right
-    c, right = np.zeros(p), np.zeros(n)
-    solutions = []
-    for penalty in penalties:
-        ridge = np.full(p, 0.1 * penalty)
-        ridge[0] = 1e-8
-        now = _log_loss(right) + 0.5 * float(ridge @ c**2)
-        for _ in range(10):
-            wrong = special.expit(-right)
-            slope = ridge * c - wrong @ x / n
-            curve = (x * (wrong * (1.0 - wrong) / n)[:, None]).T @ x
-            curve[np.diag_indices(p)] += ridge
-            step = linalg.solve(curve, slope, assume_a="pos")
-            moved, size, before = x @ step, 1.0, now
-            while size > 1e-3:
-                now = _log_loss(right - size * moved) + 0.5 * float(ridge @ (c - size * step) ** 2)
-                if now < before:
-                    break
-                size *= 0.5
-            if not now < before:
-                now = before
-                break
-            c, right = c - size * step, right - size * moved
-            if now > 0.999 * before:
-                break
-        solutions.append(_original(c, mean, deviation))
-    return solutions
-
-
-def _log_loss(right: Floats) -> float:
-    return float(np.mean(np.logaddexp(0.0, -right)))
 
 
 def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, seed: np.random.SeedSequence) -> Evidence:
@@ -537,7 +285,7 @@ def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, see
     return _verdict(meter, explored, first, second)
 
 
-def _second(method: Surrogate, meter: Meter, best: Tried, reached: Reached, cases: Cases) -> Evidence:
+def _second(method: Surrogate, meter: Meter, best: Tried, reached: Reached, cases: Judged) -> Evidence:
     """The estimate that needs no guide: the surrogate's mass times the mean of 1_C / Φ(ŝ/σ̂) over its particles."""
     log_w = _log_weights(best.learned, cases)
     mean, error = diagnostics.log_mean_exp(log_w)

@@ -18,9 +18,10 @@ from probest.evidence import Floats
 from probest.guides.base import Guide, Law
 from probest.guides.directional import fit_directional
 from probest.guides.flow import FLOWS, fit_flow
-from probest.guides.mixture import fit_mixture, informed_basis
+from probest.guides.mixture import fit_mixture
 from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
+from probest.guides.subspace import informed_basis
 
 __all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
 
@@ -72,7 +73,7 @@ def fit_guide(
 ) -> Fitted:
     """The candidate (laws of ``kinds``, in subspaces of several sizes) that predicts held-out particles best.
 
-    z ``(n, dim)``, log_w ``(n,)``; rows: see :func:`probest.guides.mixture.informed_basis`. effective: how many
+    z ``(n, dim)``, log_w ``(n,)``; rows: see :func:`probest.guides.subspace.informed_basis`. effective: how many
     independent points the particles are worth, where less than their effective sample size.
     """
     n, dim = z.shape

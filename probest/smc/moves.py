@@ -33,8 +33,9 @@ from scipy import stats
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Evaluation, Floats
-from probest.guides.mixture import Mixture, fit_mixture, gradient_rows, informed_basis
+from probest.guides.mixture import Mixture, fit_mixture
 from probest.guides.radial import Radial, fit_radial
+from probest.guides.subspace import gradient_rows, informed_basis
 from probest.smc.scouts import with_scouts
 from probest.smc.softening import ADVERSARY, Softening
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats, Particles
-from probest.guides.mixture import Mixture, fit_mixture, informed_basis
+from probest.guides.mixture import Mixture, fit_mixture
+from probest.guides.subspace import informed_basis
 
 __all__ = ["scouts_from", "search", "with_scouts"]
 
