@@ -30,7 +30,7 @@ def run(particles: int, dim: int, guided: bool) -> None:
     event = half_space(dim, 2.0)
     started = time.perf_counter()
     method = Tempering(particles=particles, max_moves=2, guided=guided)
-    evidence = method.run(event, budget=100 * particles, seed=np.random.SeedSequence(0))
+    evidence = method.run(event, budget=100 * particles, seed=np.random.SeedSequence(0)).conclusion
     error = evidence.log_prob - event.log_prob
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"error {error:+.3f}, {evidence.calls:,} calls, {time.perf_counter() - started:.0f} s", file=sys.stderr)

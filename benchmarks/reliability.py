@@ -121,7 +121,7 @@ def of_problem(name: str, log_prob: float, problem: Problem, options: argparse.N
         found = estimate(
             problem,
             budget=options.budget,
-            precision=options.precision,
+            precision=options.precision if options.estimator is None else None,
             seed=seed,
             estimator=None if options.estimator is None else ESTIMATORS[options.estimator](),
             progress=False,
@@ -142,7 +142,7 @@ def of_exact_event(event: Any, options: argparse.Namespace) -> Case:
 
     def run(seed: int) -> Run:
         started = time.perf_counter()
-        found = method.run(event, budget=options.budget, seed=np.random.SeedSequence(seed))
+        found = method.run(event, budget=options.budget, seed=np.random.SeedSequence(seed)).conclusion
         seconds = time.perf_counter() - started
         return Run(found.log_prob, *found.interval, found.std_error, found.converged, found.calls, seconds)
 

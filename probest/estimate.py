@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtri
 
 from probest.backends.base import Array, PyTree
-from probest.estimators.base import Estimator
+from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
-from probest.estimators.tempering import Tempering
-from probest.evidence import Evidence, Floats
+from probest.evidence import Code, Evidence, Floats, Note, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
@@ -34,6 +33,7 @@ __all__ = ["Catastrophes", "Estimate", "GradientError", "estimate"]
 
 MAX_DECODED = 4_000
 GRADIENT_LINES = 400
+PRECISION = 0.05
 
 
 def estimate(
@@ -41,7 +41,7 @@ def estimate(
     *,
     budget: int = 50_000,
     checker_budget: int | None = None,
-    precision: float = 0.05,
+    precision: float | None = None,
     seed: int = 0,
     estimator: Estimator | None = None,
     guide: Callable[[], Any] | ProgramGuide | None = None,
@@ -55,9 +55,9 @@ def estimate(
         budget: model calls to spend at most (a forward pass is 1, a forward pass with its gradient 3).
         checker_budget: cases that the checker may judge at most; None for as many as the model calls. A case is judged
             for each forward pass and each gradient, so this also bounds the model calls.
-        precision: standard error of log P, in nats, at which to stop early.
+        precision: standard error of log P, in nats, at which to stop early; 0.05 unless said otherwise.
         seed: the same seed gives the same estimate.
-        estimator: a single method instead of the default combination; then ``precision`` is that object's affair.
+        estimator: a single method instead of the default combination. Its precision is one of its own fields.
         guide: a program that draws the adversary's sites from another law, for importance sampling in place of the
             default combination; a share of the samples still comes from the adversary itself (see ``ProgramGuide``).
         warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
@@ -70,7 +70,8 @@ def estimate(
 
     Raises:
         ProblemError, SiteError, SeverityError: the problem cannot be estimated as written.
-        ValueError: an argument is out of range.
+        UnmetNeedError: the estimator needs what the problem does not have, such as a gradient.
+        ValueError: an argument is out of range, or two exclude each other.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}: expected Problem(adversary, model, checker)")
@@ -78,59 +79,57 @@ def estimate(
     if checker_budget is not None:
         check_whole("checker_budget", checker_budget, least=1, unit=" of checker calls")
     calls = int(budget if checker_budget is None else min(budget, checker_budget))
-    if not (math.isfinite(precision) and precision > 0):
+    if precision is not None and not (math.isfinite(precision) and precision > 0):
         raise ValueError(f"precision={precision!r}: expected a positive number of nats, such as 0.05")
+    if precision is not None and estimator is not None:
+        raise ValueError(
+            f"precision={precision!r}: an estimator has a precision of its own; give it there, as in "
+            f"estimator={type(estimator).__name__}(precision={precision!r}) where it has that field"
+        )
     check_whole("seed", seed, least=0)
     if guide is not None and estimator is not None:
         raise ValueError("guide and estimator exclude each other: pass estimator=Importance(guide=ProgramGuide(...))")
     event = problem.event.replaced()
-    method = estimator or Combined(precision=precision)
+    wanted = PRECISION if precision is None else precision
+    method: Estimator = estimator or Combined(precision=wanted)
     if guide is not None:
-        method = Importance(
-            precision=precision, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide)
-        )
+        method = Importance(precision=wanted, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide))
     if warm_start is not None:
         method = _warmed(method, warm_start)
+    check_needs(method, event)
     start = time.perf_counter()
-    ledger: list[Evidence] = []
     with Progress("estimate", enabled=progress) as line:
-        event.on_calls = lambda spent: line.update(spent, calls, ledger[-1].method if ledger else "")
-        try:
-            _run(method, event, calls, np.random.SeedSequence(int(seed)), ledger)
-        except KeyboardInterrupt:
-            if not ledger:
-                raise
-            note = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
-            ledger.append(replace(ledger[-1], converged=False, notes=(*ledger[-1].notes, note)))
+        event.on_calls = lambda spent: line.update(spent, calls, method.name)
+        run = method.run(event, budget=calls, seed=np.random.SeedSequence(int(seed)))
     event.on_calls = None
+    if not isinstance(run, Run):
+        raise TypeError(
+            f"estimator: {method.name}.run returned a {type(run).__name__}; expected a probest.evidence.Run"
+        )
+    ledger = list(run.ledger)
     if calls < budget and not ledger[-1].converged:
-        note = f"checker_budget={checker_budget} left no more cases to judge: raise it."
+        note = Note(
+            Code.CHECKER_BUDGET_SPENT, f"checker_budget={checker_budget} left no more cases to judge: raise it."
+        )
         ledger[-1] = replace(ledger[-1], notes=(*ledger[-1].notes, note))
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
 
 
-def _warmed(method: Estimator, before: Estimate | Evidence) -> Estimator:
+def _warmed(method: Any, before: Estimate | Evidence) -> Estimator:
     """The method with the catastrophes of an earlier estimate to start from; as it is where that found none."""
     if not isinstance(before, Estimate | Evidence):
         raise TypeError(f"warm_start is a {type(before).__name__}: expected an Estimate or an Evidence")
-    if not isinstance(method, Combined | Tempering):
+    if "warm_start" not in getattr(method, "__dataclass_fields__", ()):
         raise ValueError(f"warm_start: {method.name} does not start from particles; use Tempering or the default")
     evidence = before.conclusion if isinstance(before, Estimate) else before
-    return method if evidence.particles is None else replace(method, warm_start=evidence.particles)
+    warmed = method if evidence.particles is None else replace(method, warm_start=evidence.particles)
+    return cast(Estimator, warmed)
 
 
 def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:
     """Raise ValueError unless ``value`` is a whole number (not a bool) of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
         raise ValueError(f"{name}={value!r}: expected a whole number{unit}, {least} or more")
-
-
-def _run(method: Estimator, event: Event, budget: int, seed: np.random.SeedSequence, ledger: list[Evidence]) -> None:
-    """Fill the ledger as evidence comes, the conclusion last."""
-    if isinstance(method, Combined):
-        method.run_ledger(event, budget=budget, seed=seed, lines=ledger)
-    else:
-        ledger.append(method.run(event, budget=budget, seed=seed))
 
 
 class Estimate:

@@ -2,19 +2,34 @@
 
 An estimator sees a problem only through :class:`EventLike`: a batch of standard-normal coordinates goes in, severities
 (and gradients) come out, all as NumPy float64. So estimators are written and tested once, for both backends, and can be
-tested on events that are three lines of NumPy. What it leaves is :class:`Evidence`, a line of the argument.
+tested on events that are three lines of NumPy. What it leaves is a :class:`Run`: :class:`Evidence`, line by line, and
+the population that it ended with, for whoever goes on from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Claim", "Evaluation", "EventLike", "Evidence", "Floats", "Particles"]
+__all__ = [
+    "Claim",
+    "Code",
+    "Counts",
+    "Evaluation",
+    "EventLike",
+    "Evidence",
+    "Families",
+    "Floats",
+    "Note",
+    "Particles",
+    "Population",
+    "Run",
+]
 
 Floats = NDArray[np.float64]
 
@@ -71,6 +86,48 @@ class Particles(NamedTuple):
     severity: Floats
 
 
+class Code(StrEnum):
+    """What a note is about."""
+
+    BUDGET_SPENT = "budget spent"
+    CHECKER_BUDGET_SPENT = "checker budget spent"
+    DISAGREE = "disagree"
+    FEW_ANCESTORS = "few ancestors"
+    FEW_COUNT = "few count"
+    FEW_HITS = "few hits"
+    FLAT = "flat severity"
+    GIVEN_UP = "given up"
+    HEAVY_TAILS = "heavy tails"
+    IMPRECISE = "imprecise"
+    INCOMPATIBLE = "incompatible with observations"
+    INTERRUPTED = "interrupted"
+    NO_BOUNDARY = "no boundary"
+    NO_HITS = "no hits"
+    NOT_LEARNED = "not learned"
+    ONE_CARRIES = "one carries much"
+    SECOND_CHOICE = "second choice"
+    STRAYED = "walks strayed"
+    STUCK = "stuck"
+    UNCHECKED = "unchecked"
+    UNDEFINED = "undefined"
+    UNREACHED = "unreached"
+    UNSEEN = "unseen mass"
+
+
+class Note(str):
+    """A sentence that says what is wrong and what to do, with a code that programs can go by."""
+
+    code: Code
+
+    def __new__(cls, code: Code, sentence: str) -> Self:
+        note = super().__new__(cls, sentence)
+        note.code = code
+        return note
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.code, str(self)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """One line of the argument: log P or a bound on it, and how far to believe it.
@@ -100,3 +157,72 @@ class Evidence:
     log_evidence: float = 0.0
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def codes(self) -> frozenset[Code]:
+        """The codes of the notes, for programs to go by."""
+        return frozenset(note.code for note in self.notes if isinstance(note, Note))
+
+
+class Population(NamedTuple):
+    """Weighted particles of a target, with what a guide can learn from them.
+
+    z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; rows: gradient information
+    (:func:`probest.guides.subspace.gradient_rows`) or None; effective: how many independent particles they are worth.
+    """
+
+    z: Floats
+    log_w: Floats
+    log_weight: Floats
+    rows: Floats | None
+    effective: float
+
+
+class Families(NamedTuple):
+    """Families of a tempering run: log-estimates ``(k,)`` of P (times evidence), of the evidence or None, and the
+    run's size, which was fixed before it started.
+    """
+
+    log_z: Floats
+    log_prior: Floats | None
+    size: float
+
+
+class Counts(NamedTuple):
+    """Plain sampling: how many draws, and how many of them were catastrophes."""
+
+    hits: int
+    draws: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an estimator leaves.
+
+    ledger: the evidence in the order in which it was found, the conclusion last; at least one line.
+    calls: model calls of the whole run.
+    population: the catastrophes with what a guide can learn from them; prior_population: the same of the conditioned
+        adversary itself. None where there are none.
+    families: what each family of a tempering run says of P. counts: hits and draws of plain sampling.
+    """
+
+    ledger: tuple[Evidence, ...]
+    calls: int
+    population: Population | None = None
+    prior_population: Population | None = None
+    families: Families | None = None
+    counts: Counts | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ledger:
+            raise ValueError("ledger is empty: a run has at least one line of evidence, its conclusion")
+
+    @property
+    def conclusion(self) -> Evidence:
+        """The last line of the ledger."""
+        return self.ledger[-1]
+
+    @classmethod
+    def of(cls, evidence: Evidence, **found: Any) -> Run:
+        """A run of one line, which spent what the line says. found: the other fields of a run."""
+        return cls((evidence,), evidence.calls, **found)

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probest.backends.base import Backend, PyTree, Trainer
+from probest.backends.base import Backend, PyTree
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
 from probest.estimators.tempering import Tempering
 from probest.problem import Problem
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
+from probest.training.checkpoint import Step, TrainingState, resume
+from probest.training.descent import Descent, Options, Stream, batch_of, level, number
 from probest.training.walkers import Walkers
+from probest.verdict import agree
 
 if TYPE_CHECKING:
     import os
 
 __all__ = ["Step", "TrainingRun", "train"]
-
-BEFORE, CHECK, AFTER, AUDIT, WALK, BATCH = range(6)
-AGREEMENT = 3.0
-FINAL_RATE = 0.1
-SLACK = 3.0
-CALLS_A_PARTICLE = 150  # what tempering spends on each, on the way to an event of P = 1e-9 or so
-
-
-@dataclass(frozen=True)
-class Step:
-    """One recorded step.
-
-    task_loss: on its minibatch. log_prob: log P as the warm particles follow it since the last fresh look, in nats.
-    pressure: mean of log Φ(severity / noise) over the warm particles, what was stepped down. calls: model calls so far.
-    """
-
-    step: int
-    task_loss: float
-    log_prob: float
-    pressure: float
-    noise: float
-    calls: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,19 +63,6 @@ class TrainingRun:
         from probest.report.plots import plot_history
 
         return plot_history(self, **options)
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint holds beside the trainer's arrays and the particles."""
-
-    step: int = 0
-    calls: int = 0
-    task_calls: int = 0
-    seconds: float = 0.0
-    log_prob: float = math.nan
-    reached: int | None = None
-    history: list[Step] = field(default_factory=list)
 
 
 def train(
@@ -185,7 +151,7 @@ def train(
     trainer = backend.trainer(
         event.parts, composition, task, optimizer=optimizer, learning_rate=learning_rate, max_norm=max_norm
     )
-    loss = trainer.task_loss(_batch(backend, data, np.arange(min(batch_size, rows))))
+    loss = trainer.task_loss(batch_of(backend, data, np.arange(min(batch_size, rows))))
     if not math.isfinite(loss):
         raise ValueError(f"task: the loss of the untrained model is {loss}: expected a finite scalar")
 
@@ -194,24 +160,29 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
-        before = estimate(problem, budget=budget, seed=_number(root, BEFORE), progress=False)
-        state = _Progress(calls=before.calls, log_prob=_level(before))
-        walkers = _walkers(before, particles, generator(child_seed(root, WALK)))
+        before = estimate(problem, budget=budget, seed=number(root, Stream.BEFORE), progress=False)
+        state = TrainingState(calls=before.calls, log_prob=level(before))
+        walkers = _walkers(before, particles, generator(child_seed(root, Stream.WALK)))
         if path is not None and path.exists():
-            state, walkers = _resume(path, trainer)
-        descent = _Descent(
-            problem, trainer, data, rows, until_log_prob, steps, weight, batch_size, particles, check_every,
-            check_budget, root, path, line, state, walkers,
+            state, walkers = resume(path, trainer)
+        options = Options(
+            target=until_log_prob, steps=steps, weight=weight, batch_size=batch_size, particles=particles,
+            check_every=check_every, check_budget=check_budget, rows=rows, path=path,
         )  # fmt: skip
+        descent = Descent(problem, trainer, data, options, root, line, state, walkers)
         stopped = descent.run()
         trained = problem.replaced(model=trainer.model)
         line.update(state.step, steps, "estimating log P after training")
-        after = estimate(trained, budget=check_budget if stopped else budget, seed=_number(root, AFTER), progress=False)
+        after = estimate(
+            trained, budget=check_budget if stopped else budget, seed=number(root, Stream.AFTER), progress=False
+        )
         checked = None
         if not stopped:
             line.update(state.step, steps, "auditing")
             method = audit or Tempering(particles=max(1024, budget // 100))
-            checked = estimate(trained, budget=4 * budget, estimator=method, seed=_number(root, AUDIT), progress=False)
+            checked = estimate(
+                trained, budget=4 * budget, estimator=method, seed=number(root, Stream.AUDIT), progress=False
+            )
     advice = _verdict(after, checked, until_log_prob, stopped)
     return TrainingRun(
         model=trainer.model,
@@ -229,147 +200,6 @@ def train(
     )
 
 
-@dataclass
-class _Descent:
-    """The loop of :func:`train`: everything it needs, and what changes (``state`` and ``walkers``)."""
-
-    problem: Problem
-    trainer: Trainer
-    data: PyTree
-    rows: int
-    target: float
-    steps: int
-    weight: float
-    batch_size: int
-    particles: int
-    check_every: int
-    check_budget: int
-    root: np.random.SeedSequence
-    path: Path | None
-    line: Progress
-    state: _Progress
-    walkers: Walkers | None
-
-    def run(self) -> str:
-        """Descend until the target is reached and held, or the steps are over. Returns why it stopped early, or ''."""
-        good = self.trainer.arrays()
-        began = time.perf_counter() - self.state.seconds
-        try:
-            while self.state.step < self.steps and not self._done():
-                loss, pressure, noise = self._step()
-                if not math.isfinite(loss + pressure):
-                    self.trainer.restore(good)
-                    return f"the loss was not finite at step {self.state.step}: lower learning_rate or weight"
-                self.state.seconds = time.perf_counter() - began
-                if self._is_checked():
-                    self._check()
-                    good = self.trainer.arrays()
-                followed = self.state.log_prob if self.walkers is None else self.walkers.log_prob
-                self.state.history.append(
-                    Step(self.state.step, loss, followed, pressure, noise, self.state.calls, self.state.seconds)
-                )
-                self.line.update(self.state.step, self.steps, f"log P {followed:.1f}, task loss {loss:.3g}")
-                if self.state.step % self.check_every == 0:
-                    self._save()
-        except KeyboardInterrupt:
-            self._save()
-            return "training was interrupted"
-        except Exception:
-            self._save()
-            raise
-        return ""
-
-    def _step(self) -> tuple[float, float, float]:
-        """Move the particles on the present model, then the model; returns task loss, pressure and noise."""
-        state, walkers, event = self.state, self.walkers, self.problem.event
-        if walkers is not None:
-            rng = generator(child_seed(self.root, WALK, state.step + 1))
-            state.calls += walkers.advance(event.replaced(model=self.trainer.model), rng)
-        shuffle = generator(child_seed(self.root, BATCH, state.step))
-        chosen = shuffle.choice(self.rows, min(self.batch_size, self.rows), replace=False)
-        z = np.empty((0, event.dim)) if walkers is None else walkers.z
-        noise = 1.0 if walkers is None else walkers.noise
-        batch = _batch(event.backend, self.data, chosen)
-        loss, pressure = self.trainer.step(batch, z, noise, self._weight(), self._rate())
-        state.calls += 3 * len(z)
-        state.task_calls += 3 * len(chosen)
-        state.step += 1
-        return loss, pressure, noise
-
-    def _weight(self) -> float:
-        """The weight of log P; nothing from ``SLACK`` nats below the target on, lest the task pay for no gain."""
-        log_prob = self.state.log_prob if self.walkers is None else self.walkers.log_prob
-        return self.weight * min(max((log_prob - self.target) / SLACK + 1, 0.0), 1.0)
-
-    def _rate(self) -> float:
-        """Share of the learning rate: a cosine over the steps, and a quicker one once the target has been reached."""
-        state = self.state
-        rate = _cosine(state.step / self.steps)
-        if state.reached is not None:
-            rate *= _cosine((state.step - state.reached) / self.check_every)
-        return rate
-
-    def _done(self) -> bool:
-        """Whether log P was below the target at a check and still is after as many steps at a falling rate."""
-        reached = self.state.reached
-        return reached is not None and self.state.step >= reached + self.check_every
-
-    def _is_checked(self) -> bool:
-        state = self.state
-        if state.reached is not None:
-            return state.step == state.reached + self.check_every
-        return state.step % self.check_every == 0 or state.step == self.steps
-
-    def _check(self) -> None:
-        """A fresh look for catastrophes; its particles replace the warm ones."""
-        state = self.state
-        look = estimate(
-            self.problem.replaced(model=self.trainer.model),
-            budget=self.check_budget,
-            estimator=Tempering(particles=max(256, self.check_budget // CALLS_A_PARTICLE)),
-            seed=_number(self.root, CHECK, state.step),
-            progress=False,
-        )
-        state.calls += look.calls
-        state.log_prob = _level(look)
-        if state.log_prob >= self.target:
-            state.reached = None
-        elif state.reached is None:
-            state.reached = state.step
-        found = look.conclusion.particles
-        if found is None or not math.isfinite(look.log_prob):
-            return
-        rng = generator(child_seed(self.root, WALK, state.step, CHECK))
-        if self.walkers is None:
-            self.walkers = Walkers.seeded(found, look.log_prob, self.particles, rng)
-        else:
-            self.walkers.reseed(found, look.log_prob, rng)
-
-    def _save(self) -> None:
-        if self.path is not None:
-            _save(self.path, self.trainer, self.walkers, self.state)
-
-
-def _cosine(share: float) -> float:
-    """From 1 at 0 down to ``FINAL_RATE`` at 1."""
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
-
-
-def agree(one: Estimate, other: Estimate) -> bool:
-    """Whether two estimates tell the same story: their difference is within 3 of its standard errors."""
-    if not (math.isfinite(one.log_prob) and math.isfinite(other.log_prob)):
-        return one.lower <= other.upper and other.lower <= one.upper
-    error = math.hypot(one.std_error, other.std_error)
-    return abs(one.log_prob - other.log_prob) <= AGREEMENT * error or (
-        one.lower <= other.upper and other.lower <= one.upper
-    )
-
-
-def _level(found: Estimate) -> float:
-    """log P, or the upper bound when no catastrophe was found: not finding any is no reason to stop training."""
-    return found.log_prob if math.isfinite(found.log_prob) else found.upper
-
-
 def _verdict(after: Estimate, audit: Estimate | None, target: float, stopped: str) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept."""
     advice = []
@@ -384,7 +214,7 @@ def _verdict(after: Estimate, audit: Estimate | None, target: float, stopped: st
         advice.append(
             f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself"
         )
-    elif not agree(after, audit):
+    elif not agree(after.conclusion, audit.conclusion):
         advice.append(
             f"the audit disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, {audit.upper:.4g}] against "
             f"{after.log_prob:.4g} [{after.lower:.4g}, {after.upper:.4g}]. Believe neither; estimate again with "
@@ -403,55 +233,6 @@ def _walkers(found: Estimate, count: int, rng: np.random.Generator) -> Walkers |
     return Walkers.seeded(particles, found.log_prob, count, rng)
 
 
-class _Saved(NamedTuple):
-    log_prob: float
-    noise: float
-    angle: float
-
-
-def _save(path: Path, trainer: Trainer, walkers: Walkers | None, state: _Progress) -> None:
-    """Arrays as safetensors, the rest as its metadata; written beside and moved, so a crash leaves the old file."""
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.array(value, order="C") for name, value in trainer.arrays().items()}
-    metadata = {"state": json.dumps(asdict(state))}
-    if walkers is not None:
-        arrays["walkers"] = walkers.z
-        saved = _Saved(walkers.log_prob, walkers.noise, walkers.angle)
-        if walkers.severity is not None:
-            arrays["severity"] = walkers.severity
-        metadata["walkers"] = json.dumps(saved._asdict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    save_file(arrays, beside, metadata=metadata)
-    beside.replace(path)
-
-
-def _resume(path: Path, trainer: Trainer) -> tuple[_Progress, Walkers | None]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        z, severity = arrays.pop("walkers", None), arrays.pop("severity", None)
-        trainer.restore(arrays)
-        record = json.loads(metadata["state"])
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint={str(path)!r} is not a checkpoint of this model and optimizer ({type(error).__name__}: "
-            f"{error}). Name another file, or remove it to start again"
-        ) from error
-    state = _Progress(**{**record, "history": [Step(**step) for step in record["history"]]})
-    if z is None:
-        return state, None
-    return state, Walkers(z, severity=severity, **json.loads(metadata["walkers"]))
-
-
-def _batch(backend: Backend, data: PyTree, rows: np.ndarray) -> PyTree:
-    return backend.tree_map(lambda leaf: leaf[rows], data)
-
-
 def _count_rows(backend: Backend, data: PyTree) -> int:
     leaves = backend.leaves(data)
     sizes = {int(np.shape(leaf)[0]) if np.ndim(leaf) else 0 for leaf in leaves}
@@ -462,8 +243,3 @@ def _count_rows(backend: Backend, data: PyTree) -> int:
     if len(sizes) > 1:
         raise ValueError(f"data: the arrays have different lengths {sorted(sizes)}; they need a common leading axis")
     return sizes.pop()
-
-
-def _number(root: np.random.SeedSequence, *key: int) -> int:
-    """A seed for estimate() from a key, different for each purpose and step."""
-    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -25,7 +25,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.tempering import Tempering
-from probest.evidence import Evaluation, Evidence, Floats
+from probest.evidence import Code, Evaluation, Evidence, Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
 from probest.guides.mixture import Mixture, fit_mixture
@@ -75,7 +75,7 @@ def check_evidence(evidence: Evidence, event: ExactEvent, budget: int) -> None:
 @pytest.mark.parametrize("event", EXACT_EVENTS, ids=lambda event: event.name)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
 def test_every_estimator_on_every_exact_event(method: Method, event: ExactEvent) -> None:
-    evidence = method.run(event, budget=BUDGET, seed=seed(1))
+    evidence = method.run(event, budget=BUDGET, seed=seed(1)).conclusion
     check_evidence(evidence, event, BUDGET)
     if isinstance(method, MonteCarlo) and not event.weighted:
         # exact: both binomial tails of the hits at the true P
@@ -91,7 +91,7 @@ def test_every_estimator_on_every_exact_event(method: Method, event: ExactEvent)
 
 @pytest.mark.parametrize("event", [*EXACT_EVENTS[:14], EXACT_EVENTS[-1]], ids=lambda event: event.name)
 def test_the_default_strategy_converges(event: ExactEvent) -> None:
-    evidence = Combined().run(event, budget=BUDGET, seed=seed(2))
+    evidence = Combined().run(event, budget=BUDGET, seed=seed(2)).conclusion
     assert evidence.converged, evidence.notes
     assert evidence.std_error < 0.11
 
@@ -99,7 +99,7 @@ def test_the_default_strategy_converges(event: ExactEvent) -> None:
 @pytest.mark.parametrize("event", [impossible(3), constant(3)], ids=lambda event: event.name)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
 def test_nothing_to_find_is_said_so(method: Method, event: ExactEvent) -> None:
-    evidence = method.run(event, budget=5000, seed=seed(0))
+    evidence = method.run(event, budget=5000, seed=seed(0)).conclusion
     check_evidence(evidence, event, 5000)
     assert evidence.log_prob == -math.inf
     assert not evidence.converged
@@ -110,7 +110,7 @@ def test_nothing_to_find_is_said_so(method: Method, event: ExactEvent) -> None:
 @pytest.mark.parametrize("event", [half_space(20, 5.0), conditioned(5, 3.0, 1.0, 0.5)], ids=lambda e: e.name)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
 def test_the_budget_is_a_ceiling(method: Method, event: ExactEvent, budget: int) -> None:
-    check_evidence(method.run(event, budget=budget, seed=seed(0)), event, budget)
+    check_evidence(method.run(event, budget=budget, seed=seed(0)).conclusion, event, budget)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
@@ -140,8 +140,9 @@ def test_same_seed_same_evidence_whatever_the_chunks(method: Method) -> None:
 
     chunked = Chunked(event.name, event.dim, event.log_prob, event.severity, event.gradient)
     source = seed(3)
-    one = method.run(event, budget=20_000, seed=source)
-    two = method.run(chunked, budget=20_000, seed=source)  # the same object: running leaves no trace in the seed
+    one = method.run(event, budget=20_000, seed=source).conclusion
+    # the same object: running leaves no trace in the seed
+    two = method.run(chunked, budget=20_000, seed=source).conclusion
     assert (one.log_prob, one.std_error, one.calls) == (two.log_prob, two.std_error, two.calls)
 
 
@@ -149,14 +150,16 @@ def test_importance_from_a_given_guide_is_unbiased() -> None:
     event = half_space(3, 3.0)
     guide = Defensive((Mixture(np.eye(3), np.ones(1), np.full((1, 3), 1.8), np.eye(3)[None]), Prior(3)), (0.9, 0.1))
     method = Importance(guide=guide, precision=None, max_samples=200)
-    ratios = [math.exp(method.run(event, budget=200, seed=seed(i)).log_prob - event.log_prob) for i in range(200)]
+    ratios = [
+        math.exp(method.run(event, budget=200, seed=seed(i)).conclusion.log_prob - event.log_prob) for i in range(200)
+    ]
     score = (np.mean(ratios) - 1.0) / (np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
     assert abs(score) < stats.norm.isf(TEST_FAILURE_RATE / 2)
 
 
 def test_tempering_particles_follow_the_posterior() -> None:
     beta = 4.0
-    evidence = Tempering(particles=1024).run(half_space(30, beta), budget=100_000, seed=seed(0))
+    evidence = Tempering(particles=1024).run(half_space(30, beta), budget=100_000, seed=seed(0)).conclusion
     assert evidence.particles is not None
     z, log_weight, _ = evidence.particles
     u = z @ np.full(30, 1.0 / math.sqrt(30.0))
@@ -169,7 +172,7 @@ def test_tempering_particles_follow_the_posterior() -> None:
 
 def test_unequal_modes_survive_in_their_shares() -> None:
     thresholds = (4.0, 4.5, 5.5, 5.5)
-    evidence = Combined().run(union(20, thresholds), budget=BUDGET, seed=seed(0))
+    evidence = Combined().run(union(20, thresholds), budget=BUDGET, seed=seed(0)).conclusion
     assert evidence.converged
     assert evidence.particles is not None
     z, log_weight, _ = evidence.particles
@@ -184,19 +187,19 @@ def test_unequal_modes_survive_in_their_shares() -> None:
 def test_conditioned_adversary_gives_its_evidence_and_prior() -> None:
     event = conditioned(10, 3.0, 1.0, 0.4)
     for method in (Tempering(particles=512), Combined()):
-        evidence = method.run(event, budget=BUDGET, seed=seed(0))
+        evidence = method.run(event, budget=BUDGET, seed=seed(0)).conclusion
         assert abs(evidence.log_evidence - event.log_evidence) < 0.5
         assert evidence.prior_particles is not None
         z, log_weight, _ = evidence.prior_particles
         mean = float(np.exp(log_weight) @ z[:, 0])
         assert abs(mean - 1.0 / (2.0 + 0.4**2)) < 0.5
-    crude = MonteCarlo(max_samples=20_000).run(conditioned(2, 0.5, 1.0, 1.0), budget=BUDGET, seed=seed(0))
+    crude = MonteCarlo(max_samples=20_000).run(conditioned(2, 0.5, 1.0, 1.0), budget=BUDGET, seed=seed(0)).conclusion
     assert abs(crude.log_prob - conditioned(2, 0.5, 1.0, 1.0).log_prob) < 4.0 * crude.std_error
     assert abs(crude.log_evidence - conditioned(2, 0.5, 1.0, 1.0).log_evidence) < 0.05
 
 
 def test_zero_hits_of_a_boolean_checker_say_what_to_do() -> None:
-    evidence = MonteCarlo(max_samples=1000).run(boolean(half_space(2, 6.0)), budget=1000, seed=seed(0))
+    evidence = MonteCarlo(max_samples=1000).run(boolean(half_space(2, 6.0)), budget=1000, seed=seed(0)).conclusion
     assert evidence.interval == (-math.inf, pytest.approx(math.log(-math.expm1(math.log(0.05) / 1000))))
     assert "severity" in evidence.notes[0]
 
@@ -204,26 +207,24 @@ def test_zero_hits_of_a_boolean_checker_say_what_to_do() -> None:
 def test_useless_gradients_are_done_without() -> None:
     event = half_space(10, 4.0)
     nan = replace(event, gradient=lambda z: np.full_like(z, np.nan))
-    evidence = Tempering().run(nan, budget=100_000, seed=seed(0))
+    evidence = Tempering().run(nan, budget=100_000, seed=seed(0)).conclusion
     check_evidence(evidence, nan, 100_000)
     assert abs(evidence.log_prob - event.log_prob) < 8.0 * evidence.std_error
 
 
 def test_calls_do_not_grow_with_the_dimension() -> None:
-    calls = [Combined().run(half_space(d, 5.0), budget=BUDGET, seed=seed(0)).calls for d in (10, 1000)]
+    calls = [Combined().run(half_space(d, 5.0), budget=BUDGET, seed=seed(0)).conclusion.calls for d in (10, 1000)]
     assert calls[1] < 1.5 * calls[0]
 
 
 def test_ledger_ends_with_the_conclusion() -> None:
-    lines: list[Evidence] = []
-    ledger = Combined().run_ledger(conditioned(20, 4.0, 1.0, 0.3), budget=BUDGET, seed=seed(0), lines=lines)
-    assert ledger is lines
+    ledger = Combined().run(conditioned(20, 4.0, 1.0, 0.3), budget=BUDGET, seed=seed(0)).ledger
     assert [line.method for line in ledger] == ["monte carlo", "tempering", "importance sampling", "combined"]
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
 
 
 def test_a_smooth_problem_is_settled_by_lines() -> None:
-    ledger = Combined().run_ledger(half_space(10, 5.0), budget=BUDGET, seed=seed(0))
+    ledger = Combined().run(half_space(10, 5.0), budget=BUDGET, seed=seed(0)).ledger
     assert [line.claim for line in ledger] == ["unbiased", "heuristic", "heuristic", "unbiased", "unbiased"]
     assert ledger[-2].method == "line sampling"
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
@@ -240,10 +241,14 @@ def test_an_interrupted_ledger_keeps_its_lines() -> None:
             raise KeyboardInterrupt
         return whole.severity(z)
 
-    lines: list[Evidence] = []
+    run = Combined().run(replace(whole, severity=severity), budget=BUDGET, seed=seed(0))
+    assert [line.method for line in run.ledger] == ["monte carlo", "combined"]
+    assert Code.INTERRUPTED in run.conclusion.codes
+    assert not run.conclusion.converged
+    assert run.conclusion.log_prob == run.ledger[0].log_prob
+    calls = 2000  # interrupted at once, there is nothing to return
     with pytest.raises(KeyboardInterrupt):
-        Combined().run_ledger(replace(whole, severity=severity), budget=BUDGET, seed=seed(0), lines=lines)
-    assert [line.method for line in lines] == ["monte carlo"]
+        Combined().run(replace(whole, severity=severity), budget=BUDGET, seed=seed(0))
 
 
 def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
@@ -268,7 +273,7 @@ def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
 
 def test_a_hopeless_guide_is_left_and_tempering_spends_the_budget() -> None:
     event = many_modes(40, 60, 5.5)
-    ledger = Combined().run_ledger(event, budget=BUDGET, seed=seed(0))
+    ledger = Combined().run(event, budget=BUDGET, seed=seed(0)).ledger
     check_evidence(ledger[-1], event, BUDGET)
     assert ledger[-1].calls > 0.7 * BUDGET
     weighed = [line for line in ledger if line.method == "importance sampling"]
@@ -344,7 +349,7 @@ def test_guide_densities_integrate_to_one(dim: int) -> None:
 
 
 def test_shell_is_recognised() -> None:
-    evidence = Combined().run(sphere(100, 14.467812505937182), budget=BUDGET, seed=seed(5))
+    evidence = Combined().run(sphere(100, 14.467812505937182), budget=BUDGET, seed=seed(5)).conclusion
     assert evidence.diagnostics.get("rank", 0.0) == 0.0
 
 

@@ -13,8 +13,8 @@ from scipy import integrate, special, stats
 
 from probest import diagnostics
 from probest.estimators.combined import Combined
-from probest.estimators.importance import Importance, Population, weigh
-from probest.evidence import Floats
+from probest.estimators.importance import Importance, importance_sample
+from probest.evidence import Floats, Population
 from probest.guides.base import Defensive, Prior, allocate
 from probest.guides.directional import Directional, fit_directional, log_normaliser
 from probest.guides.fit import Fitted, fit_guide
@@ -117,7 +117,7 @@ def test_a_cone_beyond_a_radius_is_directional() -> None:
     fitted = fit_guide(z, np.zeros(600), rng(6))
     assert fitted.kind == "directional"
     population = Population(z, np.zeros(600), np.zeros(600), None, 600.0)
-    evidence = weigh(Importance(), event, population, None, budget=50_000, seed=np.random.SeedSequence(0))
+    evidence = importance_sample(Importance(), event, population, None, budget=50_000, seed=np.random.SeedSequence(0))
     assert evidence.converged, evidence.notes
     assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
 
@@ -178,7 +178,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
     np.testing.assert_array_equal(again.log_ratio(z), flow.log_ratio(z))
     fitted = Fitted(flow.defended(), library, basis, 1)
     population = Population(z, np.zeros(len(z)), np.zeros(len(z)), None, float(len(z)))
-    evidence = weigh(
+    evidence = importance_sample(
         Importance(), event, population, None, budget=20_000, seed=np.random.SeedSequence(0), fitted=fitted
     )
     assert evidence.converged, evidence.notes
@@ -198,7 +198,9 @@ def test_intervals_cover() -> None:
     events = (half_space(2, 3.0), half_space(20, 4.0), parabola(2, 4.0, 0.5))
     method = Combined()
     runs = [
-        (event, method.run(event, budget=50_000, seed=np.random.SeedSequence(i))) for i in range(10) for event in events
+        (event, method.run(event, budget=50_000, seed=np.random.SeedSequence(i)).conclusion)
+        for i in range(10)
+        for event in events
     ]
     covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for event, run in runs)
     assert stats.binom.cdf(covered, len(runs), 0.93) > TEST_FAILURE_RATE
@@ -226,7 +228,7 @@ def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
         for i in range(repeats):
             event, population, fitted = lacking(good, i)
             source = np.random.SeedSequence(i)
-            evidence = weigh(Importance(), event, population, None, budget=3000, seed=source, fitted=fitted)
+            evidence = importance_sample(Importance(), event, population, None, budget=3000, seed=source, fitted=fitted)
             flagged[good] += any("particles show" in note for note in evidence.notes)
     # rates of at most 2 % and at least 99 %, at this many repeats
     assert flagged[True] <= stats.binom.isf(TEST_FAILURE_RATE, repeats, 0.02)
@@ -235,6 +237,6 @@ def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
 
 def test_smoothed_is_a_second_opinion() -> None:
     event = half_space(10, 4.0)
-    evidence = Importance().run(event, budget=20_000, seed=np.random.SeedSequence(0))
+    evidence = Importance().run(event, budget=20_000, seed=np.random.SeedSequence(0)).conclusion
     assert abs(evidence.diagnostics["smoothed"] - evidence.log_prob) < 3.0 * evidence.std_error
     assert math.isfinite(diagnostics.pareto_khat(np.log(rng().random(100))))

@@ -27,13 +27,14 @@ from exact_events import (
 from scipy import integrate, special, stats
 
 from probest.budget import Meter
+from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
 from probest.estimators.line_sampling import LineSampling
 from probest.evidence import Floats
 from probest.lines.along import Chi, Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, fit_boundary, propose
 from probest.lines.design_points import DesignPoints, Search
-from probest.lines.roots import Pencil, trace
+from probest.lines.roots import Pencil, find_crossings
 from probest.seeds import generator
 from probest.smc.resample_move import cost, thicken
 
@@ -143,9 +144,9 @@ def test_points_where_the_model_is_undefined_far_out_do_no_harm() -> None:
         return np.where(np.abs(z).max(axis=1) > 6.5, np.nan, whole.severity(z))
 
     event = replace(whole, severity=severity)
-    lined = LineSampling().run(event, budget=2000, seed=seed(0))
+    lined = LineSampling().run(event, budget=2000, seed=seed(0)).conclusion
     assert lined.converged or "NaN" in lined.notes[0]
-    evidence = Combined().run(event, budget=20_000, seed=seed(0))
+    evidence = Combined().run(event, budget=20_000, seed=seed(0)).conclusion
     assert evidence.log_prob == pytest.approx(whole.log_prob, abs=0.2)
 
 
@@ -155,7 +156,7 @@ def test_points_where_the_model_is_undefined_far_out_do_no_harm() -> None:
 def _trace(event: ExactEvent, offset: Floats, *, scan: bool, near: float) -> object:
     n = len(offset)
     direction = np.tile(np.eye(event.dim)[0], (n, 1))
-    return trace(
+    return find_crossings(
         Meter(event, 10_000),
         Pencil(offset, direction, Normal()),
         generator(seed(0)),
@@ -260,7 +261,7 @@ SMOOTH = [
 
 @pytest.mark.parametrize("event", SMOOTH, ids=lambda event: event.name)
 def test_lines_settle_smooth_problems(event: ExactEvent) -> None:
-    runs = [LineSampling().run(event, budget=5000, seed=seed(number)) for number in range(8)]
+    runs = [LineSampling().run(event, budget=5000, seed=seed(number)).conclusion for number in range(8)]
     settled = [run for run in runs if run.converged]
     assert len(settled) >= 6
     for run in settled:
@@ -272,7 +273,7 @@ def test_lines_settle_smooth_problems(event: ExactEvent) -> None:
 @pytest.mark.parametrize("dim", [2, 100, 1000])
 @pytest.mark.parametrize("beta", [3.0, 8.0])
 def test_a_half_space_takes_at_most_200_calls_at_any_dimension(dim: int, beta: float) -> None:
-    evidence = LineSampling().run(half_space(dim, beta), budget=50_000, seed=seed(0))
+    evidence = LineSampling().run(half_space(dim, beta), budget=50_000, seed=seed(0)).conclusion
     assert evidence.converged
     assert evidence.calls <= 200
 
@@ -282,7 +283,7 @@ def test_particles_are_catastrophes_with_the_right_law() -> None:
     mean = math.exp(stats.norm.logpdf(4.0) - special.log_ndtr(-4.0)) - 4.0  # of the excess a·z − β
     excess, count = 0.0, 0.0
     for number in range(12):
-        particles = LineSampling().run(event, budget=2000, seed=seed(number)).particles
+        particles = LineSampling().run(event, budget=2000, seed=seed(number)).conclusion.particles
         assert particles is not None
         assert np.all(particles.severity >= 0.0)
         np.testing.assert_allclose(event.severity(particles.z), particles.severity, atol=1e-12)
@@ -294,7 +295,7 @@ def test_particles_are_catastrophes_with_the_right_law() -> None:
 
 def test_heuristics_come_first_and_calls_add_up() -> None:
     spent = Meter(parabola(2, 5.0, 0.5), 5000)
-    ledger = LineSampling().run_ledger(parabola(2, 5.0, 0.5), budget=5000, seed=seed(0))
+    ledger = LineSampling().run(parabola(2, 5.0, 0.5), budget=5000, seed=seed(0)).ledger
     assert [line.claim for line in ledger] == ["heuristic", "heuristic", "unbiased"]
     first, second, last = (line.log_prob for line in ledger)
     assert abs(second - last) < abs(first - last)
@@ -307,29 +308,40 @@ def test_heuristics_come_first_and_calls_add_up() -> None:
         plateau(10, 4.0, 2.0),
         constant(4),
         impossible(6),
-        boolean(half_space(2, 3.0)),
-        conditioned(20, 4.0, 1.0, 0.3),
     ],
     ids=lambda event: event.name,
 )
-def test_where_lines_do_not_apply_they_say_so(event: ExactEvent) -> None:
-    evidence = LineSampling().run(event, budget=3000, seed=seed(0))
+def test_where_lines_lead_nowhere_they_say_so(event: ExactEvent) -> None:
+    evidence = LineSampling().run(event, budget=3000, seed=seed(0)).conclusion
     assert not evidence.converged
     assert evidence.notes
     assert evidence.log_prob == -math.inf
 
 
+@pytest.mark.parametrize(
+    ("event", "missing"),
+    [(boolean(half_space(2, 3.0)), "gradient"), (conditioned(20, 4.0, 1.0, 0.3), "observed sites")],
+    ids=["boolean", "conditioned"],
+)
+def test_where_lines_do_not_apply_they_are_refused_before_they_run(event: ExactEvent, missing: str) -> None:
+    def never(z: Floats) -> Floats:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(UnmetNeedError, match=missing):
+        LineSampling().run(replace(event, severity=never), budget=3000, seed=seed(0))
+
+
 @pytest.mark.parametrize("budget", [1, 10, 40, 100, 300])
 @pytest.mark.parametrize("event", [islands(2), half_space(5, 4.0), ball(20, 1.2)], ids=lambda event: event.name)
 def test_the_budget_is_a_ceiling(event: ExactEvent, budget: int) -> None:
-    evidence = LineSampling().run(event, budget=budget, seed=seed(3))
+    evidence = LineSampling().run(event, budget=budget, seed=seed(3)).conclusion
     assert evidence.calls <= budget
     assert not math.isnan(evidence.log_prob)
     assert evidence.log_prob <= 0.0
 
 
 def test_the_same_seed_gives_the_same_evidence() -> None:
-    first, again = (LineSampling().run(union(5, (4.0,) * 4), budget=3000, seed=seed(7)) for _ in range(2))
+    first, again = (LineSampling().run(union(5, (4.0,) * 4), budget=3000, seed=seed(7)).conclusion for _ in range(2))
     assert (first.log_prob, first.std_error, first.calls) == (again.log_prob, again.std_error, again.calls)
 
 
@@ -356,7 +368,7 @@ def exponentials(dim: int, limit: float) -> ExactEvent:
 
 def test_a_guide_is_aimed_at_the_particles_of_lines() -> None:
     event = exponentials(20, 8.951)
-    runs = [Combined().run_ledger(event, budget=10_000, seed=seed(number)) for number in range(4)]
+    runs = [Combined().run(event, budget=10_000, seed=seed(number)).ledger for number in range(4)]
     for ledger in runs:
         methods = [line.method for line in ledger]
         assert "tempering" not in methods
@@ -369,7 +381,7 @@ def test_a_guide_is_aimed_at_the_particles_of_lines() -> None:
 
 def test_where_nothing_passes_the_interval_spans_what_was_found() -> None:
     event = parabola_of_many(100, 60, 5.0, 0.05)
-    ledger = Combined().run_ledger(event, budget=5000, seed=seed(0))
+    ledger = Combined().run(event, budget=5000, seed=seed(0)).ledger
     found = [line for line in ledger[:-1] if line.claim != "heuristic" and math.isfinite(line.log_prob)]
     assert not ledger[-1].converged
     assert ledger[-1].notes
@@ -403,7 +415,7 @@ def parabola_of_many(dim: int, curved: int, beta: float, bend: float) -> ExactEv
 
 @pytest.mark.parametrize("event", [half_space(30, 4.0), sphere(20, 9.0)], ids=lambda event: event.name)
 def test_thickened_particles_keep_their_law(event: ExactEvent) -> None:
-    few = LineSampling().run(event, budget=2000, seed=seed(1)).particles
+    few = LineSampling().run(event, budget=2000, seed=seed(1)).conclusion.particles
     assert few is not None
     meter = Meter(event, cost(600, 5))
     many = thicken(meter, few, 600, seed=seed(2))

@@ -39,7 +39,7 @@ def seed(value: int) -> np.random.SeedSequence:
     ids=lambda event: event.name,
 )
 def test_events_out_of_reach_of_crude_sampling(event: ExactEvent) -> None:
-    evidence = Combined().run(event, budget=BUDGET, seed=seed(0))
+    evidence = Combined().run(event, budget=BUDGET, seed=seed(0)).conclusion
     assert evidence.calls <= BUDGET
     assert evidence.converged, evidence.notes
     assert evidence.std_error < 0.1
@@ -58,7 +58,7 @@ def test_the_checker_decides_and_the_calls_are_counted() -> None:
             return ExactEvent.evaluate(self, z)
 
     counted = Counted(event.name, event.dim, event.log_prob, event.severity, boolean=True)
-    evidence = Surrogate().run(counted, budget=BUDGET, seed=seed(1))
+    evidence = Surrogate().run(counted, budget=BUDGET, seed=seed(1)).conclusion
     assert evidence.calls == sum(asked) <= BUDGET
     assert evidence.particles is not None
     assert evidence.particles.severity.min() >= 0.0
@@ -68,7 +68,7 @@ def test_the_checker_decides_and_the_calls_are_counted() -> None:
 @pytest.mark.parametrize("budget", [1, 30, 400, 1500])
 @pytest.mark.parametrize("event", [boolean(half_space(4, 3.0)), gradient_free(half_space(30, 4.0))])
 def test_the_budget_is_a_ceiling(event: ExactEvent, budget: int) -> None:
-    evidence = Surrogate().run(event, budget=budget, seed=seed(2))
+    evidence = Surrogate().run(event, budget=budget, seed=seed(2)).conclusion
     assert evidence.calls <= budget
     assert evidence.interval[0] <= event.log_prob <= evidence.interval[1]
     assert evidence.converged or evidence.notes
@@ -76,7 +76,7 @@ def test_the_budget_is_a_ceiling(event: ExactEvent, budget: int) -> None:
 
 @pytest.mark.parametrize("event", [boolean(impossible(3)), boolean(half_space(2, 40.0)), gradient_free(impossible(3))])
 def test_what_cannot_be_found_is_a_bound(event: ExactEvent) -> None:
-    evidence = Combined().run(event, budget=3_000, seed=seed(3))
+    evidence = Combined().run(event, budget=3_000, seed=seed(3)).conclusion
     assert evidence.log_prob == -math.inf
     assert not evidence.converged
     assert math.isfinite(evidence.interval[1])
@@ -134,7 +134,7 @@ def test_severities_without_a_scale_far_below(extreme: float) -> None:
     """What is impossible may say so by −inf, or by a large number; it must not spoil the fit near the limit."""
     event = gradient_free(half_space(10, 4.0))
     hostile = ExactEvent("hostile", 10, event.log_prob, lambda z: np.where(z[:, 0] < -1.0, extreme, event.severity(z)))
-    evidence = Surrogate().run(hostile, budget=4_000, seed=seed(0))
+    evidence = Surrogate().run(hostile, budget=4_000, seed=seed(0)).conclusion
     assert not math.isnan(evidence.log_prob)
     assert evidence.calls <= 4_000
     assert math.isfinite(evidence.log_prob)

@@ -27,9 +27,10 @@ from scipy import special, stats
 from probest import Problem, estimate
 from probest.budget import Meter
 from probest.estimators.monte_carlo import MonteCarlo
-from probest.estimators.tempering import Tempering, _resampled
+from probest.estimators.tempering import Tempering
 from probest.evidence import Evaluation, Evidence, Floats, Particles
 from probest.guides.mixture import Mixture
+from probest.smc.population import resampled
 from probest.smc.scouts import scouts_from, search, with_scouts
 from probest.smc.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
 
@@ -123,7 +124,7 @@ SHORT = (
 
 @pytest.mark.parametrize("event", SHORT, ids=lambda event: event.name)
 def test_four_thousand_calls_reach_the_event(event: ExactEvent) -> None:
-    evidence = Tempering(particles=256).run(event, budget=4000, seed=seed(0))
+    evidence = Tempering(particles=256).run(event, budget=4000, seed=seed(0)).conclusion
     assert evidence.calls <= 4000
     assert math.isfinite(evidence.log_prob)
     reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
@@ -135,7 +136,7 @@ def test_intervals_cover() -> None:
     covered, runs = 0, 0
     for event in events:
         for i in range(6):
-            evidence = Tempering(particles=256).run(event, budget=10_000, seed=seed(i))
+            evidence = Tempering(particles=256).run(event, budget=10_000, seed=seed(i)).conclusion
             covered += evidence.interval[0] <= event.log_prob <= evidence.interval[1]
             runs += 1
     assert stats.binom.cdf(covered, runs, 0.92) > TEST_FAILURE_RATE
@@ -145,7 +146,7 @@ def test_intervals_cover() -> None:
 def test_growth_and_units_of_the_severity_do_not_matter(growth: Callable[[Floats], Floats]) -> None:
     event = gradient_free(half_space(5, 5.0))
     grown = replace(event, severity=lambda z: growth(event.severity(z)))
-    evidence = Tempering(particles=256).run(grown, budget=20_000, seed=seed(0))
+    evidence = Tempering(particles=256).run(grown, budget=20_000, seed=seed(0)).conclusion
     assert evidence.converged
     reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
     assert abs(evidence.log_prob - event.log_prob) < reach
@@ -164,7 +165,7 @@ def test_modes_of_unequal_steepness_survive(thresholds: tuple[float, ...], scale
     share /= share.sum()
     lost = 0
     for i in range(5):
-        evidence = Tempering(particles=256).run(event, budget=10_000, seed=seed(i))
+        evidence = Tempering(particles=256).run(event, budget=10_000, seed=seed(i)).conclusion
         assert evidence.particles is not None
         found = np.mean(evidence.particles.z[:, : len(share)] > thresholds, axis=0)
         lost += bool(np.any((share > 0.05) & (found < 0.1 * share)))
@@ -197,14 +198,14 @@ def test_a_law_with_scouts_is_a_law() -> None:
 
 def test_a_warm_start_says_where_to_look_and_nothing_else() -> None:
     event = half_space(20, 5.0)
-    before = Tempering(particles=256).run(half_space(20, 4.5), budget=10_000, seed=seed(0))
+    before = Tempering(particles=256).run(half_space(20, 4.5), budget=10_000, seed=seed(0)).conclusion
     assert before.particles is not None
     places = scouts_from(before.particles, rng())
     assert np.all(np.abs(places @ np.full(20, 1.0 / math.sqrt(20.0)) - 4.7) < 0.5)
     # as wrong a start as can be: the opposite side
     opposite = before.particles._replace(z=-before.particles.z)
     for start in (before.particles, opposite):
-        runs = [Tempering(128, warm_start=start).run(event, budget=6000, seed=seed(i)) for i in range(4)]
+        runs = [Tempering(128, warm_start=start).run(event, budget=6000, seed=seed(i)).conclusion for i in range(4)]
         covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for run in runs)
         assert stats.binom.cdf(covered, len(runs), 0.9) > TEST_FAILURE_RATE
     with pytest.raises(ValueError, match="warm_start"):
@@ -218,7 +219,9 @@ def test_a_warm_start_keeps_a_mode_without_gradients() -> None:
     for j, at in enumerate((slice(0, 200), slice(200, 400))):
         z[at, j] = law.rvs(200, random_state=rng(j))
     start = Particles(z, np.full(400, -math.log(400)), event.severity(z))
-    runs = [Tempering(particles=256, warm_start=start).run(event, budget=10_000, seed=seed(i)) for i in range(5)]
+    runs = [
+        Tempering(particles=256, warm_start=start).run(event, budget=10_000, seed=seed(i)).conclusion for i in range(5)
+    ]
     # without the steep mode every run would be 1.5 too low, with an interval of 0.3 around that
     assert np.median([run.log_prob - event.log_prob for run in runs]) > -0.75
     assert sum(run.interval[0] <= event.log_prob <= run.interval[1] for run in runs) >= 3
@@ -251,7 +254,7 @@ def test_resampling_in_place_is_resampling() -> None:
         value = draw.standard_normal((n, dim))
         index = np.sort(draw.integers(0, n, keep))
         expected = value[index]
-        np.testing.assert_array_equal(_resampled(value, index), expected)
+        np.testing.assert_array_equal(resampled(value, index), expected)
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -319,7 +322,7 @@ def check(evidence: Evidence, budget: int) -> None:
 def test_odd_severities_give_an_honest_answer(name: str, differentiable: bool, budget: int) -> None:
     gradient = np.zeros_like if differentiable else None
     event = Odd(name, 4, math.nan, ODD[name], gradient)
-    evidence = Tempering(particles=128).run(event, budget=budget, seed=seed(0))
+    evidence = Tempering(particles=128).run(event, budget=budget, seed=seed(0)).conclusion
     check(evidence, budget)
     if evidence.converged:  # then crude sampling, or the closed form, says the same
         z = rng(1).standard_normal((1_000_000, 4))

@@ -12,7 +12,8 @@ from library import library, parameters
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate, train
-from probest.train import _Descent, agree
+from probest.training.descent import Descent
+from probest.verdict import agree
 
 DIM = 10
 TRUE = 0.5
@@ -69,7 +70,7 @@ def test_log_prob_falls_and_the_audit_agrees(backend: str) -> None:
     assert run.after.log_prob < run.before.log_prob - 5
     assert abs(run.after.log_prob - exact(**after)) < 5 * run.after.std_error + 0.05
     assert run.audit is not None
-    assert agree(run.after, run.audit)
+    assert agree(run.after.conclusion, run.audit.conclusion)
     assert after["gain"] == pytest.approx(TRUE, abs=0.15)
     assert run.history[-1].calls <= run.calls
     # what the warm particles follow stays near the truth of the end
@@ -81,15 +82,15 @@ def test_a_checkpoint_resumes_where_it_was(backend: str, tmp_path: Path, monkeyp
     options = OPTIONS | {"steps": 40, "check_every": 10, "until_log_prob": -300.0}
     whole = train(problem, **data, **options)
     path = tmp_path / "run.safetensors"
-    step = _Descent._step
+    step = Descent._step
 
-    def interrupted(self: _Descent) -> tuple[float, float, float]:
+    def interrupted(self: Descent) -> tuple[float, float, float]:
         if self.state.step == 20:
             raise KeyboardInterrupt
         return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Descent, "_step", interrupted)
+        patch.setattr(Descent, "_step", interrupted)
         half = train(problem, **data, **options, checkpoint=path)
     assert path.exists()
     assert len(half.history) == 20

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Literal, Protocol
 
 import numpy as np
 
-from probest.evidence import EventLike, Evidence
+from probest.evidence import EventLike, Run
 
-__all__ = ["Estimator"]
+__all__ = ["Estimator", "Need", "UnmetNeedError", "check_needs"]
+
+Need = Literal["gradient", "unconditioned"]
+"""``gradient``: a severity with a gradient. ``unconditioned``: an adversary without observed sites or factors."""
+
+_LACKING: Mapping[Need, str] = {
+    "gradient": "a severity with a gradient (a checker that returns a real number, through operations of the library)",
+    "unconditioned": "an adversary without observed sites or factors",
+}
 
 
 class Estimator(Protocol):
-    """A method of estimating log P. Frozen, configured by its fields, without state between runs."""
+    """A method of estimating log P. Frozen, configured by its fields, without state between runs.
+
+    needs: what an event must have; without it the estimator is refused before it runs. May be left out for nothing.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
-        """Estimate log P within ``budget`` model calls. The same seed gives the same evidence."""
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Estimate log P within ``budget`` model calls. The same seed gives the same run.
+
+        Raises UnmetNeedError, before anything is spent, if the event lacks what the estimator needs.
+        """
+
+
+class UnmetNeedError(ValueError):
+    """An estimator cannot be used on this event; the message says what is missing."""
+
+
+def check_needs(method: Estimator, event: EventLike) -> None:
+    """Raise UnmetNeedError, naming what is missing, unless the event has what the method needs."""
+    given: dict[Need, bool] = {"gradient": event.differentiable, "unconditioned": not event.weighted}
+    needs: frozenset[Need] = getattr(method, "needs", frozenset())
+    unknown = set(needs) - set(given)
+    if unknown:
+        raise ValueError(
+            f"needs of {method.name}: {', '.join(map(repr, sorted(unknown)))} is not one of {', '.join(given)}"
+        )
+    lacking = [_LACKING[need] for need in given if need in needs and not given[need]]
+    if lacking:
+        raise UnmetNeedError(f"{method.name} needs {', and '.join(lacking)}; this event has none. Use Tempering")

@@ -30,22 +30,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from enum import IntEnum
 
 import numpy as np
 from scipy import stats
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.estimators.importance import Importance, Population, agree, population_of, prior_population_of, weigh
+from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
-from probest.estimators.tempering import Prior, State, Tempering, families_of, temper
-from probest.evidence import EventLike, Evidence, Particles
+from probest.estimators.tempering import Tempering
+from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
 from probest.seeds import child_seed
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
+from probest.verdict import agree, contradicts, judge, or_learned, settle
 
 __all__ = ["Combined"]
 
@@ -57,11 +58,34 @@ _CHEAP = 700.0  # calls for which crude sampling is preferred to lines
 _LINES = 0.4  # of the budget, at most, for line sampling
 _LEAST_LINES = 100  # calls without which it is not tried
 _CLOSE = 1.2  # times the precision, that will do
-_MARKOV = math.log(40.0)
 _THICK, _THICK_SHARE, _SWEEPS = 192, 30, 3  # particles made from those of lines, calls left for each, rounds of moves
 _VAGUE = 1.5  # standard error of lines whose particles say nothing
 _BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
 _LEARN = 1000  # calls left below which nothing is learned
+
+
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    PILOT = 0
+    FINISH = 1
+    CRUDE_GUIDE = 2
+    TEMPER = 3
+    GUIDE = 4
+    FALL_BACK = 5
+    SEARCH = 6
+    REST = 7
+    LOOK = 8
+    LINES = 9
+    AIM = 10
+    LEARN = 11
+
+
+class Aim(IntEnum):
+    """Names of the seeds of a guide that is aimed at the particles of lines."""
+
+    THICKEN = 0
+    SAMPLE = 1
 
 
 @dataclass(frozen=True)
@@ -91,192 +115,221 @@ class Combined:
     def name(self) -> str:
         return "combined"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
-        """The conclusion alone; :meth:`run_ledger` has the evidence it rests on."""
-        return self.run_ledger(event, budget=budget, seed=seed)[-1]
-
-    def run_ledger(
-        self, event: EventLike, *, budget: int, seed: np.random.SeedSequence, lines: list[Evidence] | None = None
-    ) -> list[Evidence]:
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """All evidence in the order it was found; the last is the conclusion, whose ``calls`` are the sum.
 
-        lines: an empty list that is filled as evidence comes, so that an interrupted run loses nothing.
+        Interrupted by Ctrl-C, what was found until then is returned, not converged; raised again where that is nothing.
         """
         Meter(event, budget)  # checks the budget
         started = time.perf_counter()
-        ledger = _Ledger(budget, [] if lines is None else lines)
-        conclusion = self._conclude(event, ledger, seed)
-        seconds = time.perf_counter() - started
-        ledger.lines.append(replace(conclusion, method=self.name, calls=budget - ledger.left, seconds=seconds))
-        return ledger.lines
+        campaign = _Campaign(self, event, seed, left=budget)
+        try:
+            conclusion = campaign.conclude()
+        except KeyboardInterrupt:
+            if not campaign.lines:
+                raise
+            last = campaign.lines[-1]
+            sentence = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
+            conclusion = replace(last, converged=False, notes=(*last.notes, Note(Code.INTERRUPTED, sentence)))
+        calls, seconds = budget - campaign.left, time.perf_counter() - started
+        conclusion = replace(conclusion, method=self.name, calls=calls, seconds=seconds)
+        return Run((*campaign.lines, conclusion), calls)
 
-    def _conclude(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence) -> Evidence:
-        aim = self.precision or 0.02
+
+@dataclass
+class _Crude:
+    """A crude sample."""
+
+    evidence: Evidence
+    counts: Counts
+
+
+@dataclass
+class _Campaign:
+    """One run: the evidence so far, what is left of the budget, and what each kind of evidence came to."""
+
+    method: Combined
+    event: EventLike
+    seed: np.random.SeedSequence
+    left: int
+    lines: list[Evidence] = field(default_factory=list)
+    tempered: list[Run] = field(default_factory=list)
+    weighed: list[Evidence] = field(default_factory=list)
+
+    @property
+    def aim(self) -> float:
+        return self.method.precision or 0.02
+
+    def conclude(self) -> Evidence:
+        event, aim = self.event, self.aim
         lined: Evidence | None = None
         aimed: Evidence | None = None
         if event.differentiable and not event.weighted:
-            look = self._sample(event, ledger, child_seed(seed, 8), self.look)
-            if _crude_cost(look, aim) <= min(0.8 * ledger.left, _CHEAP):
-                return self._finish_crude(event, ledger, seed, look)
-            lined = self._line_up(event, ledger, child_seed(seed, 9), look)
+            look = self._sample(Stream.LOOK, self.method.look)
+            if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, _CHEAP):
+                return self._finish_crude(look)
+            lined = self._line_up(look)
             if lined is not None and lined.converged and lined.std_error <= _CLOSE * aim:
                 return lined
-            aimed = None if lined is None else self._aim(event, ledger, child_seed(seed, 10), lined)
+            aimed = None if lined is None else self._aim(lined)
             if aimed is not None and lined is not None and aimed.converged and agree(aimed, lined):
                 return aimed
-        if ledger.left < 1:
-            return lined or look
-        crude = self._sample(event, ledger, child_seed(seed, 0), self.pilot)
-        if not event.weighted and _crude_cost(crude, aim) <= min(0.8 * ledger.left, 4000.0):
-            return self._finish_crude(event, ledger, seed, crude)
+            if self.left < 1:
+                return lined or look.evidence
+        crude = self._sample(Stream.PILOT, self.method.pilot)
+        if not event.weighted and _crude_cost(crude.evidence, aim) <= min(0.8 * self.left, 4000.0):
+            return self._finish_crude(crude)
         if event.boolean:
-            return self._conclude_boolean(event, ledger, seed, crude)
-        learned = None if event.differentiable else self._learn(event, ledger, seed, crude, 0.7)
+            return self._conclude_boolean(crude)
+        learned = None if event.differentiable else self._learn(crude, 0.7)
         if learned is not None and learned.converged:
             return learned
-        if crude.diagnostics["hits"] >= _ENOUGH_HITS and not event.weighted and crude.particles is not None:
-            weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(crude.particles), None)
-            if weighed.converged and agree(weighed, crude):
+        if crude.counts.hits >= _ENOUGH_HITS and not event.weighted and crude.evidence.particles is not None:
+            weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles), None)
+            if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
-        runs: list[_Run] = []
-        share, particles = 0.8, self.particles
+        runs: list[Run] = []
+        share, particles = 0.8, self.method.particles
         for attempt in range(2):
-            run = self._temper(event, ledger, child_seed(seed, 3, attempt), particles, share)
-            if run is None:
+            run = self._temper(self._seed(Stream.TEMPER, attempt), particles, share)
+            if run.population is None:
                 break
             runs.append(run)
-            weighed = self._weigh(
-                event, ledger, child_seed(seed, 4, attempt), population_of(run.state), prior_population_of(run.prior)
-            )
-            found = _pooled(runs)
-            if weighed.converged and agree(weighed, found) and not _contradicts(lined, weighed):
+            weighed = self._weigh(self._seed(Stream.GUIDE, attempt), run.population, run.prior_population)
+            found = pool(runs)
+            if weighed.converged and agree(weighed, found) and not contradicts(lined, weighed):
                 return _with_particles(weighed, found)
-            share, particles = 0.95, min(4 * self.particles, int(0.8 * ledger.left / run.cost))
-            if weighed.diagnostics["hopeless"] or particles < self.particles:
+            share, particles = 0.95, min(4 * self.method.particles, int(0.8 * self.left / _price(run)))
+            if Code.GIVEN_UP in weighed.codes or particles < self.method.particles:
                 break
-        self._fall_back(event, ledger, seed, runs)
-        return _better(_settle(_judge(ledger, crude, runs, lined), lined, aimed), learned)
+        self._fall_back(runs)
+        failed = [run.conclusion for run in self.tempered if run.population is None]
+        judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined)
+        return or_learned(settle(judged, lined, aimed), learned)
 
-    def _sample(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, n: int) -> Evidence:
-        return ledger.add(MonteCarlo(max_samples=n).run(event, budget=min(n, ledger.left), seed=seed))
+    def _seed(self, *key: int) -> np.random.SeedSequence:
+        return child_seed(self.seed, *key)
 
-    def _line_up(
-        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, look: Evidence
-    ) -> Evidence | None:
+    def _add(self, run: Run) -> Run:
+        self.left -= run.calls
+        self.lines += run.ledger
+        return run
+
+    def _sample(self, stream: Stream, n: int) -> _Crude:
+        return self._crude(stream, MonteCarlo(max_samples=n), min(n, self.left))
+
+    def _crude(self, stream: Stream, method: MonteCarlo, budget: int) -> _Crude:
+        run = self._add(method.run(self.event, budget=budget, seed=self._seed(stream)))
+        assert run.counts is not None
+        return _Crude(run.conclusion, run.counts)
+
+    def _line_up(self, look: _Crude) -> Evidence | None:
         """Line sampling, not converged if the crude sample speaks against it; None without calls enough to try."""
-        budget = int(_LINES * ledger.left)
+        budget = int(_LINES * self.left)
         if budget < _LEAST_LINES:
             return None
-        *heuristics, lined = LineSampling(precision=self.precision).run_ledger(event, budget=budget, seed=seed)
-        for line in heuristics:
-            ledger.add(line)
+        lines = LineSampling(precision=self.method.precision)
+        self._add(lines.run(self.event, budget=budget, seed=self._seed(Stream.LINES)))
+        lined = self.lines[-1]
         low, high = (math.exp(end) for end in lined.interval)
-        hits, n = int(look.diagnostics["hits"]), int(look.diagnostics["samples"])
+        hits, n = look.counts
         odd = stats.binom.sf(hits - 1, n, high) < 1e-3 or stats.binom.cdf(hits, n, low) < 1e-3
         if odd and lined.converged:
-            note = "the crude sample speaks against this: a mode is missing, or lines miss parts of the event."
-            lined = replace(lined, converged=False, notes=(*lined.notes, note))
-        return ledger.add(lined)
+            sentence = "the crude sample speaks against this: a mode is missing, or lines miss parts of the event."
+            self.lines[-1] = lined = replace(
+                lined, converged=False, notes=(*lined.notes, Note(Code.DISAGREE, sentence))
+            )
+        return lined
 
-    def _aim(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, lined: Evidence) -> Evidence | None:
+    def _aim(self, lined: Evidence) -> Evidence | None:
         """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""
-        n = min(_THICK, ledger.left // _THICK_SHARE)
+        n = min(_THICK, self.left // _THICK_SHARE)
         if lined.particles is None or n < 64 or not lined.std_error < _VAGUE:
             return None
-        meter = Meter(event, cost(n, _SWEEPS))
-        particles = thicken(meter, lined.particles, n, seed=child_seed(seed, 0), sweeps=_SWEEPS)
-        population = _crude_population(particles)._replace(effective=len(particles.z) / 3.0)
-        ledger.left -= meter.calls
-        weighed = self._weigh(event, ledger, child_seed(seed, 1), population, None)
-        ledger.lines[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
+        meter = Meter(self.event, cost(n, _SWEEPS))
+        seed = self._seed(Stream.AIM, Aim.THICKEN)
+        particles = thicken(meter, lined.particles, n, seed=seed, sweeps=_SWEEPS)
+        population = _independent(particles)._replace(effective=len(particles.z) / 3.0)
+        self.left -= meter.calls
+        weighed = self._weigh(self._seed(Stream.AIM, Aim.SAMPLE), population, None)
+        self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
         return weighed
 
-    def _fall_back(self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, runs: list[_Run]) -> None:
+    def _fall_back(self, runs: list[Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
-        most = max(self.particles, _MOST // event.dim)
+        method = self.method
+        most = max(method.particles, _MOST // self.event.dim)
         for attempt in range(8):
-            if not runs or (self.precision is not None and _pooled(runs).std_error <= self.precision):
+            if not runs or (method.precision is not None and pool(runs).std_error <= method.precision):
                 return
-            particles = min(most, int(_SHARE * ledger.left / max(run.cost for run in runs)))
-            if particles < min(self.particles, max(run.size for run in runs) / 4):
+            particles = min(most, int(_SHARE * self.left / max(map(_price, runs))))
+            if particles < min(method.particles, max(map(_size, runs)) / 4):
                 return
-            run = self._temper(event, ledger, child_seed(seed, 5, attempt), particles, 1.0)
-            if run is None:
+            run = self._temper(self._seed(Stream.FALL_BACK, attempt), particles, 1.0)
+            if run.population is None:
                 return
             runs.append(run)
 
-    def _finish_crude(
-        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
-    ) -> Evidence:
+    def _finish_crude(self, crude: _Crude) -> Evidence:
         """A fresh crude sample to the precision: the pilot decided on it, so the pilot is left out."""
+        if self.left < 1:
+            return crude.evidence
         # one batch that should do: looks in between would favour samples that look precise by chance
-        expected = _crude_cost(crude, self.precision or 0.02)
-        method = MonteCarlo(precision=self.precision, first_batch=max(self.look, int(min(1.1 * expected, ledger.left))))
-        if ledger.left < 1:
-            return crude
-        more = method.run(event, budget=ledger.left, seed=child_seed(seed, 1))
-        return ledger.add(more)
+        expected = _crude_cost(crude.evidence, self.aim)
+        first = max(self.method.look, int(min(1.1 * expected, self.left)))
+        method = MonteCarlo(precision=self.method.precision, first_batch=first)
+        return self._crude(Stream.FINISH, method, self.left).evidence
 
-    def _conclude_boolean(
-        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence
-    ) -> Evidence:
+    def _conclude_boolean(self, crude: _Crude) -> Evidence:
         """Nothing to climb: a learned severity, else crude sampling until there are hits to aim at, then a guide."""
-        learned = self._learn(event, ledger, seed, crude, 0.8) if crude.diagnostics["hits"] < _BOOLEAN_HITS else None
+        learned = self._learn(crude, 0.8) if crude.counts.hits < _BOOLEAN_HITS else None
         if learned is not None and learned.converged:
             return learned
-        if ledger.left < 1:
-            return crude
+        if self.left < 1:
+            return crude.evidence
         first = crude
-        if crude.diagnostics["hits"] < _BOOLEAN_HITS:
-            size = max(1, int(0.6 * ledger.left))
-            method = MonteCarlo(max_samples=size, hits=_BOOLEAN_HITS, precision=self.precision)
-            first = ledger.add(method.run(event, budget=size, seed=child_seed(seed, 6)))
-        if first.particles is not None and first.diagnostics["hits"] >= _BOOLEAN_HITS and not event.weighted:
-            weighed = self._weigh(event, ledger, child_seed(seed, 2), _crude_population(first.particles), None)
-            if weighed.converged and agree(weighed, first):
+        if crude.counts.hits < _BOOLEAN_HITS:
+            size = max(1, int(0.6 * self.left))
+            method = MonteCarlo(max_samples=size, hits=_BOOLEAN_HITS, precision=self.method.precision)
+            first = self._crude(Stream.SEARCH, method, size)
+        particles, enough = first.evidence.particles, first.counts.hits >= _BOOLEAN_HITS
+        if particles is not None and enough and not self.event.weighted:
+            weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(particles), None)
+            if weighed.converged and agree(weighed, first.evidence):
                 return weighed
-        if ledger.left < 1:
-            return first
-        rest = MonteCarlo(precision=self.precision).run(event, budget=ledger.left, seed=child_seed(seed, 7))
-        ledger.add(rest)
+        if self.left < 1:
+            return first.evidence
+        rest = self._crude(Stream.REST, MonteCarlo(precision=self.method.precision), self.left)
         # the first sample ran to its fixed size when it found few hits: then both count as one
-        whole = not event.weighted and first.diagnostics["hits"] < _BOOLEAN_HITS
-        return _better(_pool(first, rest) if whole and first is not crude else rest, learned)
+        whole = not self.event.weighted and not enough and first is not crude
+        return or_learned(_both(first, rest) if whole else rest.evidence, learned)
 
-    def _learn(
-        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, crude: Evidence, share: float
-    ) -> Evidence | None:
+    def _learn(self, crude: _Crude, share: float) -> Evidence | None:
         """A learned severity as the guide; converged only if the crude sample does not speak against it."""
-        if event.weighted or ledger.left < _LEARN:
+        if self.event.weighted or self.left < _LEARN:
             return None
-        method = Surrogate(precision=self.precision)
-        learned = method.run(event, budget=int(share * ledger.left), seed=child_seed(seed, 8))
-        hits, samples = (int(crude.diagnostics[key]) for key in ("hits", "samples"))
-        lower, upper = diagnostics.binomial_interval(hits, samples, 0.999)
+        method = Surrogate(precision=self.method.precision)
+        self._add(method.run(self.event, budget=int(share * self.left), seed=self._seed(Stream.LEARN)))
+        learned = self.lines[-1]
+        lower, upper = diagnostics.binomial_interval(*crude.counts, 0.999)
         if learned.converged and not (lower <= learned.interval[1] and learned.interval[0] <= upper):
-            note = "the learned severity and the crude sample disagree: raise the budget."
-            learned = replace(learned, converged=False, notes=(*learned.notes, note))
-        return ledger.add(learned)
+            note = Note(Code.DISAGREE, "the learned severity and the crude sample disagree: raise the budget.")
+            self.lines[-1] = learned = replace(learned, converged=False, notes=(*learned.notes, note))
+        return learned
 
-    def _temper(
-        self, event: EventLike, ledger: _Ledger, seed: np.random.SeedSequence, particles: int, share: float
-    ) -> _Run | None:
-        method = Tempering(particles=max(64, particles), max_moves=6, warm_start=self.warm_start)
-        evidence, state, prior = temper(method, event, budget=max(1, int(share * ledger.left)), seed=seed)
-        ledger.add(evidence)
-        return None if state is None else _Run(evidence, state, prior)
+    def _temper(self, seed: np.random.SeedSequence, particles: int, share: float) -> Run:
+        method = Tempering(particles=max(64, particles), max_moves=6, warm_start=self.method.warm_start)
+        run = self._add(method.run(self.event, budget=max(1, int(share * self.left)), seed=seed))
+        self.tempered.append(run)
+        return run
 
-    def _weigh(
-        self,
-        event: EventLike,
-        ledger: _Ledger,
-        seed: np.random.SeedSequence,
-        population: Population,
-        prior: Population | None,
-    ) -> Evidence:
-        method = Importance(precision=self.precision, give_up=_GIVE_UP)
-        budget = ledger.left if self.precision is None else max(1, int(0.5 * ledger.left))
-        return ledger.add(weigh(method, event, population, prior, budget=budget, seed=seed))
+    def _weigh(self, seed: np.random.SeedSequence, population: Population, prior: Population | None) -> Evidence:
+        """A guide fitted to the population, sampled afresh."""
+        method = Importance(precision=self.method.precision, give_up=_GIVE_UP)
+        budget = self.left if method.precision is None else max(1, int(0.5 * self.left))
+        run = Run.of(importance_sample(method, self.event, population, prior, budget=budget, seed=seed))
+        self.weighed.append(self._add(run).conclusion)
+        return self.weighed[-1]
 
 
 def _crude_cost(crude: Evidence, aim: float) -> float:
@@ -285,66 +338,28 @@ def _crude_cost(crude: Evidence, aim: float) -> float:
     return (1.0 - p) / (p * aim**2) if p > 0.0 else math.inf
 
 
-class _Run(NamedTuple):
-    """A tempering run that reached the event."""
-
-    evidence: Evidence
-    state: State
-    prior: Prior | None
-
-    @property
-    def size(self) -> int:
-        return len(self.state.z)
-
-    @property
-    def cost(self) -> float:
-        """Model calls a particle."""
-        return self.evidence.calls / self.size
+def _size(run: Run) -> int:
+    """Particles of a tempering run that reached the event."""
+    assert run.population is not None
+    return len(run.population.z)
 
 
-def _pooled(runs: list[_Run]) -> Evidence:
-    return pool([(run.evidence, families_of(run.state, run.prior)) for run in runs])
+def _price(run: Run) -> float:
+    """Model calls a particle."""
+    return run.calls / _size(run)
 
 
-class _Ledger:
-    """The evidence so far and what is left of the budget."""
-
-    def __init__(self, budget: int, lines: list[Evidence]) -> None:
-        self.left = budget
-        self.lines = lines
-
-    def add(self, evidence: Evidence) -> Evidence:
-        self.left -= evidence.calls
-        self.lines.append(evidence)
-        return evidence
-
-
-def _crude_population(particles: Particles) -> Population:
+def _independent(particles: Particles) -> Population:
     n = len(particles.z)
     return Population(particles.z, particles.log_weight, np.zeros(n), None, float(n))
 
 
-def _settle(judged: Evidence, *others: Evidence | None) -> Evidence:
-    """Where nothing passed: the evidence with the least error, and an interval that spans all of them."""
-    found = [line for line in (judged, *others) if line is not None and math.isfinite(line.log_prob)]
-    if judged.converged or len(found) < 2:
-        return judged
-    best = min(found, key=lambda line: line.std_error)
-    lower, upper = min(line.interval[0] for line in found), max(line.interval[1] for line in found)
-    notes = tuple(dict.fromkeys((*judged.notes, *best.notes)))
-    return replace(best, converged=False, interval=(lower, upper), notes=notes)
-
-
-def _contradicts(lined: Evidence | None, other: Evidence) -> bool:
-    return lined is not None and lined.converged and not agree(lined, other)
-
-
-def _pool(a: Evidence, b: Evidence) -> Evidence:
+def _both(a: _Crude, b: _Crude) -> Evidence:
     """Two crude samples as one."""
-    hits, n = (int(a.diagnostics[key] + b.diagnostics[key]) for key in ("hits", "samples"))
+    hits, n = a.counts.hits + b.counts.hits, a.counts.draws + b.counts.draws
     error = math.sqrt((1.0 - hits / n) / hits) if hits else math.inf
     return replace(
-        b,
+        b.evidence,
         log_prob=math.log(hits / n) if hits else -math.inf,
         std_error=error,
         interval=diagnostics.binomial_interval(hits, n),
@@ -353,49 +368,9 @@ def _pool(a: Evidence, b: Evidence) -> Evidence:
     )
 
 
-def _better(bound: Evidence, learned: Evidence | None) -> Evidence:
-    """The learned severity's estimate, unconverged as it is, where there is only a bound besides."""
-    if learned is None or math.isfinite(bound.log_prob) or not math.isfinite(learned.log_prob):
-        return bound
-    return replace(learned, interval=(learned.interval[0], max(learned.interval[1], bound.interval[1])))
-
-
 def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:
     """The importance sample's estimate, with the better particles: tempering's where few of its own weights count."""
     particles = weighed.particles
     if found.particles is not None and weighed.diagnostics["ess"] < 0.5 * len(found.particles.z):
         particles = found.particles
     return replace(weighed, particles=particles, prior_particles=found.prior_particles)
-
-
-def _judge(ledger: _Ledger, crude: Evidence, runs: list[_Run], lined: Evidence | None) -> Evidence:
-    """No importance sample passed its checks: all tempering runs as one conclude, if nothing speaks against it."""
-    upper = crude.interval[1]
-    if not runs and lined is not None and math.isfinite(lined.log_prob):
-        # P̂ is unbiased whatever else is wrong: by Markov's inequality it is seldom 40 times too high
-        return replace(lined, converged=False, interval=(min(lined.interval[0], lined.log_prob - _MARKOV), upper))
-    if not runs:
-        tempered = [line for line in ledger.lines if line.method == "tempering"]
-        if math.isfinite(crude.log_prob):
-            return replace(crude, converged=False, notes=(*crude.notes, *(n for line in tempered for n in line.notes)))
-        last = tempered[-1] if tempered else crude
-        return replace(last, interval=(-math.inf, upper), claim="upper", converged=False)
-    best = _pooled(runs)
-    weighed = [line for line in ledger.lines if line.method == "importance sampling" and math.isfinite(line.log_prob)]
-    notes = list(best.notes)
-    lower, top = best.interval
-    agreed = all(agree(best, line) for line in weighed if line.converged) and lower <= upper
-    if lined is not None and lined.converged and agree(best, lined) and lined.std_error < best.std_error:
-        return lined
-    agreed = agreed and not _contradicts(lined, best)
-    if not agreed:
-        notes.append("the methods disagree beyond their errors: raise the budget, or look at the ledger's particles.")
-        others = [lined] if lined is not None and lined.converged else []
-        seen = [line.log_prob for line in (*weighed, *others)]
-        lower, top = min(lower, *seen, lower), max(top, *seen, top)
-    if weighed and agreed:
-        notes.append("the guide did not pass its checks (see the ledger): this is tempering's own estimate.")
-    if best.std_error > 0.3 and best.converged:
-        notes.append(f"the standard error is {best.std_error:.2f}: raise the budget.")
-    converged = best.converged and agreed and best.std_error <= 0.3
-    return replace(best, interval=(lower, top), converged=converged, notes=tuple(notes))

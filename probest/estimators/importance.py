@@ -26,49 +26,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.estimators.tempering import Prior, State, Tempering, temper
-from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.estimators.tempering import Tempering
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.program import BoundProgram, ProgramGuide
+from probest.guides.sample import Batch, above, draw, join, kept_weights, second_moment, seen
 from probest.seeds import child_seed, generator
+from probest.verdict import agree
 
-__all__ = ["Importance", "Population", "agree", "population_of", "prior_population_of", "weigh"]
-
-_BLOCK = 2_000_000  # numbers of z alive at once
-_KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
+__all__ = ["Importance", "importance_sample"]
 
 
-class Population(NamedTuple):
-    """Weighted particles of a target, with what a guide can learn from them.
-
-    z ``(n, dim)``; log_w ``(n,)``; log_weight ``(n,)`` of observed sites; rows: gradient information
-    (:func:`probest.guides.subspace.gradient_rows`) or None; effective: how many independent particles they are worth.
-    """
-
-    z: Floats
-    log_w: Floats
-    log_weight: Floats
-    rows: Floats | None
-    effective: float
-
-
-class Batch(NamedTuple):
-    """Fresh samples of a fixed guide: log-weights of all (−inf off target), and the points on target."""
-
-    log_w: Floats
-    z: Floats
-    severity: Floats
-
-
-class Weighed(NamedTuple):
+class Outcome(NamedTuple):
     """What importance sampling of one target came to."""
 
     log_w: Floats
@@ -83,6 +61,20 @@ class Weighed(NamedTuple):
     coverage: float
     unseen: float
     hopeless: bool
+
+
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    FIND = 0
+    SAMPLE = 1
+
+
+class Target(IntEnum):
+    """Names of the seeds of an importance sample: of the event, and of the conditioned adversary's own evidence."""
+
+    EVENT = 0
+    ADVERSARY = 1
 
 
 @dataclass(frozen=True)
@@ -129,85 +121,72 @@ class Importance:
     def name(self) -> str:
         return "importance sampling"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Find particles (unless a guide is given), fit, sample afresh."""
         meter = Meter(event, budget)
         if isinstance(self.guide, ProgramGuide):
             return self._run_program(self.guide, event, meter, seed)
         if self.guide is not None:
             fitted = Fitted(self.guide, "given", None, 1)
-            return weigh(self, event, None, None, budget=budget, seed=child_seed(seed, 1), fitted=fitted)
+            own = child_seed(seed, Stream.SAMPLE)
+            return Run.of(importance_sample(self, event, None, None, budget=budget, seed=own, fitted=fitted))
         share = budget // 2 if budget >= 1000 else budget
-        found, state, prior = temper(self.find, event, budget=share, seed=child_seed(seed, 0))
-        if state is None or found.calls >= budget:
-            return replace(found, method=self.name, seconds=meter.seconds)
-        left = budget - found.calls
-        evidence = weigh(
-            self, event, population_of(state), prior_population_of(prior), budget=left, seed=child_seed(seed, 1)
+        found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
+        if found.population is None or found.calls >= budget:
+            return self._nothing_found(found, meter)
+        evidence = importance_sample(
+            self,
+            event,
+            found.population,
+            found.prior_population,
+            budget=budget - found.calls,
+            seed=child_seed(seed, Stream.SAMPLE),
         )
-        return replace(evidence, calls=evidence.calls + found.calls, seconds=meter.seconds)
+        return self._concluded(found, replace(evidence, seconds=meter.seconds))
 
-    def _run_program(
-        self, program: ProgramGuide, event: EventLike, meter: Meter, seed: np.random.SeedSequence
-    ) -> Evidence:
+    def _run_program(self, program: ProgramGuide, event: EventLike, meter: Meter, seed: np.random.SeedSequence) -> Run:
         """Sample the user's guide; tempering's particles show what it leaves out."""
         fitted = Fitted(program.bind(event), "program", None, 1)
         share = max(1, meter.budget // 2)
-        found, state, prior = temper(self.find, event, budget=share, seed=child_seed(seed, 0))
+        found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
         if found.calls >= meter.budget:
-            return replace(found, method=self.name, seconds=meter.seconds)
-        population = None if state is None else population_of(state)
-        evidence = weigh(
+            return self._nothing_found(found, meter)
+        evidence = importance_sample(
             self,
             event,
-            population,
-            prior_population_of(prior),
+            found.population,
+            found.prior_population,
             budget=meter.budget - found.calls,
-            seed=child_seed(seed, 1),
+            seed=child_seed(seed, Stream.SAMPLE),
             fitted=fitted,
         )
         notes = list(evidence.notes)
-        if state is None:
-            notes.append("tempering found no catastrophe to check the guide against: raise the budget.")
-        elif not agree(evidence, found):
-            notes.append("the guide and tempering disagree beyond their errors: the guide lacks something, or find.")
-        return replace(
+        if found.population is None:
+            sentence = "tempering found no catastrophe to check the guide against: raise the budget."
+            notes.append(Note(Code.UNCHECKED, sentence))
+        elif not agree(evidence, found.conclusion):
+            sentence = "the guide and tempering disagree beyond their errors: the guide lacks something, or find."
+            notes.append(Note(Code.DISAGREE, sentence))
+        evidence = replace(
             evidence,
-            calls=evidence.calls + found.calls,
             seconds=meter.seconds,
-            particles=evidence.particles or found.particles,
-            prior_particles=found.prior_particles,
+            particles=evidence.particles or found.conclusion.particles,
+            prior_particles=found.conclusion.prior_particles,
             converged=not notes,
             notes=tuple(notes),
         )
+        return self._concluded(found, evidence)
+
+    def _nothing_found(self, found: Run, meter: Meter) -> Run:
+        """Nothing to sample from, or nothing left to sample with: what the search says is the conclusion."""
+        return replace(found, ledger=(replace(found.conclusion, method=self.name, seconds=meter.seconds),))
+
+    def _concluded(self, found: Run, evidence: Evidence) -> Run:
+        ledger = (*found.ledger, evidence)
+        return replace(found, ledger=ledger, calls=found.calls + evidence.calls, families=None)
 
 
-def agree(a: Evidence, b: Evidence) -> bool:
-    """Within three standard errors of their difference (and 0.1 for what the errors leave out)."""
-    if not (math.isfinite(a.log_prob) and math.isfinite(b.log_prob)):
-        return False
-    error = min(math.hypot(a.std_error, b.std_error), 1.0)
-    return abs(a.log_prob - b.log_prob) <= 3.0 * error + 0.1
-
-
-def population_of(state: State) -> Population:
-    """The particles that tempering ended with."""
-    return _population(state.z, np.zeros(len(state.z)), state.log_weight, state.rows)
-
-
-def prior_population_of(prior: Prior | None) -> Population | None:
-    """The particles of the conditioned adversary that tempering passed through."""
-    if prior is None:
-        return None
-    return _population(prior.z, np.zeros(len(prior.z)), prior.log_weight, prior.rows)
-
-
-def _population(z: Floats, log_w: Floats, log_weight: Floats, rows: Floats | None) -> Population:
-    # resampled particles are related: count them as half
-    return Population(z, log_w, log_weight, rows, diagnostics.effective_sample_size(log_w) / 2.0)
-
-
-def weigh(
+def importance_sample(
     method: Importance,
     event: EventLike,
     population: Population | None,
@@ -224,90 +203,16 @@ def weigh(
     if event.weighted:
         precision = None if precision is None else precision / math.sqrt(2.0)
         reserve = meter.budget // 2
-    joint = _weigh_target(method, meter, population, fitted, precision, reserve, child_seed(seed, 0), True)
-    below: Weighed | None = None
+    joint = _sample_target(method, meter, population, fitted, precision, reserve, child_seed(seed, Target.EVENT), True)
+    below: Outcome | None = None
     if event.weighted:
-        if prior is not None:
-            below = _weigh_target(method, meter, prior, None, precision, 0, child_seed(seed, 1), False)
-        else:
-            given = None if fitted is None else fitted
-            below = _weigh_target(method, meter, None, given, precision, 0, child_seed(seed, 1), False)
+        given = fitted if prior is None else None
+        own = child_seed(seed, Target.ADVERSARY)
+        below = _sample_target(method, meter, prior, given, precision, 0, own, False)
     return _evidence(method, meter, joint, below)
 
 
-def _draw(meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator, inside: bool) -> Batch:
-    """``n`` fresh samples, in blocks of rows; keeps z of the first that are on target, as far as memory goes."""
-    rows = max(1, _BLOCK // guide.dim)
-    log_w: list[Floats] = []
-    kept: list[Floats] = []
-    severity: list[Floats] = []
-    for start in range(0, n, rows):
-        z, part, level = _fresh(meter, guide, min(rows, n - start), rng)
-        if inside:
-            part = np.where(level >= 0.0, part, -np.inf)
-        at = np.flatnonzero(np.isfinite(part))[: max(0, _KEEP // guide.dim - sum(len(part) for part in kept))]
-        at = at[: len(z)]
-        log_w.append(part)
-        kept.append(z[at])
-        severity.append(level[at])
-    return Batch(np.concatenate(log_w), np.concatenate(kept), np.concatenate(severity))
-
-
-def _fresh(
-    meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator
-) -> tuple[Floats, Floats, Floats]:
-    """z (no rows where the guide knows only native values), log-weights and severities of ``n`` samples."""
-    if isinstance(guide, BoundProgram):
-        return np.empty((0, guide.dim)), *guide.draw(meter, n, rng)
-    z = guide.sample(n, rng)
-    result = meter.evaluate(z)
-    return z, guide.log_ratio(z) + result.log_weight, result.severity
-
-
-def _join(a: Batch, b: Batch) -> Batch:
-    """Both batches; z stays aligned with the first finite log-weights, so a full ``a`` takes no more."""
-    log_w = np.concatenate([a.log_w, b.log_w])
-    room = 0 if len(a.z) < np.count_nonzero(np.isfinite(a.log_w)) else max(0, _KEEP // a.z.shape[1] - len(a.z))
-    return Batch(log_w, np.concatenate([a.z, b.z[:room]]), np.concatenate([a.severity, b.severity[:room]]))
-
-
-def _kept_weights(batch: Batch) -> Floats:
-    """Log-weights of the points whose z was kept."""
-    return batch.log_w[np.isfinite(batch.log_w)][: len(batch.z)]
-
-
-def _second_moment(log_w: Floats) -> float:
-    """log of n Σw² / (Σw)² = 1 + relative variance; inf when nothing was on target."""
-    ess = diagnostics.effective_sample_size(log_w)
-    return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
-
-
-def _seen(population: Population | None, guide: Guide | BoundProgram, batch: Floats) -> tuple[float, float, float]:
-    """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
-
-    coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
-    unseen: the particles' mass at weights above the largest that was sampled, beyond what chance explains.
-    """
-    if population is None:
-        return 1.0, 0.0, -math.inf
-    mean = diagnostics.log_mean_exp(batch)[0]
-    if not math.isfinite(mean):
-        return 0.0, 1.0, math.inf
-    weights = guide.log_ratio(population.z) + population.log_weight
-    share = population.log_w - diagnostics.log_sum_exp(population.log_w)
-    theirs = diagnostics.log_sum_exp(share + weights) - mean
-    return math.exp(min(0.0, _second_moment(batch) - theirs)), _above(weights, share, batch), theirs
-
-
-def _above(weights: Floats, share: Floats, batch: Floats) -> float:
-    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
-    above = weights > float(np.max(batch)) + math.log(1.5)
-    if not above.any():
-        return 0.0
-    return math.exp(diagnostics.log_sum_exp(share[above]) - diagnostics.log_sum_exp(share))
-
-
-def _weigh_target(
+def _sample_target(
     method: Importance,
     meter: Meter,
     population: Population | None,
@@ -316,7 +221,7 @@ def _weigh_target(
     reserve: int,
     seed: np.random.SeedSequence,
     inside: bool,
-) -> Weighed:
+) -> Outcome:
     """Fit, try, refit, fix, sample. Only samples drawn after the guide was chosen enter the estimate."""
     rng = generator(child_seed(seed, 0))
     left = meter.left - reserve
@@ -333,7 +238,7 @@ def _weigh_target(
         )
     whole = not adapt and precision is None  # nothing to learn from a trial
     size = max(1, min(left, method.max_samples) if whole else min(method.first_batch // 2, left // 4))
-    batch = _draw(meter, fitted.guide, size, rng, inside)
+    batch = draw(meter, fitted.guide, size, rng, inside)
     best, tried = fitted, batch
     fresh = True
     cost = _cost(population, fitted.guide, batch.log_w)
@@ -348,9 +253,9 @@ def _weigh_target(
         if len(z) < 16:
             break
         fitted = refit_guide(fitted, z, log_w, rng, moments=moments)
-        batch = _draw(meter, fitted.guide, size, rng, inside)
+        batch = draw(meter, fitted.guide, size, rng, inside)
         fresh = False
-        pool.append((batch.z, _kept_weights(batch)))
+        pool.append((batch.z, kept_weights(batch)))
         new = _cost(population, fitted.guide, batch.log_w)
         gain = cost - new
         if new < cost:
@@ -361,15 +266,15 @@ def _weigh_target(
     total = tried
     if hopeless:
         if not fresh and meter.left - reserve > 0:  # the batches that picked a guide among several favour low estimates
-            total = _draw(meter, best.guide, min(meter.left - reserve, size), rng, inside)
+            total = draw(meter, best.guide, min(meter.left - reserve, size), rng, inside)
     elif not whole:
         total = _conclude(method, meter, best.guide, cost, tried, precision, reserve, rng, inside)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
-    coverage, unseen, _ = _seen(population, best.guide, total.log_w)
+    coverage, unseen, _ = seen(population, best.guide, total.log_w)
     if total is not tried:
-        unseen = max(unseen, _above(tried.log_w, tried.log_w, total.log_w))
+        unseen = max(unseen, above(tried.log_w, tried.log_w, total.log_w))
     smooth, khat = diagnostics.pareto_smooth(total.log_w)
-    return Weighed(
+    return Outcome(
         total.log_w,
         total,
         best,
@@ -398,7 +303,7 @@ def _hopeless(
     if not cost < math.log(max(left, 1)) + 2.0 * math.log(most):
         return True
     ess = diagnostics.effective_sample_size(tried.log_w)
-    return ess < 4.0 or (ess < 15.0 and _seen(population, guide, tried.log_w)[1] > 0.2)
+    return ess < 4.0 or (ess < 15.0 and seen(population, guide, tried.log_w)[1] > 0.2)
 
 
 def _conclude(
@@ -422,14 +327,14 @@ def _conclude(
     if room < 1:
         return tried
     if precision is None:
-        return _draw(meter, guide, room, rng, inside)
+        return draw(meter, guide, room, rng, inside)
     wanted = max(method.first_batch, _samples_for(precision, cost, tried.log_w))
-    total = _draw(meter, guide, int(min(room, wanted)), rng, inside)
+    total = draw(meter, guide, int(min(room, wanted)), rng, inside)
     room = min(meter.left - reserve, method.max_samples - len(total.log_w))
     if room >= 1 and not diagnostics.log_mean_exp(total.log_w)[1] <= 1.5 * precision:
         more = _samples_for(precision, cost, total.log_w) - len(total.log_w)
         # at most tenfold: a single large weight says little about how many are needed
-        total = _join(total, _draw(meter, guide, int(max(1, min(room, more, 10 * len(total.log_w)))), rng, inside))
+        total = join(total, draw(meter, guide, int(max(1, min(room, more, 10 * len(total.log_w)))), rng, inside))
     return total
 
 
@@ -444,14 +349,14 @@ def _samples_for(precision: float, cost: float, log_w: Floats) -> float:
 
 def _cost(population: Population | None, guide: Guide | BoundProgram, log_w: Floats) -> float:
     """log of 1 + relative variance: the larger of what the samples and what the particles say."""
-    return max(_second_moment(log_w), _seen(population, guide, log_w)[2])
+    return max(second_moment(log_w), seen(population, guide, log_w)[2])
 
 
 def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Batch) -> tuple[Floats, Floats]:
     """Particles and weighted hits, each worth its effective sample size; weights clipped as far as variance asks."""
     own = population.log_w - diagnostics.log_sum_exp(population.log_w) + math.log(max(population.effective, 1.0))
     parts, logs = [population.z], [own]
-    sets = pool if pool else [(batch.z, _kept_weights(batch))]
+    sets = pool if pool else [(batch.z, kept_weights(batch))]
     for z, log_w in sets:
         if len(z) == 0:
             continue
@@ -462,7 +367,7 @@ def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Bat
     return np.concatenate(parts), np.concatenate(logs)
 
 
-def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed | None) -> Evidence:
+def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome | None) -> Evidence:
     log_prob, error = joint.log_mean, joint.error
     lower, upper = joint.interval
     hits = int(np.count_nonzero(np.isfinite(joint.log_w)))
@@ -482,23 +387,27 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
         upper = log_prob + (upper - log_prob) / math.sqrt(max(coverage, 0.1)) - math.log1p(-min(unseen, 0.5))
     notes = []
     if hits == 0:
-        notes.append("no fresh sample of the guide was a catastrophe: use tempering, or raise the budget.")
+        sentence = "no fresh sample of the guide was a catastrophe: use tempering, or raise the budget."
+        notes.append(Note(Code.NO_HITS, sentence))
         log_prob, error, lower, upper = -math.inf, math.inf, -math.inf, 0.0
     if khat > 0.7 and ess < 0.4 * hits:  # nearly constant weights have no tail whose shape could matter
-        notes.append(f"the weights are heavy-tailed (k̂ = {khat:.2f}): the guide is thin somewhere; use tempering.")
+        sentence = f"the weights are heavy-tailed (k̂ = {khat:.2f}): the guide is thin somewhere; use tempering."
+        notes.append(Note(Code.HEAVY_TAILS, sentence))
     if ess < 50.0 and hits:
-        notes.append(f"only {ess:.0f} effective samples: raise the budget.")
+        notes.append(Note(Code.FEW_COUNT, f"only {ess:.0f} effective samples: raise the budget."))
     if unseen > 0.05 or coverage < 0.2:
-        notes.append("the particles show catastrophes where the guide does not sample: the estimate is likely too low.")
+        sentence = "the particles show catastrophes where the guide does not sample: the estimate is likely too low."
+        notes.append(Note(Code.UNSEEN, sentence))
     wanted = max(0.1, 2.0 * (method.precision or 0.05))
     if any(t.hopeless for t in targets):
-        notes.append("the guide was given up after its trial: too few of its samples would count.")
+        sentence = "the guide was given up after its trial: too few of its samples would count."
+        notes.append(Note(Code.GIVEN_UP, sentence))
     elif error > wanted and hits:
-        notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
+        notes.append(Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."))
     particles = None
     if len(joint.hits.z):
         # the largest weights are clipped at mean · √n: less variance for what averages over particles
-        log_w = _kept_weights(joint.hits)
+        log_w = kept_weights(joint.hits)
         log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
         particles = Particles(joint.hits.z, log_w - diagnostics.log_sum_exp(log_w), joint.hits.severity)
     return Evidence(
@@ -522,7 +431,6 @@ def _evidence(method: Importance, meter: Meter, joint: Weighed, below: Weighed |
             "unseen": unseen,
             "rank": 0.0 if joint.fitted.basis is None else float(joint.fitted.basis.shape[1]),
             "components": float(joint.fitted.components),
-            "hopeless": float(any(t.hopeless for t in targets)),
         },
         notes=tuple(notes),
     )

@@ -33,20 +33,21 @@ second-order reliability estimates by importance sampling; Papaioannou & Straub 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
-from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.estimators.base import Need, check_needs
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.guides.base import Guide, Prior
 from probest.lines.along import Chi, Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.lines.design_points import DesignPoints, Search, even_normals
-from probest.lines.roots import Intervals, Pencil, Traced, trace
+from probest.lines.roots import Crossings, Intervals, Pencil, find_crossings
 from probest.seeds import generator
 
 __all__ = ["LineSampling"]
@@ -83,6 +84,7 @@ class LineSampling:
     starts: int = 8
     first: int = 8
     fresh: int = 8
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "unconditioned"})
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -95,21 +97,19 @@ class LineSampling:
     def name(self) -> str:
         return "line sampling"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
-        """Find design points, then sample lines."""
-        lines = self.run_ledger(event, budget=budget, seed=seed)
-        return replace(lines[-1], calls=sum(line.calls for line in lines))
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Find design points, then sample lines.
 
-    def run_ledger(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> list[Evidence]:
-        """First- and second-order estimates (heuristic) and line sampling's own, each with the calls it added."""
+        The ledger has the first- and second-order estimates (heuristic), then line sampling's own.
+        """
+        check_needs(self, event)
         meter = Meter(event, budget)
-        if not event.differentiable or event.weighted:
-            reason = "a severity with a gradient, and an adversary without observed sites, are needed"
-            return [_nothing(self, meter.calls, meter.seconds, f"line sampling does not apply: {reason}.")]
         try:
-            return _Campaign(self, meter, generator(seed)).run()
+            ledger = _Campaign(self, meter, generator(seed)).run()
         except UndefinedError as error:  # lines go further out than draws do; what follows them may not need that
-            return [_nothing(self, meter.calls, meter.seconds, f"lines reached a point where {error}.")]
+            note = Note(Code.UNDEFINED, f"lines reached a point where {error}.")
+            ledger = [_nothing(self, meter.calls, meter.seconds, note)]
+        return Run(tuple(ledger), meter.calls)
 
 
 class _Model(NamedTuple):
@@ -124,7 +124,7 @@ class _Round(NamedTuple):
 
     lines: Pencil
     log_w: Floats
-    traced: Traced
+    crossings: Crossings
     model: _Model | None
     learning: bool
 
@@ -182,7 +182,7 @@ class _Campaign:
         search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8)
         starts = (5 * self.method.starts) // 8 if few else self.method.starts
         if not search.run(self.rng, starts, 6 * self.method.starts):
-            return [self._nothing("gradients lead to no boundary of the event.")]
+            return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
         points = self._look_around(search)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
         around = points.origin >= 0.0 or _endless(points)
@@ -193,7 +193,7 @@ class _Campaign:
             self._surround(points)
         self.scale = max(self._learnt(k) for k in range(len(self.modes)))
         if not math.isfinite(self.scale):
-            return [*ledger, self._nothing("no line through the design points meets the event.")]
+            return [*ledger, self._nothing(Code.NO_HITS, "no line through the design points meets the event.")]
         models = self._models()
         if not around:
             second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
@@ -274,13 +274,13 @@ class _Campaign:
         found, target = [], []
         for mode in self.modes:
             first = mode.rounds[0]
-            root, gradient = first.traced.root, first.traced.gradient
+            root, gradient = first.crossings.root, first.crossings.gradient
             rows = np.flatnonzero(np.isfinite(root) & np.isfinite(gradient).all(axis=1))
             z = first.lines.at(rows, root[rows])
             normal = gradient[rows] / np.maximum(np.linalg.norm(gradient[rows], axis=1), 1e-300)[:, None]
             found.append(z)
             target.append(np.sum(normal * z, axis=1)[:, None] * normal)
-            owner, _, high = first.traced.intervals
+            owner, _, high = first.crossings.intervals
             behind = high < 0.0
             z = first.lines.at(owner[behind], high[behind])
             found.append(z)
@@ -351,7 +351,7 @@ class _Campaign:
         scan = np.full(n, mode.rough)
         scan[: n // 16 + (1 if learning else 0)] = True  # audit
         before = self.meter.calls
-        traced = trace(
+        crossings = find_crossings(
             self.meter,
             lines,
             self.rng,
@@ -364,9 +364,9 @@ class _Campaign:
             scan=scan,
         )
         self.price = max((self.meter.calls - before) / n, 0.5 * self.price)
-        mode.rounds.append(_Round(lines, log_w, traced, model, learning))
-        mode.rough |= bool(traced.rough.any())
-        self.complete &= traced.complete
+        mode.rounds.append(_Round(lines, log_w, crossings, model, learning))
+        mode.rough |= bool(crossings.rough.any())
+        self.complete &= crossings.complete
 
     def _log_f(self, k: int, base: Floats, intervals: Intervals) -> Floats:
         """log of the (partitioned) probability of the event on each line; base: scalar products with design points."""
@@ -382,7 +382,7 @@ class _Campaign:
 
     def _log_line(self, k: int, r: _Round) -> Floats:
         """log of what each line of a round says of its mode's probability."""
-        return r.log_w + self._log_f(k, r.lines.offset @ self._normals.T, r.traced.intervals)
+        return r.log_w + self._log_f(k, r.lines.offset @ self._normals.T, r.crossings.intervals)
 
     def _log_share(self, k: int, levels: Floats) -> Floats:
         """log h_k, from the scalar products of the points with all design points (last axis)."""
@@ -407,9 +407,9 @@ class _Campaign:
         for k, mode in enumerate(self.modes):
             for r in mode.rounds:
                 log_line = self._log_line(k, r)
-                rows = np.flatnonzero(np.isfinite(r.traced.root) & np.isfinite(log_line))
-                z.append(r.lines.at(rows, r.traced.root[rows]))
-                gradient.append(r.traced.gradient[rows])
+                rows = np.flatnonzero(np.isfinite(r.crossings.root) & np.isfinite(log_line))
+                z.append(r.lines.at(rows, r.crossings.root[rows]))
+                gradient.append(r.crossings.gradient[rows])
                 worth.append(log_line[rows])
         return np.concatenate(z), np.concatenate(gradient), np.concatenate(worth)
 
@@ -593,21 +593,22 @@ class _Campaign:
             diagnostics={"modes": float(len(self.modes))},
         )
 
-    def _nothing(self, note: str) -> Evidence:
-        return _nothing(self.method, self._calls(), self.meter.seconds, note)
+    def _nothing(self, code: Code, sentence: str) -> Evidence:
+        return _nothing(self.method, self._calls(), self.meter.seconds, Note(code, sentence))
 
     def _conclude(self, points: DesignPoints, search: Search) -> Evidence:
         chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
         mean, _ = self._spread(chosen)
         if not mean > 0.0 or any(len(c.values) < _LEAST for c in chosen):
-            return self._nothing("too few lines met the event: its boundary is too rough, or the budget too small.")
+            sentence = "too few lines met the event: its boundary is too rough, or the budget too small."
+            return self._nothing(Code.FEW_COUNT, sentence)
         # deviations as if all lines were one sample: their mean square over n - 1 is the stratified variance
         deviation = np.concatenate([_deviations(c) * (total / (len(c.values) * mean)) for c in chosen])
         sampled, _ = diagnostics.deviation_error(deviation)
         log_prob = self.scale + math.log(mean)
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
-        slip = float(np.mean(np.concatenate([r.traced.slip for r in rounds])))
+        slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
         systematic = math.hypot(*(c.error / mean for c in chosen), slip, _FLOOR, 0.5 * points.left_out)
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
@@ -634,24 +635,28 @@ class _Campaign:
             notes=notes,
         )
 
-    def _complaints(self, error: float, deviation: Floats, log_prob: float, search: Search) -> tuple[str, ...]:
+    def _complaints(self, error: float, deviation: Floats, log_prob: float, search: Search) -> tuple[Note, ...]:
         notes = []
         wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
         if error > wanted:
-            notes.append(f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
+            sentence = f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."
+            notes.append(Note(Code.IMPRECISE, sentence))
         largest = float(np.max(np.abs(deviation))) / len(deviation)
         if largest > 0.25:
-            notes.append("a single line carries much of the estimate: use tempering, or raise the budget.")
+            sentence = "a single line carries much of the estimate: use tempering, or raise the budget."
+            notes.append(Note(Code.ONE_CARRIES, sentence))
         if not self.complete:
-            notes.append("the budget ran out while lines were looked at: raise it.")
+            notes.append(Note(Code.BUDGET_SPENT, "the budget ran out while lines were looked at: raise it."))
         if search.lost > 0.6 * search.begun:
-            notes.append("most gradient walks found no boundary: modes may have been missed; use tempering.")
+            sentence = "most gradient walks found no boundary: modes may have been missed; use tempering."
+            notes.append(Note(Code.STRAYED, sentence))
         learnt = [self._values(k, learning=True)[0] for k in range(len(self.modes))]
         first = sum(float(np.mean(values)) for values in learnt)
         spread = math.sqrt(sum(float(np.var(values)) / max(len(values) - 1, 1) for values in learnt))
         now = math.exp(log_prob - self.scale)
         if abs(first - now) > 4.0 * math.hypot(spread, error * now) + 0.2 * now:
-            notes.append("first and fresh lines disagree: a few lines carry the estimate; use tempering.")
+            sentence = "first and fresh lines disagree: a few lines carry the estimate; use tempering."
+            notes.append(Note(Code.DISAGREE, sentence))
         return tuple(notes)
 
     def _particles(self) -> Particles | None:
@@ -660,12 +665,12 @@ class _Campaign:
             count = sum(len(r.log_w) for r in mode.rounds)
             for r in mode.rounds:
                 weight = r.log_w - math.log(count)
-                owner, low, high = r.traced.intervals
+                owner, low, high = r.crossings.intervals
                 weight = weight + _summed(log_mass(r.lines.law, low, high), owner, len(weight))
-                share = self._log_share(k, r.traced.at @ self._normals.T) if len(self.modes) > 1 else 0.0
-                z.append(r.traced.at)
-                log_w.append(weight[r.traced.on] + share)
-                severity.append(r.traced.severity)
+                share = self._log_share(k, r.crossings.at @ self._normals.T) if len(self.modes) > 1 else 0.0
+                z.append(r.crossings.at)
+                log_w.append(weight[r.crossings.on] + share)
+                severity.append(r.crossings.severity)
         every = np.concatenate(log_w)
         if not len(every):
             return None
@@ -700,7 +705,7 @@ def _summed(log_mass: Floats, owner: np.ndarray, n: int) -> Floats:
     return total
 
 
-def _nothing(method: LineSampling, calls: int, seconds: float, note: str) -> Evidence:
+def _nothing(method: LineSampling, calls: int, seconds: float, note: Note) -> Evidence:
     return Evidence(
         method=method.name,
         log_prob=-math.inf,

@@ -22,7 +22,7 @@ from scipy import special
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.evidence import Code, Counts, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.seeds import generator
 
 __all__ = ["MonteCarlo"]
@@ -70,7 +70,7 @@ class MonteCarlo:
     def name(self) -> str:
         return "monte carlo"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Draw until the precision, ``max_samples`` or the budget is reached. Unbiased if not weighted."""
         meter = Meter(event, budget)
         rng = generator(seed)
@@ -133,23 +133,24 @@ def _particles(state: State, log_weight: Floats | None) -> Particles | None:
     return Particles(z, log_w - diagnostics.log_sum_exp(log_w), np.concatenate(state.severity))
 
 
-def _advice(event: EventLike, n: int, upper: float) -> str:
+def _advice(event: EventLike, n: int, upper: float) -> Note:
     bound = f"no catastrophe in {n} draws: log P is below {upper:.2f} (95 %)."
     if event.boolean:
-        return (
+        return Note(
+            Code.NO_HITS,
             f"{bound} This checker says only yes or no, so nothing can climb towards a catastrophe: return a severity "
-            "(how far from the limit; at least 0 is a catastrophe), or raise the budget."
+            "(how far from the limit; at least 0 is a catastrophe), or raise the budget.",
         )
-    return f"{bound} Use tempering, which climbs the severity, or raise the budget."
+    return Note(Code.NO_HITS, f"{bound} Use tempering, which climbs the severity, or raise the budget.")
 
 
-def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
+def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Run:
     weighted = meter.event.weighted
     log_w = np.concatenate(state.log_weight) if weighted else np.zeros(0)
     hit = np.concatenate(state.hit) > 0.0 if weighted else np.zeros(0, dtype=np.bool_)
     wanted = method.precision if method.precision is not None else 0.5
     found = {"hits": float(state.hits), "samples": float(state.n)}
-    notes: list[str] = []
+    notes: list[Note] = []
     log_evidence, ess, worth = 0.0, math.inf, math.inf  # of draws and of catastrophes, by weight
     log_prob = math.log(state.hits / state.n) if state.hits else -math.inf
     error = _log_error(state, weighted)
@@ -171,13 +172,16 @@ def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
         notes.append(_advice(meter.event, state.n, interval[1]))
     elif not converged and ess >= 50.0:
         by_weight = f", worth {worth:.1f} by weight" if weighted else f" in {state.n} draws"
-        notes.append(f"{state.hits} catastrophes{by_weight}: raise the budget, or use tempering.")
+        notes.append(Note(Code.FEW_HITS, f"{state.hits} catastrophes{by_weight}: raise the budget, or use tempering."))
     if ess < 50.0:
         notes.append(
-            f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, "
-            "which conditions gradually."
+            Note(
+                Code.FEW_COUNT,
+                f"the observed sites leave {ess:.0f} effective draws of {state.n}: use tempering, "
+                "which conditions gradually.",
+            )
         )
-    return Evidence(
+    evidence = Evidence(
         method=method.name,
         log_prob=log_prob,
         std_error=error,
@@ -191,6 +195,7 @@ def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Evidence:
         diagnostics=found,
         notes=tuple(notes),
     )
+    return Run.of(evidence, counts=Counts(state.hits, state.n))
 
 
 def _t95(dof: float) -> float:

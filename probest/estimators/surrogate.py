@@ -34,7 +34,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from scipy import special
@@ -42,9 +43,10 @@ from scipy.spatial.distance import cdist
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.estimators.importance import Importance, Population, weigh
-from probest.estimators.tempering import Tempering, temper
-from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.estimators.base import Need, check_needs
+from probest.estimators.importance import Importance, importance_sample
+from probest.estimators.tempering import Tempering
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.subspace import gradient_rows, informed_basis
 from probest.seeds import child_seed, generator
 from probest.surrogates.features import Decode, Learned, Softened
@@ -57,7 +59,10 @@ _KNOWN = 30  # catastrophes that end the search
 _GOOD = 0.5  # effective share of the particles at which the surrogate has learned enough
 _FREE = 400  # evaluations of the surrogate a particle: they cost no model calls
 _SECOND = 600  # particles of the last tempering that are judged
-_NO_WAY = "nothing that was seen says where catastrophes are: raise the budget, or return a severity that does."
+_NO_WAY = Note(
+    Code.NOT_LEARNED,
+    "nothing that was seen says where catastrophes are: raise the budget, or return a severity that does.",
+)
 
 
 class Explored(NamedTuple):
@@ -91,6 +96,17 @@ class Tried(NamedTuple):
         return self.log_prob - 2.0 * self.error
 
 
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    LOOK = 0
+    LEARN = 1
+    TEMPER = 2
+    LAST_TEMPER = 3
+    JUDGE = 4
+    SAMPLE = 5
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """Importance sampling guided by a learned severity.
@@ -107,6 +123,7 @@ class Surrogate:
     rounds: int = 10
     share: float = 0.6
     particles: int = 2048
+    needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
 
     def __post_init__(self) -> None:
         if self.precision is not None and not self.precision > 0.0:
@@ -121,16 +138,15 @@ class Surrogate:
     def name(self) -> str:
         return "surrogate"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
-        """Look, learn, weigh. Raises ValueError for a conditioned adversary: there is no surrogate of its weights."""
-        if event.weighted:
-            raise ValueError("event: a surrogate learns severities alone; use Tempering for a conditioned adversary")
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Look, learn, weigh."""
+        check_needs(self, event)
         meter = Meter(event, budget)
-        explored = _look(self, meter, generator(child_seed(seed, 0)))
+        explored = _look(self, meter, generator(child_seed(seed, Stream.LOOK)))
         best = _learn(self, meter, explored, seed)
-        if isinstance(best, str):
-            return _nothing(self, meter, explored, best)
-        return _weigh(self, meter, explored, best, seed)
+        if isinstance(best, Note):
+            return Run.of(_nothing(self, meter, explored, best))
+        return Run.of(_estimated_twice(self, meter, explored, best, seed))
 
 
 def _judge(meter: Meter, z: Floats) -> Judged:
@@ -175,18 +191,20 @@ def _bisect(meter: Meter, ends: Judged, known: Judged, steps: int) -> Judged:
     return new
 
 
-def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.SeedSequence) -> Tried | str:
+def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.SeedSequence) -> Tried | Note:
     """The surrogate after its rounds of learning, with the most that any round knew of; or why there is none."""
     event, cases = meter.event, explored.cases
     decode = _decoder(event)
-    rng = generator(child_seed(seed, 1))
+    rng = generator(child_seed(seed, Stream.LEARN))
     if event.boolean and not cases.hit.any():
-        return (
+        return Note(
+            Code.NO_HITS,
             f"no catastrophe in {len(cases.z)} draws, not even at {_SCALES[-1]:g} standard deviations: return a "
-            "severity (how far from the limit; at least 0 is a catastrophe), or raise the budget."
+            "severity (how far from the limit; at least 0 is a catastrophe), or raise the budget.",
         )
     if not event.boolean and np.all(cases.severity == cases.severity[0]):
-        return "the severity is the same at every draw, so there is nothing to learn from: use crude sampling."
+        sentence = "the severity is the same at every draw, so there is nothing to learn from: use crude sampling."
+        return Note(Code.FLAT, sentence)
     held = np.arange(len(cases.z)) % 4 == 0
     known, fresh = cases.at(~held), cases.at(held)
     if event.boolean:
@@ -196,7 +214,7 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
     learned = fit_surrogate(known, fresh, event.boolean, None, decode, rng)
     tried: list[Tried] = []
     for turn in range(method.rounds):
-        reached = _temper(learned, event.dim, 512, 4, child_seed(seed, 2, turn))
+        reached = _temper(learned, event.dim, 512, 4, child_seed(seed, Stream.TEMPER, turn))
         if reached is None:  # richer features, and more doubt, may show a way
             basis = np.eye(event.dim) if event.dim <= RADIAL_DIRECTIONS else None
             learned = fit_surrogate(known, fresh, event.boolean, basis, decode, rng)
@@ -250,8 +268,8 @@ def _decoder(event: EventLike) -> Decode | None:
 def _temper(learned: Learned, dim: int, particles: int, moves: int, seed: np.random.SeedSequence) -> Reached | None:
     """Temper on the surrogate; None when there is no way to its event."""
     method = Tempering(particles=particles, max_moves=moves)
-    mass, state, _ = temper(method, Softened(learned, dim + 1), budget=_FREE * particles, seed=seed)
-    return None if state is None else Reached(state.z[:, :-1], mass)
+    found = method.run(Softened(learned, dim + 1), budget=_FREE * particles, seed=seed)
+    return None if found.population is None else Reached(found.population.z[:, :-1], found.conclusion)
 
 
 def _log_weights(learned: Learned, cases: Judged) -> Floats:
@@ -259,15 +277,17 @@ def _log_weights(learned: Learned, cases: Judged) -> Floats:
     return np.where(cases.hit, -learned.log_chance(cases.z), -np.inf)
 
 
-def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, seed: np.random.SeedSequence) -> Evidence:
+def _estimated_twice(
+    method: Surrogate, meter: Meter, explored: Explored, best: Tried, seed: np.random.SeedSequence
+) -> Evidence:
     """Both estimates, and the verdict on them."""
     learned = best.learned
     # guides are poor where sites are discrete: there the particles themselves have to be precise
     particles = method.particles * (1 if learned.features.decode is None else 4)
-    reached = _temper(learned, meter.event.dim, particles, 8, child_seed(seed, 3))
+    reached = _temper(learned, meter.event.dim, particles, 8, child_seed(seed, Stream.LAST_TEMPER))
     if reached is None or meter.left < 20:
         return _nothing(method, meter, explored, _NO_WAY)
-    rng = generator(child_seed(seed, 4))
+    rng = generator(child_seed(seed, Stream.JUDGE))
     size = min(_SECOND, len(reached.z), max(10, meter.left // 4))
     cases = _judge(meter, reached.z[rng.permutation(len(reached.z))[:size]])
     second = _second(method, meter, best, reached, cases)
@@ -281,7 +301,9 @@ def _weigh(method: Surrogate, meter: Meter, explored: Explored, best: Tried, see
     effective = 0.5 * diagnostics.effective_sample_size(found.log_weight)
     population = Population(found.z, found.log_weight, np.zeros(len(found.z)), rows, effective)
     importance = Importance(precision=method.precision, give_up=0.25)
-    first = weigh(importance, meter.event, population, None, budget=meter.left, seed=child_seed(seed, 5))
+    first = importance_sample(
+        importance, meter.event, population, None, budget=meter.left, seed=child_seed(seed, Stream.SAMPLE)
+    )
     return _verdict(meter, explored, first, second)
 
 
@@ -301,13 +323,17 @@ def _second(method: Surrogate, meter: Meter, best: Tried, reached: Reached, case
         upper = min(log_prob + math.hypot(mass.interval[1] - mass.log_prob, math.sqrt(2.0) * (above - mean)), 0.0)
     notes = list(mass.notes)
     if ess < 50.0:
-        notes.append(f"the surrogate's particles are worth {ess:.0f} catastrophes: it has not learned the limit.")
+        sentence = f"the surrogate's particles are worth {ess:.0f} catastrophes: it has not learned the limit."
+        notes.append(Note(Code.NOT_LEARNED, sentence))
     if khat > 0.7 and ess < 0.4 * hits:
-        notes.append("catastrophes lie where the surrogate sees none: the estimate may be too low.")
+        sentence = "catastrophes lie where the surrogate sees none: the estimate may be too low."
+        notes.append(Note(Code.HEAVY_TAILS, sentence))
     if log_prob + 2.0 * error < best.least:
-        notes.append("the particles of an earlier surrogate showed more: this one lacks a part of the catastrophes.")
+        sentence = "the particles of an earlier surrogate showed more: this one lacks a part of the catastrophes."
+        notes.append(Note(Code.UNSEEN, sentence))
     if error > 0.2:
-        notes.append(f"the standard error of the surrogate's particles is {error:.2f}: raise the budget.")
+        sentence = f"the standard error of the surrogate's particles is {error:.2f}: raise the budget."
+        notes.append(Note(Code.IMPRECISE, sentence))
     hit = cases.at(cases.hit)
     particles = Particles(hit.z, log_w[cases.hit] - diagnostics.log_sum_exp(log_w), hit.severity) if hits else None
     return Evidence(
@@ -329,18 +355,21 @@ def _verdict(meter: Meter, explored: Explored, first: Evidence, second: Evidence
     """The fresh samples of the guide where they pass their checks, else the particles; neither against the other."""
     error = min(math.hypot(first.std_error, second.std_error), 1.0)
     found = [line for line in (first, second) if math.isfinite(line.log_prob)]
-    notes = []
+    notes: list[str] = []
     chosen, other = (first, second) if first.converged else (second, first)
     # what misses a part is too low: one that failed its checks is a reason to doubt only where it says more
     more, reach = other.log_prob - chosen.log_prob, 3.0 * error + 0.1
     agree = len(found) < 2 or (more <= reach and (more >= -reach or not other.converged))
     if not first.converged:
-        notes.append("the guide did not pass its checks: this is the estimate of the surrogate's particles.")
+        sentence = "the guide did not pass its checks: this is the estimate of the surrogate's particles."
+        notes.append(Note(Code.SECOND_CHOICE, sentence))
     if not agree:
-        notes.append("the guide and the surrogate's particles disagree beyond their errors: raise the budget.")
+        sentence = "the guide and the surrogate's particles disagree beyond their errors: raise the budget."
+        notes.append(Note(Code.DISAGREE, sentence))
     if _floor(explored) > chosen.interval[1]:
         agree = False
-        notes.append("draws at larger standard deviations found more than this estimate knows of: raise the budget.")
+        sentence = "draws at larger standard deviations found more than this estimate knows of: raise the budget."
+        notes.append(Note(Code.UNSEEN, sentence))
     converged = chosen.converged and agree
     lower, upper = chosen.interval
     if not converged:
@@ -366,7 +395,7 @@ def _floor(explored: Explored) -> float:
     return diagnostics.mean_interval(np.where(explored.cases.hit, explored.log_ratio, -np.inf), 0.999)[0]
 
 
-def _nothing(method: Surrogate, meter: Meter, explored: Explored, note: str) -> Evidence:
+def _nothing(method: Surrogate, meter: Meter, explored: Explored, note: Note) -> Evidence:
     """No surrogate: the draws of the adversary itself bound P."""
     hits = int(explored.cases.at(slice(explored.size)).hit.sum())
     return Evidence(

@@ -31,35 +31,22 @@ of particle filters; Lee & Whiteley (2018), Variance estimation in the particle 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
 from probest import diagnostics
 from probest.budget import FORWARD_CALLS, GRADIENT_CALLS, Meter
-from probest.evidence import EventLike, Evidence, Floats, Particles
+from probest.evidence import Code, EventLike, Evidence, Families, Floats, Note, Particles, Population, Run
 from probest.seeds import child_seed, generator
-from probest.smc.families import Families, combine, complaints
-from probest.smc.moves import (
-    State,
-    climb,
-    ensure_gradient,
-    fit_moves,
-    guided_sweep,
-    log_target,
-    probe,
-    rank_correlation,
-    refresh,
-    slow,
-    total,
-    walk,
-)
+from probest.smc.families import combine, complaints
+from probest.smc.moves import climb, ensure_gradient, fit_moves, guided_sweep, probe, rank_correlation, refresh, walk
+from probest.smc.population import State, interleave, is_flat, minus, reweight, slow, total
 from probest.smc.scouts import scouts_from, search
-from probest.smc.softening import EVENT, Index, Softening, Tilt, learn_index
+from probest.smc.softening import EVENT, Index, Tilt, learn_index
 
-__all__ = ["Prior", "State", "Tempering", "families_of", "temper"]
+__all__ = ["Tempering"]
 
 _MAX_LEVELS = 400
 _FLOOR = -2000.0  # log P below which the event counts as impossible
@@ -73,14 +60,10 @@ _UNMOVED = 0.35  # of the particles that may stay where they are at a level of g
 _WALKERS = 0.2  # of the particles that take a local step instead of a guided one
 
 
-class Prior(NamedTuple):
-    """What is kept of a conditioned adversary on the way: its particles and each island's log-evidence."""
+class Stream(IntEnum):
+    """Names of the seeds of a run, beside its own."""
 
-    z: Floats
-    severity: Floats
-    log_weight: Floats
-    rows: Floats | None
-    log_z: Floats
+    SCOUTS = 0
 
 
 @dataclass(frozen=True)
@@ -121,45 +104,47 @@ class Tempering:
     def name(self) -> str:
         return "tempering"
 
-    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Evidence:
-        """Temper until the particles are catastrophes or the budget is spent."""
-        return temper(self, event, budget=budget, seed=seed)[0]
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Temper until the particles are catastrophes or the budget is spent; with the populations, if they are.
 
-
-def temper(
-    method: Tempering, event: EventLike, *, budget: int, seed: np.random.SeedSequence
-) -> tuple[Evidence, State | None, Prior | None]:
-    """As :meth:`Tempering.run`, with the final population (None when it is not in the event) and its gradients."""
-    meter = Meter(event, budget)
-    rng = generator(seed)
-    if meter.budget < 4 * method.islands:
-        note = f"a budget of {budget} calls is too small for {method.islands} islands: give at least some thousands."
-        return _report(method, meter, None, None, 0, note), None, None
-    state, drawn = _init(method, meter, rng)
-    if method.warm_start is not None:
-        if method.warm_start.z.shape[1] != event.dim:
-            sizes = f"{method.warm_start.z.shape[1]} coordinates, the problem has {event.dim}"
-            raise ValueError(f"warm_start is of another adversary: its particles have {sizes}; start without it")
-        state.places = scouts_from(method.warm_start, generator(child_seed(seed, 0)))
-    elif method.gradient and method.guided and event.differentiable and not event.weighted:
-        state.places = search(meter, generator(child_seed(seed, 0)))
-    prior: Prior | None = None
-    gradient = method.gradient and event.differentiable
-    note = _condition(state, method, meter, rng, gradient) if event.weighted else ""
-    if not note:
-        if event.weighted:
-            prior = Prior(
-                state.z.copy(), state.severity.copy(), state.log_weight.copy(), state.rows, state.log_z.copy()
+        Raises ValueError if ``warm_start`` belongs to another adversary.
+        """
+        meter = Meter(event, budget)
+        rng = generator(seed)
+        if meter.budget < 4 * self.islands:
+            sentence = (
+                f"a budget of {budget} calls is too small for {self.islands} islands: give at least some thousands."
             )
-        note = _climb_to_event(state, method, meter, rng, gradient)
-    if note:
-        return _report(method, meter, state, prior, drawn, note), None, prior
-    _move_level(state, method, meter, rng, gradient, meter.left)
-    probe(state, meter, gradient, 128)
-    return _report(method, meter, state, prior, drawn, ""), state, prior
+            return _report(self, meter, None, None, 0, Note(Code.BUDGET_SPENT, sentence))
+        state, drawn = _init(self, meter, rng)
+        if self.warm_start is not None:
+            if self.warm_start.z.shape[1] != event.dim:
+                sizes = f"{self.warm_start.z.shape[1]} coordinates, the problem has {event.dim}"
+                raise ValueError(f"warm_start is of another adversary: its particles have {sizes}; start without it")
+            state.places = scouts_from(self.warm_start, generator(child_seed(seed, Stream.SCOUTS)))
+        elif self.gradient and self.guided and event.differentiable and not event.weighted:
+            state.places = search(meter, generator(child_seed(seed, Stream.SCOUTS)))
+        prior: State | None = None
+        gradient = self.gradient and event.differentiable
+        failure = _condition(state, self, meter, rng, gradient) if event.weighted else None
+        if failure is None:
+            if event.weighted:
+                prior = replace(
+                    state,
+                    z=state.z.copy(),
+                    severity=state.severity.copy(),
+                    log_weight=state.log_weight.copy(),
+                    log_z=state.log_z.copy(),
+                )
+            failure = _climb_to_event(state, self, meter, rng, gradient)
+        if failure is not None:
+            return _report(self, meter, state, prior, drawn, failure)
+        _move_level(state, self, meter, rng, gradient, meter.left)
+        probe(state, meter, gradient, 128)
+        return _report(self, meter, state, prior, drawn, None)
 
 
-def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> str:
+def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> Note | None:
     """Bring in the weight of the observed sites; says what went wrong, or nothing."""
     while state.power < 1.0:
         n = len(state.z)
@@ -172,14 +157,21 @@ def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Gen
             hard=1.0,
             target=_share(method.target, keep, n),
         )
-        if not _reweight(state, method, rng, keep, power, state.soft):
-            return "no particle is compatible with the observed sites: check them, or raise the budget."
+        if not reweight(state, method.islands, rng, keep, power, state.soft):
+            return Note(
+                Code.INCOMPATIBLE, "no particle is compatible with the observed sites: check them, or raise the budget."
+            )
         if not _move_level(state, method, meter, rng, gradient, meter.left / (2.0 * _CONDITIONING)):
-            return "the budget ran out while conditioning the adversary on its observed sites: raise it."
-    return ""
+            return Note(
+                Code.BUDGET_SPENT,
+                "the budget ran out while conditioning the adversary on its observed sites: raise it.",
+            )
+    return None
 
 
-def _climb_to_event(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> str:
+def _climb_to_event(
+    state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool
+) -> Note | None:
     """Harden the softened event until it is the event; says what went wrong, or nothing."""
     index: Index | None = None
     before = total(state)
@@ -190,26 +182,34 @@ def _climb_to_event(state: State, method: Tempering, meter: Meter, rng: np.rando
         learnt = learn_index(index, state.severity, log_w)
         index = learnt if index is None else index
         if index is None and not np.any(state.severity >= 0.0):
-            return (
+            return Note(
+                Code.FLAT,
                 "the severity is the same at every particle, so nothing says where catastrophes are: return how far "
-                "from the limit a run is, or use crude sampling with a larger budget."
+                "from the limit a run is, or use crude sampling with a larger budget.",
             )
         target = _hurried(state, method, meter, index)
         levels = _levels_left(state, index, target)
         keep = _affordable(state, method, meter, levels)
         soft = _next_softening(state, index, _share(target, keep, n))
-        if not _reweight(state, method, rng, keep, state.power, soft):
-            return "the population died out before it reached a catastrophe: raise the budget or the particles."
+        if not reweight(state, method.islands, rng, keep, state.power, soft):
+            return Note(
+                Code.UNREACHED,
+                "the population died out before it reached a catastrophe: raise the budget or the particles.",
+            )
         if total(state) - before < _FLOOR or state.levels >= _MAX_LEVELS:
-            return (
+            return Note(
+                Code.UNREACHED,
                 "the severity approaches its limit without reaching it: a catastrophe may be impossible, "
-                "or hidden where the severity does not lead."
+                "or hidden where the severity does not lead.",
             )
         if soft is EVENT:
-            return ""
+            return None
         index = learnt
         if not _move_level(state, method, meter, rng, gradient, 0.9 * meter.left / max(1.0, levels - 1.0)):
-            return "the budget ran out before the particles were catastrophes: raise it (or lower particles)."
+            return Note(
+                Code.BUDGET_SPENT,
+                "the budget ran out before the particles were catastrophes: raise it (or lower particles).",
+            )
 
 
 def _levels_left(state: State, index: Index | None, target: float) -> float:
@@ -253,15 +253,15 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
     log_z = np.zeros(k)
     if not meter.event.weighted:
         # a severity that says nothing at most draws is searched by brute force: up to half of the budget
-        while _flat(severity, 4 * k) and drawn < meter.budget // 2:
+        while is_flat(severity, 4 * k) and drawn < meter.budget // 2:
             more = min(drawn // k, (meter.budget // 2 - drawn) // k)
             if more < 1:
                 break
             extra = rng.standard_normal((k * more, meter.event.dim))
             result = meter.evaluate(extra)
-            z = _interleave(z, extra, k)
-            severity = _interleave(severity, result.severity, k)
-            log_weight = _interleave(log_weight, result.log_weight, k)
+            z = interleave(z, extra, k)
+            severity = interleave(severity, result.severity, k)
+            log_weight = interleave(log_weight, result.log_weight, k)
             drawn += k * more
             if z.size > _MOST:
                 break
@@ -269,37 +269,17 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
     return State(z, severity, log_weight, None, None, log_z, size=float(k * each), first_hits=hits), drawn
 
 
-def _flat(severity: Floats, least: int) -> bool:
-    """Whether fewer than ``least`` draws rise above the lowest severity: too few to climb from."""
-    low = max(float(severity.min()), -1e300)
-    return bool(np.count_nonzero(severity > low + 1e-12 * (1.0 + abs(low))) < least)
-
-
-def _interleave(old: Floats, new: Floats, k: int) -> Floats:
-    """Append ``new`` to ``old`` island by island."""
-    shape = old.shape[1:]
-    joined = np.concatenate([old.reshape(k, -1, *shape), new.reshape(k, -1, *shape)], axis=1)
-    return joined.reshape(-1, *shape)
-
-
-def _minus(a: Floats, b: Floats) -> Floats:
-    """a − b with −inf where a is −inf (b is finite wherever a particle survived)."""
-    out = np.full_like(a, -np.inf)
-    np.subtract(a, b, out=out, where=a > -np.inf)
-    return out
-
-
 def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
     """The hardest tilt whose conditional ESS is the target; the event itself when it is within reach."""
     equal = np.zeros(len(state.severity))
     now = state.soft.log(state.severity)
-    within = diagnostics.conditional_ess(equal, _minus(EVENT.log(state.severity), now)) >= target
+    within = diagnostics.conditional_ess(equal, minus(EVENT.log(state.severity), now)) >= target
     if within or index is None:
         return EVENT
     assert isinstance(state.soft, Tilt)
 
     def share(tilt: Tilt) -> float:
-        return diagnostics.conditional_ess(equal, _minus(tilt.log(state.severity), now))
+        return diagnostics.conditional_ess(equal, minus(tilt.log(state.severity), now))
 
     # where an index that has been learnt anew stands now: its slope may differ from what was extended before
     rate, known = state.soft.rate, state.soft.index
@@ -317,58 +297,12 @@ def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
         least, hard = target, 4.0 * rate + 8.0
     rate = diagnostics.next_temperature(
         equal,
-        lambda x: _minus(Tilt(x, index).log(state.severity), now),
+        lambda x: minus(Tilt(x, index).log(state.severity), now),
         easy=max(rate, 1e-6),
         hard=hard,
         target=least,
     )
     return Tilt(rate, index)
-
-
-def _reweight(
-    state: State, method: Tempering, rng: np.random.Generator, keep: int, power: float, soft: Softening
-) -> bool:
-    """Weigh by the new target, resample, and count each family's share of the evidence. False when all died."""
-    old = log_target(state, state.severity, state.log_weight)
-    state.power, state.soft = power, soft
-    increment = _minus(log_target(state, state.severity, state.log_weight), old)
-    gain = diagnostics.log_mean_exp(increment)[0]
-    if not math.isfinite(gain):
-        return False
-    if soft is not EVENT:
-        state.drift = soft
-    k, n = method.islands, len(increment)
-    family = np.repeat(np.arange(k), n // k) if state.family is None else state.family
-    overall = total(state) + gain
-    index = diagnostics.systematic_resample(increment, keep, rng)
-    for name in ("z", "severity_grad", "weight_grad"):
-        value = getattr(state, name)
-        if value is not None:
-            setattr(state, name, _resampled(value, index))
-    state.severity = state.severity[index]
-    state.log_weight = state.log_weight[index]
-    state.family = family[index]
-    with np.errstate(divide="ignore"):
-        state.log_z = overall + np.log(np.bincount(state.family, minlength=k) * (k / keep))
-    state.levels += 1
-    return True
-
-
-def _resampled(value: Floats, index: NDArray[np.intp]) -> Floats:
-    """``value[index]`` for a nondecreasing ``index`` no longer than ``value``, in place and in blocks.
-
-    Rows that come from further up move first to last, rows from further down last to first: then none is overwritten
-    before it is read.
-    """
-    keep = len(index)
-    blocks = np.array_split(np.arange(keep), math.ceil(keep * value.shape[1] / 1_000_000))
-    for rows in blocks:
-        down = rows[index[rows] > rows]
-        value[down] = value[index[down]]
-    for rows in reversed(blocks):
-        up = rows[index[rows] < rows]
-        value[up] = value[index[up]]
-    return value if keep == len(value) else value[:keep].copy()
 
 
 def _move_level(
@@ -445,27 +379,31 @@ def _move(
     return True
 
 
-def families_of(state: State, prior: Prior | None) -> Families:
-    """What each family of a finished run says of P."""
-    return Families(state.log_z, None if prior is None else prior.log_z, state.size)
+def _population(state: State) -> Population:
+    equal = np.zeros(len(state.z))
+    # resampled particles are related: count them as half
+    return Population(state.z, equal, state.log_weight, state.rows, diagnostics.effective_sample_size(equal) / 2.0)
 
 
 def _report(
-    method: Tempering, meter: Meter, state: State | None, prior: Prior | None, drawn: int, failure: str
-) -> Evidence:
-    """The evidence of a run that reached the event, or says in ``failure`` why not.
+    method: Tempering, meter: Meter, state: State | None, prior: State | None, drawn: int, failure: Note | None
+) -> Run:
+    """What a run leaves that reached the event, or says in ``failure`` why not.
 
     Without a population of catastrophes only the first draws bound P without an assumption (exact binomial). A
     softening is at least ½ on the event, so P ≤ 2 E[g(s)] too; that bound trusts the population: a diagnostic only.
     """
     info: dict[str, float] = {}
     log_prob, error, interval = -math.inf, math.inf, (-math.inf, 0.0)
-    notes: tuple[str, ...] = (failure,)
+    notes: tuple[Note, ...] = () if failure is None else (failure,)
+    population: Population | None = None
+    families: Families | None = None
     particles = prior_particles = None
     if state is not None:
         info = {"levels": float(state.levels), "moves": float(state.moves), "acceptance": state.acceptance}
-        verdict = combine([families_of(state, prior)])
-        if failure:
+        families = Families(state.log_z, None if prior is None else prior.log_z, state.size)
+        verdict = combine([families])
+        if failure is not None:
             if drawn and not meter.event.weighted:
                 interval = (-math.inf, diagnostics.binomial_interval(state.first_hits, drawn)[1])
             if state.started:
@@ -475,15 +413,17 @@ def _report(
             info |= {"correlation": state.correlation, "island_ess": verdict.effective}
             notes = complaints(verdict)
             if state.correlation > 0.9:
-                notes = (*notes, "the particles hardly move inside the event: raise max_moves or the budget.")
+                sentence = "the particles hardly move inside the event: raise max_moves or the budget."
+                notes = (*notes, Note(Code.STUCK, sentence))
+            population = _population(state)
             particles = _equal(state.z, state.severity)
             prior_particles = None if prior is None else _equal(prior.z, prior.severity)
-    return Evidence(
+    evidence = Evidence(
         method=method.name,
         log_prob=log_prob,
         std_error=error,
         interval=interval,
-        claim="upper" if failure else "consistent",
+        claim="consistent" if failure is None else "upper",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=not notes,
@@ -492,6 +432,12 @@ def _report(
         log_evidence=0.0 if prior is None else diagnostics.log_mean_exp(prior.log_z)[0],
         diagnostics=info,
         notes=notes,
+    )
+    return Run.of(
+        evidence,
+        population=population,
+        prior_population=None if prior is None else _population(prior),
+        families=families if failure is None else None,
     )
 
 

@@ -19,7 +19,7 @@ from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats
 from probest.lines.along import Position, between, log_mass
 
-__all__ = ["Intervals", "Pencil", "Traced", "trace"]
+__all__ = ["Crossings", "Intervals", "Pencil", "find_crossings"]
 
 _TOLERANCE = 0.03  # nats that the last step of a root may change the mass beyond it
 _STEPS = 6
@@ -58,7 +58,7 @@ class Intervals(NamedTuple):
         return Intervals(*(np.concatenate(pair) for pair in zip(self, moved, strict=True)))
 
 
-class Traced(NamedTuple):
+class Crossings(NamedTuple):
     """What was found on ``n`` lines.
 
     intervals: of the event. on, at, severity: one catastrophe on each line that has any, drawn from its intervals: its
@@ -85,7 +85,7 @@ class _Entries(NamedTuple):
     doubtful: np.ndarray
 
 
-def trace(
+def find_crossings(
     meter: Meter,
     lines: Pencil,
     rng: np.random.Generator,
@@ -97,7 +97,7 @@ def trace(
     far: float,
     gradient: bool,
     scan: np.ndarray,
-) -> Traced:
+) -> Crossings:
     """Find the event on each line.
 
     guess: ``(n,)`` where each line may enter. slope: rise of the severity along lines there. rate: nats that the mass
@@ -134,7 +134,7 @@ def trace(
         on, at, severity = (np.concatenate([a[kept], b]) for a, b in zip((on, at, severity), anew, strict=True))
     hit = severity >= 0.0
     slopes = _gradients(meter, lines, root) if gradient else np.full(lines.offset.shape, np.nan)
-    return Traced(intervals, on[hit], at[hit], severity[hit], root, slopes, found.slip, rough, complete)
+    return Crossings(intervals, on[hit], at[hit], severity[hit], root, slopes, found.slip, rough, complete)
 
 
 def _gradients(meter: Meter, lines: Pencil, root: Floats) -> Floats:

@@ -26,22 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from probest import diagnostics
-from probest.evidence import Evidence, Floats, Particles
+from probest.evidence import Code, Evidence, Families, Floats, Note, Particles, Run
 
-__all__ = ["Families", "Verdict", "combine", "complaints", "pool"]
+__all__ = ["Pooled", "combine", "complaints", "pool"]
 
-_OWN = ("the particles descend from a few first ones", "the standard error is")
-
-
-class Families(NamedTuple):
-    """A run's families: log-estimates ``(k,)`` of P (times evidence), of the evidence or None, and the run's size."""
-
-    log_z: Floats
-    log_prior: Floats | None
-    size: float
+_OWN = {Code.FEW_ANCESTORS, Code.IMPRECISE}
 
 
-class Verdict(NamedTuple):
+class Pooled(NamedTuple):
     """log P, its standard error and interval, how many families it hangs on, and each run's part in it (sum 1)."""
 
     log_prob: float
@@ -51,23 +43,25 @@ class Verdict(NamedTuple):
     parts: Floats
 
 
-def complaints(verdict: Verdict) -> tuple[str, ...]:
+def complaints(verdict: Pooled) -> tuple[Note, ...]:
     """What is wrong with an estimate that rests on these families, and what to do."""
     if verdict.effective < 4.0:
-        return (f"{_OWN[0]}: raise the particles, max_moves or the budget.",)
+        sentence = "the particles descend from a few first ones: raise the particles, max_moves or the budget."
+        return (Note(Code.FEW_ANCESTORS, sentence),)
     if verdict.error > 0.5:
-        return (f"{_OWN[1]} {verdict.error:.2f}: raise the particles or the budget.",)
+        sentence = f"the standard error is {verdict.error:.2f}: raise the particles or the budget."
+        return (Note(Code.IMPRECISE, sentence),)
     return ()
 
 
-def combine(runs: Sequence[Families]) -> Verdict:
+def combine(runs: Sequence[Families]) -> Pooled:
     """Pool the runs by size."""
     share = np.array([run.size for run in runs], dtype=np.float64)
     share /= share.sum()
     above, log_z = _relative([run.log_z for run in runs], share)
     log_prob = log_z
     if not math.isfinite(log_z):
-        return Verdict(log_z, math.inf, (-math.inf, 0.0), 0.0, share)
+        return Pooled(log_z, math.inf, (-math.inf, 0.0), 0.0, share)
     parts = np.array([float(part.sum()) for part in above])
     effective = 1.0 / float(sum(np.sum(part**2) for part in above))
     terms = above
@@ -86,7 +80,7 @@ def combine(runs: Sequence[Families]) -> Verdict:
         error *= stretch
         lower, upper = log_prob + stretch * (lower - log_prob), log_prob + stretch * (upper - log_prob)
     upper += 0.5 * error**2 * max(1.0, (upper - log_prob) / max(error, 1e-300))
-    return Verdict(log_prob, error, (lower, min(0.0, upper)), effective, parts)
+    return Pooled(log_prob, error, (lower, min(0.0, upper)), effective, parts)
 
 
 def _relative(logs: Sequence[Floats], share: Floats) -> tuple[list[Floats], float]:
@@ -96,16 +90,17 @@ def _relative(logs: Sequence[Floats], share: Floats) -> tuple[list[Floats], floa
     return [np.exp(part - whole) if math.isfinite(whole) else np.zeros_like(part) for part in parts], whole
 
 
-def pool(runs: Sequence[tuple[Evidence, Families]]) -> Evidence:
-    """Finished runs as one, with the particles of all: relatives lie next to each other, run after run."""
+def pool(runs: Sequence[Run]) -> Evidence:
+    """Finished tempering runs as one, with the particles of all: relatives lie next to each other, run after run."""
     if len(runs) == 1:
-        return runs[0][0]
-    lines = [line for line, _ in runs]
-    verdict = combine([families for _, families in runs])
-    largest = max(runs, key=lambda run: run[1].size)[0]
-    sizes = np.array([families.size for _, families in runs])
+        return runs[0].conclusion
+    lines = [run.conclusion for run in runs]
+    families = [run.families for run in runs if run.families is not None]
+    verdict = combine(families)
+    sizes = np.array([one.size for one in families])
+    largest = lines[int(np.argmax(sizes))]
     log_evidence = np.array([line.log_evidence for line in lines]) + np.log(sizes / sizes.sum())
-    own = [note for line in lines for note in line.notes if not note.startswith(_OWN)]
+    own = [note for line in lines for note in line.notes if getattr(note, "code", None) not in _OWN]
     notes = (*dict.fromkeys(own), *complaints(verdict))
     both = zip(lines, verdict.parts, strict=True)
     sets = [(line.particles, part) for line, part in both if line.particles is not None]

@@ -24,96 +24,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Evaluation, Floats
 from probest.guides.mixture import Mixture, fit_mixture
 from probest.guides.radial import Radial, fit_radial
 from probest.guides.subspace import gradient_rows, informed_basis
+from probest.smc.population import State, log_target, total
 from probest.smc.scouts import with_scouts
-from probest.smc.softening import ADVERSARY, Softening
 
 __all__ = [
-    "State",
     "climb",
     "ensure_gradient",
     "fit_moves",
     "guided_sweep",
-    "log_target",
     "probe",
     "rank_correlation",
     "refresh",
-    "slow",
-    "total",
     "walk",
 ]
 
 Rows = NDArray[np.intp]
 
 _BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
-
-
-@dataclass
-class State:
-    """The population: equal weights, ``family`` the island each particle's first ancestor was drawn in.
-
-    ``log_z`` ``(k,)`` is what each family alone says of the running log-evidence: their mean is the estimate. Particles
-    are in the order of their ancestors, so that relatives lie next to each other.
-
-    z ``(n, dim)`` and gradients ``(n, dim)`` or None (not known now), in float32 where they are large; rows: gradient
-    information for a subspace; ``soft``: the softening of the target, ``drift`` the one that gradient moves follow;
-    ``power`` of the log-weight; size: worth of the run when it is pooled with others, known before it started;
-    places: where scouts say that modes may be, ``(k, dim)`` or None;
-    rest: levels until guided moves are tried again; cost: model calls a particle that a level takes.
-    """
-
-    z: Floats
-    severity: Floats
-    log_weight: Floats
-    severity_grad: Floats | None
-    weight_grad: Floats | None
-    log_z: Floats
-    power: float = 0.0
-    soft: Softening = ADVERSARY
-    drift: Softening = ADVERSARY
-    angle: float = 1.0
-    side_angle: float = 1.2
-    walk_angle: float = 1.0
-    portion: float = 0.5
-    refresh_angle: float = 0.5 * math.pi
-    rows: Floats | None = None
-    rest: int = 0
-    family: NDArray[np.intp] | None = None
-    places: Floats | None = None
-    size: float = 0.0
-    cost: float = 1.5
-    first_hits: int = 0
-    levels: int = 0
-    moves: int = 0
-    acceptance: float = 1.0
-    correlation: float = 0.0
-
-    @property
-    def started(self) -> bool:
-        """Whether the target is a softened event already; before, the adversary is conditioned."""
-        return self.soft is not ADVERSARY
-
-
-def log_target(state: State, severity: Floats, log_weight: Floats) -> Floats:
-    """The state's log-target without φ at these severities and log-weights."""
-    softened = state.soft.log(severity)
-    return softened + state.power * log_weight if state.power > 0.0 else softened
-
-
-def total(state: State) -> float:
-    """Running log-evidence over all families."""
-    return diagnostics.log_sum_exp(state.log_z) - math.log(len(state.log_z))
 
 
 def ensure_gradient(state: State, meter: Meter, gradient: bool) -> bool:
@@ -412,8 +349,3 @@ def rank_correlation(a: Floats, b: Floats) -> float:
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
         return 1.0 if np.array_equal(a, b) else 0.0
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
-
-
-def slow(state: State) -> Floats:
-    """What moves have to decorrelate: the severity, or the log-weight while conditioning."""
-    return state.severity if state.started else state.log_weight

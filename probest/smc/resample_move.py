@@ -18,7 +18,8 @@ from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats, Particles
 from probest.seeds import generator
-from probest.smc.moves import State, fit_moves, guided_sweep, probe, refresh, walk
+from probest.smc.moves import fit_moves, guided_sweep, probe, refresh, walk
+from probest.smc.population import State
 from probest.smc.softening import EVENT
 
 __all__ = ["cost", "thicken"]

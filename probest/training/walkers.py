@@ -28,7 +28,8 @@ from scipy.special import log_ndtr
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.diagnostics import effective_sample_size, log_mean_exp, systematic_resample
 from probest.evidence import EventLike, Floats, Particles
-from probest.smc.moves import State, climb
+from probest.smc.moves import climb
+from probest.smc.population import State
 from probest.smc.softening import Noise
 
 __all__ = ["Walkers"]

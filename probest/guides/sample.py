@@ -1,0 +1,104 @@
+"""Fresh samples of a fixed guide, and what they and the particles that it was fitted to say of it.
+
+An importance sample's own error does not show where the guide is too thin. The particles have mean weight
+E[w | C] = P (1 + relative variance): particles whose weights are far above anything that was sampled lie where the
+guide does not go (:func:`seen`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from probest import diagnostics
+from probest.budget import Meter
+from probest.evidence import Floats, Population
+from probest.guides.base import Guide
+from probest.guides.program import BoundProgram
+
+__all__ = ["Batch", "above", "draw", "join", "kept_weights", "second_moment", "seen"]
+
+_BLOCK = 2_000_000  # numbers of z alive at once
+_KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
+
+
+class Batch(NamedTuple):
+    """Fresh samples of a fixed guide: log-weights of all (−inf off target), and the points on target."""
+
+    log_w: Floats
+    z: Floats
+    severity: Floats
+
+
+def draw(meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator, inside: bool) -> Batch:
+    """``n`` fresh samples, in blocks of rows; keeps z of the first that are on target, as far as memory goes."""
+    rows = max(1, _BLOCK // guide.dim)
+    log_w: list[Floats] = []
+    kept: list[Floats] = []
+    severity: list[Floats] = []
+    for start in range(0, n, rows):
+        z, part, level = _fresh(meter, guide, min(rows, n - start), rng)
+        if inside:
+            part = np.where(level >= 0.0, part, -np.inf)
+        at = np.flatnonzero(np.isfinite(part))[: max(0, _KEEP // guide.dim - sum(len(part) for part in kept))]
+        at = at[: len(z)]
+        log_w.append(part)
+        kept.append(z[at])
+        severity.append(level[at])
+    return Batch(np.concatenate(log_w), np.concatenate(kept), np.concatenate(severity))
+
+
+def _fresh(
+    meter: Meter, guide: Guide | BoundProgram, n: int, rng: np.random.Generator
+) -> tuple[Floats, Floats, Floats]:
+    """z (no rows where the guide knows only native values), log-weights and severities of ``n`` samples."""
+    if isinstance(guide, BoundProgram):
+        return np.empty((0, guide.dim)), *guide.draw(meter, n, rng)
+    z = guide.sample(n, rng)
+    result = meter.evaluate(z)
+    return z, guide.log_ratio(z) + result.log_weight, result.severity
+
+
+def join(a: Batch, b: Batch) -> Batch:
+    """Both batches; z stays aligned with the first finite log-weights, so a full ``a`` takes no more."""
+    log_w = np.concatenate([a.log_w, b.log_w])
+    room = 0 if len(a.z) < np.count_nonzero(np.isfinite(a.log_w)) else max(0, _KEEP // a.z.shape[1] - len(a.z))
+    return Batch(log_w, np.concatenate([a.z, b.z[:room]]), np.concatenate([a.severity, b.severity[:room]]))
+
+
+def kept_weights(batch: Batch) -> Floats:
+    """Log-weights of the points whose z was kept."""
+    return batch.log_w[np.isfinite(batch.log_w)][: len(batch.z)]
+
+
+def second_moment(log_w: Floats) -> float:
+    """log of n Σw² / (Σw)² = 1 + relative variance; inf when nothing was on target."""
+    ess = diagnostics.effective_sample_size(log_w)
+    return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
+
+
+def seen(population: Population | None, guide: Guide | BoundProgram, batch: Floats) -> tuple[float, float, float]:
+    """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
+
+    coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
+    unseen: the particles' mass at weights above the largest that was sampled, beyond what chance explains.
+    """
+    if population is None:
+        return 1.0, 0.0, -math.inf
+    mean = diagnostics.log_mean_exp(batch)[0]
+    if not math.isfinite(mean):
+        return 0.0, 1.0, math.inf
+    weights = guide.log_ratio(population.z) + population.log_weight
+    share = population.log_w - diagnostics.log_sum_exp(population.log_w)
+    theirs = diagnostics.log_sum_exp(share + weights) - mean
+    return math.exp(min(0.0, second_moment(batch) - theirs)), above(weights, share, batch), theirs
+
+
+def above(weights: Floats, share: Floats, batch: Floats) -> float:
+    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
+    beyond = weights > float(np.max(batch)) + math.log(1.5)
+    if not beyond.any():
+        return 0.0
+    return math.exp(diagnostics.log_sum_exp(share[beyond]) - diagnostics.log_sum_exp(share))

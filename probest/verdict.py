@@ -1,0 +1,107 @@
+"""Which evidence to believe: where estimates agree, and what is concluded where they do not.
+
+An estimate with mean P errs low, seldom high (Markov): it is too low whenever a mode was missed, and then its stated
+error is too small as well. So agreement is judged with room for what errors leave out, and disagreement is reported,
+never averaged away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from probest.evidence import Code, Evidence, Note
+
+__all__ = ["agree", "contradicts", "judge", "or_learned", "settle"]
+
+_ERRORS = 3.0  # standard errors of the difference
+_LEFT_OUT = 0.1  # nats, for what the errors leave out
+_VAGUEST = 1.0  # nats: an error beyond this agrees with no more
+_MARKOV = math.log(40.0)  # nats that an unbiased estimate is seldom too high by: once in 40
+_PRECISE = 0.3  # standard error of tempering that may conclude by itself
+
+
+def agree(one: Evidence, other: Evidence) -> bool:
+    """Whether two estimates tell the same story: within three standard errors of their difference, and a little.
+
+    Where one of them found nothing, whether their intervals overlap.
+    """
+    if not (math.isfinite(one.log_prob) and math.isfinite(other.log_prob)):
+        return one.interval[0] <= other.interval[1] and other.interval[0] <= one.interval[1]
+    error = min(math.hypot(one.std_error, other.std_error), _VAGUEST)
+    return abs(one.log_prob - other.log_prob) <= _ERRORS * error + _LEFT_OUT
+
+
+def contradicts(one: Evidence | None, other: Evidence) -> bool:
+    """Whether one is converged and disagrees with the other."""
+    return one is not None and one.converged and not agree(one, other)
+
+
+def judge(
+    crude: Evidence,
+    tempered: Evidence | None,
+    failed: Sequence[Evidence],
+    weighed: Sequence[Evidence],
+    lined: Evidence | None,
+) -> Evidence:
+    """The conclusion where no importance sample passed its checks.
+
+    tempered: all tempering runs that reached the event, as one; failed: those that did not. weighed: importance
+    samples. All tempering runs as one conclude, if nothing speaks against it; without any, lines or the crude sample
+    bound P.
+    """
+    upper = crude.interval[1]
+    if tempered is None:
+        if lined is not None and math.isfinite(lined.log_prob):
+            # P̂ is unbiased whatever else is wrong: by Markov's inequality it is seldom 40 times too high
+            lower = min(lined.interval[0], lined.log_prob - _MARKOV)
+            return replace(lined, converged=False, interval=(lower, upper))
+        if math.isfinite(crude.log_prob):
+            notes = (*crude.notes, *(note for line in failed for note in line.notes))
+            return replace(crude, converged=False, notes=notes)
+        last = failed[-1] if failed else crude
+        return replace(last, interval=(-math.inf, upper), claim="upper", converged=False)
+    found = [line for line in weighed if math.isfinite(line.log_prob)]
+    advice: list[str] = list(tempered.notes)
+    lower, top = tempered.interval
+    agreed = all(agree(tempered, line) for line in found if line.converged) and lower <= upper
+    if lined is not None and lined.converged and agree(tempered, lined) and lined.std_error < tempered.std_error:
+        return lined
+    agreed = agreed and not contradicts(lined, tempered)
+    if not agreed:
+        sentence = "the methods disagree beyond their errors: raise the budget, or look at the ledger's particles."
+        advice.append(Note(Code.DISAGREE, sentence))
+        others = [lined] if lined is not None and lined.converged else []
+        seen = [line.log_prob for line in (*found, *others)]
+        lower, top = min(lower, *seen, lower), max(top, *seen, top)
+    if found and agreed:
+        sentence = "the guide did not pass its checks (see the ledger): this is tempering's own estimate."
+        advice.append(Note(Code.SECOND_CHOICE, sentence))
+    precise = tempered.std_error <= _PRECISE
+    if tempered.converged and not precise:
+        advice.append(Note(Code.IMPRECISE, f"the standard error is {tempered.std_error:.2f}: raise the budget."))
+    return replace(
+        tempered,
+        interval=(lower, top),
+        converged=tempered.converged and agreed and precise,
+        notes=tuple(advice),
+    )
+
+
+def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
+    """Where nothing passed: the evidence with the least error, and an interval that spans all of them."""
+    found = [line for line in (judged, *others) if line is not None and math.isfinite(line.log_prob)]
+    if judged.converged or len(found) < 2:
+        return judged
+    best = min(found, key=lambda line: line.std_error)
+    lower, upper = min(line.interval[0] for line in found), max(line.interval[1] for line in found)
+    notes = tuple(dict.fromkeys((*judged.notes, *best.notes)))
+    return replace(best, converged=False, interval=(lower, upper), notes=notes)
+
+
+def or_learned(bound: Evidence, learned: Evidence | None) -> Evidence:
+    """The learned severity's estimate, unconverged as it is, where there is only a bound besides."""
+    if learned is None or math.isfinite(bound.log_prob) or not math.isfinite(learned.log_prob):
+        return bound
+    return replace(learned, interval=(learned.interval[0], max(learned.interval[1], bound.interval[1])))
