@@ -2,8 +2,10 @@
 
 from probest import checkers
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
+from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
@@ -21,6 +23,7 @@ __all__ = [
     "Evidence",
     "GradientError",
     "Importance",
+    "LineSampling",
     "MonteCarlo",
     "Problem",
     "ProblemError",
@@ -30,7 +33,17 @@ __all__ = [
     "Surrogate",
     "Tempering",
     "TrainingRun",
+    "UnmetNeedError",
+    "__version__",
     "checkers",
     "estimate",
     "train",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'probest' has no attribute {name!r}")
+    from importlib.metadata import version  # 30 ms that no import of probest should wait for
+
+    return version("probest")

@@ -307,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
         description="How likely is a catastrophe, and how to train it away.",
         epilog="Exit codes: 0 the result converged, 2 bad input, 3 the result did not converge.",
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="estimate a rare catastrophe, train it away, audit the result")
@@ -344,6 +345,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="where to save, and to resume from")
     train.set_defaults(run=_train)
     return parser
+
+
+class _Version(argparse.Action):
+    """Print the version, looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from probest import __version__
+
+        print(f"probest {__version__}")  # noqa: T201
+        parser.exit()
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 __all__ = [
     "binomial_interval",
@@ -176,8 +177,8 @@ def binomial_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, fl
         return -math.inf, math.log(-math.expm1(math.log(2.0 * tail) / n))
     if hits == n:
         return math.log(2.0 * tail) / n, 0.0
-    lower = float(stats.beta.ppf(tail, hits, n - hits + 1))
-    upper = float(stats.beta.ppf(1.0 - tail, hits + 1, n - hits))
+    lower = float(scipy.stats.beta.ppf(tail, hits, n - hits + 1))
+    upper = float(scipy.stats.beta.ppf(1.0 - tail, hits + 1, n - hits))
     return math.log(lower), math.log(upper)
 
 

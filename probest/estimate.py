@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from scipy.optimize import brentq
+import scipy
 from scipy.special import ndtri
 
 from probest.backends.base import Array, PyTree
@@ -238,7 +238,7 @@ class Estimate:
             rest = 0.0 if q >= 1 else (1 - q) * (math.log1p(-q) - log_safe)
             return q * (log_q - log_p) + rest - kl
 
-        return 1.0 if excess(0.0) < 0 else math.exp(float(brentq(excess, log_p, 0.0, xtol=1e-14)))
+        return 1.0 if excess(0.0) < 0 else math.exp(float(scipy.optimize.brentq(excess, log_p, 0.0, xtol=1e-14)))
 
     def log_prob_at(
         self,

@@ -1,10 +1,53 @@
-"""The methods of estimating log P; each has ``run(event, budget=..., seed=...)`` and returns one Evidence."""
+"""The methods of estimating log P, and what is needed to write one.
 
-from probest.estimators.base import Estimator
+Each is a small frozen object with ``run(event, budget=..., seed=...)``, which returns a :class:`~probest.evidence.Run`.
+"""
+
+from probest.budget import Meter
+from probest.estimators.base import Estimator, Need, UnmetNeedError
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
-from probest.evidence import Evidence, Particles
+from probest.evidence import (
+    Claim,
+    Code,
+    Counts,
+    Evaluation,
+    EventLike,
+    Evidence,
+    Families,
+    Note,
+    Particles,
+    Population,
+    Run,
+)
+from probest.seeds import child_seed, generator
 
-__all__ = ["Combined", "Estimator", "Evidence", "Importance", "MonteCarlo", "Particles", "Tempering"]
+__all__ = [
+    "Claim",
+    "Code",
+    "Combined",
+    "Counts",
+    "Estimator",
+    "Evaluation",
+    "EventLike",
+    "Evidence",
+    "Families",
+    "Importance",
+    "LineSampling",
+    "Meter",
+    "MonteCarlo",
+    "Need",
+    "Note",
+    "Particles",
+    "Population",
+    "Run",
+    "Surrogate",
+    "Tempering",
+    "UnmetNeedError",
+    "child_seed",
+    "generator",
+]

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from probest import diagnostics
 from probest.budget import Meter
@@ -233,7 +233,7 @@ class _Campaign:
         lined = self.lines[-1]
         low, high = (math.exp(end) for end in lined.interval)
         hits, n = look.counts
-        odd = stats.binom.sf(hits - 1, n, high) < 1e-3 or stats.binom.cdf(hits, n, low) < 1e-3
+        odd = scipy.stats.binom.sf(hits - 1, n, high) < 1e-3 or scipy.stats.binom.cdf(hits, n, low) < 1e-3
         if odd and lined.converged:
             sentence = "the crude sample speaks against this: a mode is missing, or lines miss parts of the event."
             self.lines[-1] = lined = replace(

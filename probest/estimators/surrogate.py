@@ -38,8 +38,8 @@ from enum import IntEnum
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import scipy
 from scipy import special
-from scipy.spatial.distance import cdist
 
 from probest import diagnostics
 from probest.budget import Meter
@@ -177,7 +177,7 @@ def _bisect(meter: Meter, ends: Judged, known: Judged, steps: int) -> Judged:
     for end, other, from_, to in ((ends.hit, ~known.hit, inside, outside), (~ends.hit, known.hit, outside, inside)):
         if end.any() and other.any():
             from_.append(ends.z[end])
-            to.append(known.z[other][np.argmin(cdist(ends.z[end], known.z[other]), axis=1)])
+            to.append(known.z[other][np.argmin(scipy.spatial.distance.cdist(ends.z[end], known.z[other]), axis=1)])
     if not inside:
         return new
     a, b = np.concatenate(inside), np.concatenate(outside)

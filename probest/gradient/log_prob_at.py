@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 from scipy.special import log_ndtr
 
 from probest.backends.base import Array, Backend, Parts
@@ -112,7 +112,7 @@ class Weigher:
         if not tail.any():
             return linear
         radius = np.where(tail, surface.radius, 1.0)
-        share = surface.coefficient * surface.slope / np.exp(stats.norm.logpdf(radius) - log_ndtr(-radius))
+        share = surface.coefficient * surface.slope / np.exp(scipy.stats.norm.logpdf(radius) - log_ndtr(-radius))
         share = np.where(tail, share, 0.0)
         moved = put(radius) - rise / put(surface.slope)
         change = special.log_ndtr(-moved) - put(log_ndtr(-radius))

@@ -30,8 +30,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import elementwise
+import scipy
 from scipy.special import logsumexp
 
 from probest.diagnostics import systematic_resample
@@ -142,7 +141,9 @@ def _assemble(
     slope = np.maximum(np.abs(slope_signed), np.finfo(float).tiny)
 
     log_q = _log_line_probability(event, lines, line, root, inside, pair, n)
-    log_density = np.where(lines.ray[line], stats.chi.logpdf(np.maximum(root, 1e-300), dim), stats.norm.logpdf(root))
+    log_density = np.where(
+        lines.ray[line], scipy.stats.chi.logpdf(np.maximum(root, 1e-300), dim), scipy.stats.norm.logpdf(root)
+    )
     particle = pair[line]
     own = _share(normal, z, directions)[np.arange(len(line)), choice[particle]]
     flux = np.exp(log_density + at.log_weight - log_q[particle]) * own / (probability[particle] * n)
@@ -180,6 +181,8 @@ def _roots(event: Event, lines: _Lines, known: Floats) -> tuple[np.ndarray, Floa
     def signed(r: Floats, at: np.ndarray) -> Floats:
         values: Floats = event.evaluate(lines.at(at, r), held=_take(lines.held, at)).severity
         return values
+
+    from scipy.optimize import elementwise
 
     if not len(line):
         return line, left, inside[:, 0]

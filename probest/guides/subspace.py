@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import linalg
+import scipy
 
 from probest import diagnostics
 from probest.evidence import Floats
@@ -88,7 +88,7 @@ def _row_space(rows: Floats) -> tuple[Floats, Floats]:
 def _moment_basis(z: Floats, w: Floats, effective: float, most: int) -> Floats:
     """Leading directions of Σ w z zᵀ that exceed what noise in ``effective`` samples would give."""
     n, dim = z.shape
-    _, singular, vt = linalg.svd(z * np.sqrt(w)[:, None], full_matrices=False, check_finite=False)
+    _, singular, vt = scipy.linalg.svd(z * np.sqrt(w)[:, None], full_matrices=False, check_finite=False)
     value = singular**2
     edge = (1.0 + math.sqrt(dim / max(effective, 1.0))) ** 2
     information = 0.5 * (value - 1.0 - np.log(np.maximum(value, 1e-12)))

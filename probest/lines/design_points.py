@@ -36,9 +36,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
+import scipy
 from scipy.special import log_ndtr, ndtri
-from scipy.stats import qmc
 
 from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
@@ -189,7 +188,7 @@ def _nearest(planes: list[_Plane]) -> Floats | None:
     matrix = np.vstack([inside, offsets])
     goal = np.zeros(len(matrix))
     goal[-1] = 1.0
-    residual = matrix @ nnls(matrix, goal)[0] - goal
+    residual = matrix @ scipy.optimize.nnls(matrix, goal)[0] - goal
     if abs(residual[-1]) < 1e-9:
         return None
     return np.asarray(basis @ (-residual[:-1] / residual[-1]))
@@ -370,7 +369,7 @@ def _circle(n: int, rng: np.random.Generator) -> Floats:
 
 def even_normals(n: int, dim: int, rng: np.random.Generator) -> Floats:
     """``n`` standard normals that fill space more evenly than independent ones (scrambled Sobol)."""
-    points = qmc.Sobol(dim, rng=rng).random_base2(math.ceil(math.log2(max(n, 2))))[:n]
+    points = scipy.stats.qmc.Sobol(dim, rng=rng).random_base2(math.ceil(math.log2(max(n, 2))))[:n]
     return np.asarray(ndtri(np.clip(points, 1e-12, 1.0 - 1e-12)), dtype=np.float64)
 
 

@@ -26,8 +26,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Evaluation, Floats
@@ -348,4 +348,4 @@ def rank_correlation(a: Floats, b: Floats) -> float:
     """Spearman's correlation; 1 where nothing moved and 0 where it is not defined."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
         return 1.0 if np.array_equal(a, b) else 0.0
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    return float(scipy.stats.spearmanr(a, b).statistic)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from scipy import special
-from scipy.spatial.distance import cdist
 
 from probest.evidence import Evaluation, Floats
 
@@ -59,7 +59,8 @@ class Features(NamedTuple):
         return np.asarray(coefficients[1 : z.shape[1] + 1] + inner @ self.basis.T, dtype=np.float64)
 
     def _radial(self, u: Floats, centres: Floats) -> Floats:
-        return np.asarray(np.exp(-0.5 * cdist(u, centres, "sqeuclidean") / self.width**2), dtype=np.float64)
+        square = scipy.spatial.distance.cdist(u, centres, "sqeuclidean")
+        return np.asarray(np.exp(-0.5 * square / self.width**2), dtype=np.float64)
 
 
 class Learned(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg, special
+import scipy
+from scipy import special
 
 from probest.evidence import Floats
 from probest.surrogates.features import Decode, Features, Learned
@@ -147,7 +148,7 @@ def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence
     solutions = []
     for penalty in penalties:
         ridge = np.diag(np.where(free, 0.0, 0.01 * penalty) + 1e-12)
-        solutions.append(_original(linalg.solve(gram + ridge, moment, assume_a="pos"), mean, deviation))
+        solutions.append(_original(scipy.linalg.solve(gram + ridge, moment, assume_a="pos"), mean, deviation))
     return solutions
 
 
@@ -168,7 +169,7 @@ def _logistic(x: Floats, severity: Floats, near: float, penalties: Sequence[floa
             slope = ridge * c - wrong @ x / n
             curve = (x * (wrong * (1.0 - wrong) / n)[:, None]).T @ x
             curve[np.diag_indices(p)] += ridge
-            step = linalg.solve(curve, slope, assume_a="pos")
+            step = scipy.linalg.solve(curve, slope, assume_a="pos")
             moved, size, before = x @ step, 1.0, now
             while size > 1e-3:
                 now = _log_loss(right - size * moved) + 0.5 * float(ridge @ (c - size * step) ** 2)
