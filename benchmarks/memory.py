@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 
 def run(particles: int, dim: int, guided: bool) -> None:
     """One run; prints its result and the peak of this process in bytes."""
-    from exact_events import half_space
-
     from probest.estimators.tempering import Tempering
+    from probest.testing.events import half_space
 
     event = half_space(dim, 2.0)
     started = time.perf_counter()

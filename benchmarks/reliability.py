@@ -37,7 +37,7 @@ from rich.table import Table
 from scipy.optimize import brentq
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from models import acas_xu, reliability  # noqa: E402
 from models.reliability import Reliability, band, half_space, islands, parabola, sphere, union  # noqa: E402
@@ -300,7 +300,7 @@ def variants(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def exact(options: argparse.Namespace) -> Iterator[Case]:
-    from exact_events import EXACT_EVENTS
+    from probest.testing.events import EXACT_EVENTS
 
     names = chosen([event.name for event in EXACT_EVENTS], options)
     yield from (of_exact_event(event, options) for event in EXACT_EVENTS if event.name in names)

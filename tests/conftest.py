@@ -14,17 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-TEST_FAILURE_RATE = 1e-5
-"""How often a statistical test may fail by chance. Tolerances follow from it: ``norm.isf(TEST_FAILURE_RATE / 2)``
-standard errors for a mean, and so on. Seeds are fixed, so a test that passes once passes always."""
-
 BACKENDS = {"pyro": ("torch", "pyro"), "numpyro": ("jax", "numpyro")}
-
-
-@pytest.fixture(scope="session")
-def failure_rate() -> float:
-    """``TEST_FAILURE_RATE``, for tests that do not import it."""
-    return TEST_FAILURE_RATE
 
 
 @pytest.fixture(params=list(BACKENDS))

@@ -9,8 +9,7 @@ import pytest
 from scipy import special, stats
 
 from probest import diagnostics
-
-TEST_FAILURE_RATE = 1e-4
+from probest.testing import FAILURE_RATE
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -50,7 +49,7 @@ def test_khat_recovers_the_shape_of_a_pareto_tail(shape: float) -> None:
     n = 100_000
     log_w = -shape * np.log(rng(3).random(n))  # w = U^{-k}: exactly Pareto with shape k
     tail = 3.0 * math.sqrt(n)
-    tolerance = stats.norm.isf(TEST_FAILURE_RATE / 2) * (1.0 + shape) / math.sqrt(tail)
+    tolerance = stats.norm.isf(FAILURE_RATE / 2) * (1.0 + shape) / math.sqrt(tail)
     assert abs(diagnostics.pareto_khat(log_w + 500.0) - shape) < tolerance + 10.0 / tail
 
 
@@ -93,7 +92,7 @@ def test_mean_interval_covers_for_lognormal_weights(skew: float) -> None:
     for _ in range(repeats):
         low, high = diagnostics.mean_interval(skew * random.standard_normal(n))
         covered += low <= 0.5 * skew**2 <= high
-    assert covered >= stats.binom.ppf(TEST_FAILURE_RATE, repeats, 0.92)
+    assert covered >= stats.binom.ppf(FAILURE_RATE, repeats, 0.92)
 
 
 def test_next_temperature_meets_its_target() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TEST_FAILURE_RATE
 from library import library
 from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import Problem, ProblemError, Tempering, estimate
+from probest.testing import FAILURE_RATE
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -137,7 +137,7 @@ def test_same_seed_same_result(backend: str) -> None:
     assert first.log_prob == again.log_prob
     assert first.log_prob != other.log_prob
     error = math.hypot(first.std_error, other.std_error)
-    assert abs(first.log_prob - other.log_prob) < stats.norm.isf(TEST_FAILURE_RATE / 2) * max(error, 0.02)
+    assert abs(first.log_prob - other.log_prob) < stats.norm.isf(FAILURE_RATE / 2) * max(error, 0.02)
 
 
 def test_the_composed_program_is_an_ordinary_program(backend: str) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TEST_FAILURE_RATE
 from library import gradient, library, parameters
 from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import GradientError, MonteCarlo, Problem, Tempering, estimate
+from probest.testing import FAILURE_RATE
 
 BETA, ANGLE, MEAN = 5.0, 0.3, 0.7
 SAMPLER = Tempering(particles=256)
@@ -84,7 +84,7 @@ def test_several_modes_and_shells(backend: str) -> None:
     tail = {b: 2 * math.exp(log_ndtr(-b)) for b in (4.0, 4.3)}
     total = tail[4.0] + tail[4.3] - tail[4.0] * tail[4.3]
     share = tail[4.0] / total
-    error = math.sqrt(share * (1 - share) / 100) * stats.norm.isf(TEST_FAILURE_RATE / 2)
+    error = math.sqrt(share * (1 - share) / 100) * stats.norm.isf(FAILURE_RATE / 2)
     for name, b in (("first", 4.0), ("second", 4.3)):
         hazard = math.exp(stats.norm.logpdf(b) - log_ndtr(-b))
         assert -grads[name] / hazard == pytest.approx(tail[b] / total, abs=error)
@@ -134,7 +134,7 @@ def test_boolean_checker_has_a_gradient_in_the_adversary_only(backend: str) -> N
         result.log_prob_at(model=m)
     _, grads = gradient(backend, result, adversary=d)
     hazard = math.exp(stats.norm.logpdf(1.5) - log_ndtr(-1.5))
-    tolerance = stats.norm.isf(TEST_FAILURE_RATE / 2) / math.sqrt(1000)  # var(x | x > 1.5) < 1
+    tolerance = stats.norm.isf(FAILURE_RATE / 2) / math.sqrt(1000)  # var(x | x > 1.5) < 1
     assert grads["mean"] == pytest.approx(hazard, abs=tolerance)
 
 

@@ -12,10 +12,9 @@ from scipy import special, stats
 
 from probest import Importance, Problem, ProblemError, ProgramGuide, estimate
 from probest.budget import Meter
+from probest.testing import FAILURE_RATE
 
-# A correct guide fails one of the statistical assertions below with at most this probability.
-TEST_FAILURE_RATE = 1e-5
-REACH = stats.norm.isf(TEST_FAILURE_RATE / 2)
+REACH = stats.norm.isf(FAILURE_RATE / 2)
 QUIET: dict[str, Any] = {"progress": False}
 
 

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import pytest
-from exact_events import ExactEvent, half_space, numeric_gradient, parabola
 from scipy import integrate, special, stats
 
 from probest import diagnostics
@@ -20,10 +19,10 @@ from probest.guides.directional import Directional, fit_directional, log_normali
 from probest.guides.fit import Fitted, fit_guide
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.guides.mixture import Mixture
+from probest.testing import FAILURE_RATE
+from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
 
-# A correct guide fails one of the statistical assertions below with at most this probability.
-TEST_FAILURE_RATE = 1e-5
-REACH = stats.norm.isf(TEST_FAILURE_RATE / 2)
+REACH = stats.norm.isf(FAILURE_RATE / 2)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -81,7 +80,7 @@ def test_directional_sampler_follows_its_density(dim: int, kappa: float) -> None
     n = 20_000
     z = law.sample(n, rng(1))
     square = np.sum(z**2, axis=1)
-    assert stats.kstest(square, stats.gamma(0.6 * dim, scale=1.3 / 0.6).cdf).pvalue > TEST_FAILURE_RATE
+    assert stats.kstest(square, stats.gamma(0.6 * dim, scale=1.3 / 0.6).cdf).pvalue > FAILURE_RATE
     cosine = z[:, 0] / np.sqrt(square)
     # d/dκ of the normaliser is the mean cosine
     step = 1e-4 * max(kappa, 1.0)
@@ -146,7 +145,7 @@ def test_fixed_shares_do_not_raise_the_variance() -> None:
     truth = stats.norm.sf(3.5)
     assert abs(np.mean(sums) - truth) < REACH * np.std(sums) / math.sqrt(len(sums))
     # the stated variance is that of independent choices: never too small (chi-square)
-    assert np.var(sums) < np.mean(spread) * stats.chi2.isf(TEST_FAILURE_RATE, 399) / 399
+    assert np.var(sums) < np.mean(spread) * stats.chi2.isf(FAILURE_RATE, 399) / 399
 
 
 @pytest.mark.parametrize("library", FLOWS)
@@ -172,7 +171,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
             part = ((y > 3.3) == above) & ((x > 0.0) == right)
             share = np.mean(((sample[:, 1] > 3.3) == above) & ((sample[:, 0] > 0.0) == right))
             assert abs(share - density[part].sum() * cell) < REACH * 0.5 / math.sqrt(3000) + 0.02
-    assert stats.kstest(sample[:, 4], "norm").pvalue > TEST_FAILURE_RATE
+    assert stats.kstest(sample[:, 4], "norm").pvalue > FAILURE_RATE
     np.testing.assert_array_equal(sample, flow.sample(3000, rng(11)))
     again = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
     np.testing.assert_array_equal(again.log_ratio(z), flow.log_ratio(z))
@@ -203,7 +202,7 @@ def test_intervals_cover() -> None:
         for event in events
     ]
     covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for event, run in runs)
-    assert stats.binom.cdf(covered, len(runs), 0.93) > TEST_FAILURE_RATE
+    assert stats.binom.cdf(covered, len(runs), 0.93) > FAILURE_RATE
 
 
 def lacking(good: bool, seed: int) -> tuple[ExactEvent, Population, Fitted]:
@@ -231,8 +230,8 @@ def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
             evidence = importance_sample(Importance(), event, population, None, budget=3000, seed=source, fitted=fitted)
             flagged[good] += any("particles show" in note for note in evidence.notes)
     # rates of at most 2 % and at least 99 %, at this many repeats
-    assert flagged[True] <= stats.binom.isf(TEST_FAILURE_RATE, repeats, 0.02)
-    assert flagged[False] >= stats.binom.ppf(TEST_FAILURE_RATE, repeats, 0.99)
+    assert flagged[True] <= stats.binom.isf(FAILURE_RATE, repeats, 0.02)
+    assert flagged[False] >= stats.binom.ppf(FAILURE_RATE, repeats, 0.99)
 
 
 def test_smoothed_is_a_second_opinion() -> None:

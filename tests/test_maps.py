@@ -14,12 +14,12 @@ from scipy import special, stats
 
 from probest.programs.maps import GaussianMap, UnsupportedDistribution, gaussian_map, mixture_map
 from probest.programs.maps.base import find_rule
+from probest.testing import FAILURE_RATE
 
 for module in ("pyro.distributions", "numpyro.distributions"):  # here, as some draw random numbers when imported
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         importlib.import_module(module)
 
-TEST_FAILURE_RATE = 1e-6  # of each statistical test
 DRAWS = 5_000
 Z = np.array([-8.0, -5.0, -3.0, -1.0, 0.0, 1.0, 3.0, 5.0, 8.0])
 TOLERANCE = {"float32": 1e-4, "float64": 2e-9}
@@ -451,7 +451,7 @@ def test_law(case: str, parameters: dict[str, Any], statistic: Any, law: Any, na
         fn = make_nested(library, case, parameters)
         values = draws(library, fn, DRAWS).astype(np.float64)
         assert values.shape[1:] == tuple(fn.batch_shape) + tuple(fn.event_shape)
-        assert stats.kstest(statistic(values), law.cdf).pvalue > TEST_FAILURE_RATE
+        assert stats.kstest(statistic(values), law.cdf).pvalue > FAILURE_RATE
 
 
 COMPOUND = [
@@ -485,7 +485,7 @@ def test_compound(case: str, parameters: dict[str, Any], name: str) -> None:
         enough = expected > 5
         counts, expected = (np.append(v[enough], v[~enough].sum()) for v in (counts, expected))
         statistic = ((counts - expected) ** 2 / np.maximum(expected, 1)).sum()
-        assert stats.chi2(enough.sum() - 1).sf(statistic) > TEST_FAILURE_RATE, (counts, expected)
+        assert stats.chi2(enough.sum() - 1).sf(statistic) > FAILURE_RATE, (counts, expected)
 
 
 # --- every class of both libraries ----------------------------------------------------------------------------------
@@ -672,7 +672,7 @@ def test_mixture(name: str) -> None:
                 )
                 assert numpy_of(value) == pytest.approx(loc + 0.25)
             law = lambda x: (weights * stats.norm(locs).cdf(np.asarray(x)[..., None])).sum(-1)  # noqa: E731
-            assert stats.kstest(draws(library, fn, DRAWS), law).pvalue > TEST_FAILURE_RATE
+            assert stats.kstest(draws(library, fn, DRAWS), law).pvalue > FAILURE_RATE
 
 
 @on_each_library

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from exact_events import ExactEvent, boolean, conditioned, gradient_free, half_space, impossible, islands, union
 from scipy import special
 
 from models import discrete
@@ -17,9 +16,18 @@ from probest.estimators.surrogate import Explored, Surrogate, _floor, _verdict
 from probest.evidence import Evaluation, Evidence, Floats
 from probest.surrogates.features import Features, Learned, Softened
 from probest.surrogates.regression import Judged
+from probest.testing import FAILURE_RATE
+from probest.testing.events import (
+    ExactEvent,
+    boolean,
+    conditioned,
+    gradient_free,
+    half_space,
+    impossible,
+    islands,
+    union,
+)
 
-# A correct estimator fails one of the statistical assertions below with at most this probability.
-TEST_FAILURE_RATE = 1e-4
 BUDGET = 10_000
 
 
@@ -43,7 +51,7 @@ def test_events_out_of_reach_of_crude_sampling(event: ExactEvent) -> None:
     assert evidence.calls <= BUDGET
     assert evidence.converged, evidence.notes
     assert evidence.std_error < 0.1
-    reach = float(special.stdtrit(60, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
+    reach = float(special.stdtrit(60, 1.0 - FAILURE_RATE / 2)) * evidence.std_error
     assert abs(evidence.log_prob - event.log_prob) < reach
 
 
@@ -125,7 +133,7 @@ def test_discrete_sites_are_learned_from() -> None:
     assert result.calls <= BUDGET
     assert result.converged
     # tempering's error of log P: Student t, with half the freedom of its 16 families
-    reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * result.std_error
+    reach = float(special.stdtrit(7, 1.0 - FAILURE_RATE / 2)) * result.std_error
     assert abs(result.log_prob - discrete.log_prob()) < reach
 
 

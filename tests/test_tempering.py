@@ -9,18 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from exact_events import (
-    ExactEvent,
-    conditioned,
-    constant,
-    corner,
-    gradient_free,
-    half_space,
-    islands,
-    parabola,
-    sphere,
-    union,
-)
 from library import library
 from scipy import special, stats
 
@@ -33,9 +21,19 @@ from probest.guides.mixture import Mixture
 from probest.smc.population import resampled
 from probest.smc.scouts import scouts_from, search, with_scouts
 from probest.smc.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
-
-# A correct implementation fails one of the statistical assertions below with at most this probability.
-TEST_FAILURE_RATE = 1e-4
+from probest.testing import FAILURE_RATE
+from probest.testing.events import (
+    ExactEvent,
+    conditioned,
+    constant,
+    corner,
+    gradient_free,
+    half_space,
+    islands,
+    parabola,
+    sphere,
+    union,
+)
 
 
 def seed(value: int) -> np.random.SeedSequence:
@@ -127,7 +125,7 @@ def test_four_thousand_calls_reach_the_event(event: ExactEvent) -> None:
     evidence = Tempering(particles=256).run(event, budget=4000, seed=seed(0)).conclusion
     assert evidence.calls <= 4000
     assert math.isfinite(evidence.log_prob)
-    reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
+    reach = float(special.stdtrit(7, 1.0 - FAILURE_RATE / 2)) * evidence.std_error
     assert abs(evidence.log_prob - event.log_prob) < reach
 
 
@@ -139,7 +137,7 @@ def test_intervals_cover() -> None:
             evidence = Tempering(particles=256).run(event, budget=10_000, seed=seed(i)).conclusion
             covered += evidence.interval[0] <= event.log_prob <= evidence.interval[1]
             runs += 1
-    assert stats.binom.cdf(covered, runs, 0.92) > TEST_FAILURE_RATE
+    assert stats.binom.cdf(covered, runs, 0.92) > FAILURE_RATE
 
 
 @pytest.mark.parametrize("growth", [lambda s: s, lambda s: np.exp(s) - 1.0, lambda s: 1e-20 * s**3])
@@ -148,7 +146,7 @@ def test_growth_and_units_of_the_severity_do_not_matter(growth: Callable[[Floats
     grown = replace(event, severity=lambda z: growth(event.severity(z)))
     evidence = Tempering(particles=256).run(grown, budget=20_000, seed=seed(0)).conclusion
     assert evidence.converged
-    reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * evidence.std_error
+    reach = float(special.stdtrit(7, 1.0 - FAILURE_RATE / 2)) * evidence.std_error
     assert abs(evidence.log_prob - event.log_prob) < reach
 
 
@@ -190,7 +188,7 @@ def test_a_law_with_scouts_is_a_law() -> None:
     n = 100_000
     z = 2.5 * rng().standard_normal((n, 3))
     ratio = np.exp(stats.norm.logpdf(z).sum(axis=1) - stats.norm.logpdf(z, scale=2.5).sum(axis=1) - joined.log_ratio(z))
-    assert abs(ratio.mean() - 1.0) < stats.norm.isf(TEST_FAILURE_RATE / 2) * ratio.std() / math.sqrt(n)
+    assert abs(ratio.mean() - 1.0) < stats.norm.isf(FAILURE_RATE / 2) * ratio.std() / math.sqrt(n)
 
 
 # --- restarts --------------------------------------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def test_a_warm_start_says_where_to_look_and_nothing_else() -> None:
     for start in (before.particles, opposite):
         runs = [Tempering(128, warm_start=start).run(event, budget=6000, seed=seed(i)).conclusion for i in range(4)]
         covered = sum(run.interval[0] <= event.log_prob <= run.interval[1] for run in runs)
-        assert stats.binom.cdf(covered, len(runs), 0.9) > TEST_FAILURE_RATE
+        assert stats.binom.cdf(covered, len(runs), 0.9) > FAILURE_RATE
     with pytest.raises(ValueError, match="warm_start"):
         Tempering(warm_start=before.particles).run(half_space(3, 2.0), budget=1000, seed=seed(0))
 
@@ -237,7 +235,7 @@ def test_estimates_start_from_estimates(backend: str) -> None:
     before = estimate(problem(4.0), budget=4000, progress=False)
     for method in (None, Tempering(particles=128)):
         after = estimate(problem(4.2), budget=8000, estimator=method, warm_start=before, progress=False)
-        reach = float(special.stdtrit(7, 1.0 - TEST_FAILURE_RATE / 2)) * after.std_error
+        reach = float(special.stdtrit(7, 1.0 - FAILURE_RATE / 2)) * after.std_error
         assert abs(after.log_prob - truth) < reach
     with pytest.raises(TypeError, match="warm_start"):
         estimate(problem(4.2), warm_start=1.0, progress=False)  # type: ignore[arg-type]

@@ -132,7 +132,8 @@ class Combined:
             sentence = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
             conclusion = replace(last, converged=False, notes=(*last.notes, Note(Code.INTERRUPTED, sentence)))
         calls, seconds = budget - campaign.left, time.perf_counter() - started
-        conclusion = replace(conclusion, method=self.name, calls=calls, seconds=seconds)
+        claim = "consistent" if conclusion.claim == "unbiased" else conclusion.claim  # chosen by what it says
+        conclusion = replace(conclusion, method=self.name, claim=claim, calls=calls, seconds=seconds)
         return Run((*campaign.lines, conclusion), calls)
 
 

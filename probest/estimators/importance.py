@@ -404,6 +404,7 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
         notes.append(Note(Code.GIVEN_UP, sentence))
     elif error > wanted and hits:
         notes.append(Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."))
+    fixed = method.precision is None and method.give_up is None  # else samples are added, or given up, by what they say
     particles = None
     if len(joint.hits.z):
         # the largest weights are clipped at mean · √n: less variance for what averages over particles
@@ -415,7 +416,7 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
         log_prob=log_prob,
         std_error=error,
         interval=(lower, min(upper, 0.0) if math.isfinite(upper) else 0.0),
-        claim="unbiased" if below is None else "consistent",
+        claim="unbiased" if fixed and below is None else "consistent",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=not notes,

@@ -6,17 +6,17 @@ roots of the severity. With h_k a partition of unity over the modes k and q_k a 
 .. math:: P = \sum_k E_{q_k}\Big[ \frac{\varphi(z_\perp)}{q_k(z_\perp)}
           \int_{s \ge 0} h_k(z_\perp + r a_k)\, \varphi(r)\, dr \Big].
 
-It is unbiased for *any* directions, if all roots are found; good directions make what is averaged nearly constant. They
+Its mean is P for *any* directions, if all roots are found; good directions make what is averaged nearly constant. They
 are those of the design points (:mod:`probest.lines.design_points`), or rays from the origin where catastrophes surround
 it (then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: its shares are those
 of unit normals at the design points, weighted by their first-order probabilities.
 
 *Rounds.* First lines learn: roots and the gradients there give a quadratic model of the boundary over the few
-coordinates that matter (:mod:`probest.lines.boundary`). Gradients that point to an unknown mode start a new walk.
-The model gives a
-proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines measure what the
-model misses, so the estimate stays unbiased. Where they show the model to be poor it learns once more, and fresh lines
-are drawn anew.
+coordinates that matter (:mod:`probest.lines.boundary`). Gradients that point to an unknown mode start a new walk. The
+model gives a proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines
+measure what the model misses. To stop by their spread, and to take the better of two estimates, costs a bias that
+vanishes with the number of lines. Where they show the model to be poor it learns once more, and fresh lines are drawn
+anew.
 
 *All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that
 answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.lines.roots`). Where lines
@@ -620,7 +620,7 @@ class _Campaign:
             log_prob=min(log_prob, 0.0),
             std_error=error,
             interval=(lower, min(upper, 0.0)),
-            claim="unbiased",
+            claim="consistent",
             calls=self._calls(),
             seconds=self.meter.seconds,
             converged=not notes,

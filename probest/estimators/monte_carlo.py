@@ -71,7 +71,10 @@ class MonteCarlo:
         return "monte carlo"
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
-        """Draw until the precision, ``max_samples`` or the budget is reached. Unbiased if not weighted."""
+        """Draw until the precision, the hits, ``max_samples`` or the budget is reached.
+
+        Unbiased if not weighted and if the number of draws was fixed beforehand; else consistent.
+        """
         meter = Meter(event, budget)
         rng = generator(seed)
         total = min(self.max_samples, meter.budget)
@@ -167,6 +170,7 @@ def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Run:
         interval = (log_prob - t * error, min(0.0, log_prob + t * error))
     else:
         interval = (-math.inf, diagnostics.binomial_interval(0, max(1, int(ess)))[1])
+    stops_by_result = method.precision is not None or method.hits is not None
     converged = error <= wanted and ess >= 50.0 and worth >= 4.0
     if not math.isfinite(log_prob):
         notes.append(_advice(meter.event, state.n, interval[1]))
@@ -186,7 +190,7 @@ def _conclude(method: MonteCarlo, state: State, meter: Meter) -> Run:
         log_prob=log_prob,
         std_error=error,
         interval=interval,
-        claim="consistent" if weighted else "unbiased",
+        claim="consistent" if weighted or stops_by_result else "unbiased",
         calls=meter.calls,
         seconds=meter.seconds,
         converged=converged,

@@ -381,6 +381,7 @@ def _verdict(meter: Meter, explored: Explored, first: Evidence, second: Evidence
     return replace(
         chosen,
         method=second.method,
+        claim="consistent",
         interval=(lower, upper),
         calls=meter.calls + first.calls,
         seconds=meter.seconds,
