@@ -13,5 +13,8 @@ def child_seed(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequenc
 
 
 def generator(seed: np.random.SeedSequence) -> np.random.Generator:
-    """The random numbers of a seed: counter-based (Philox), float64, on the host."""
-    return np.random.Generator(np.random.Philox(seed))
+    """The random numbers of a seed: counter-based (Philox), float64, on the host.
+
+    They spawn from a copy of the seed (scipy's Sobol sequences do spawn), which is left without a trace.
+    """
+    return np.random.Generator(np.random.Philox(child_seed(seed)))

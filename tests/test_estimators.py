@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import special, stats
 
 from probest.budget import Meter
+from probest.estimators.base import Estimator, UnmetNeedError, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
-from probest.evidence import Code, Evaluation, Evidence, Floats
+from probest.evidence import Code, Floats
 from probest.guides.base import Defensive, Prior
 from probest.guides.fit import fit_guide
 from probest.guides.mixture import Mixture, fit_mixture
@@ -23,7 +28,7 @@ from probest.guides.subspace import informed_basis
 from probest.smc.families import Families, combine
 from probest.smc.moves import State, refresh
 from probest.smc.softening import EVENT
-from probest.testing import FAILURE_RATE
+from probest.testing import FAILURE_RATE, check_estimator, check_evidence, check_run, check_truth
 from probest.testing.events import (
     EXACT_EVENTS,
     ExactEvent,
@@ -37,111 +42,124 @@ from probest.testing.events import (
 )
 
 BUDGET = 50_000
-Method = MonteCarlo | Tempering | Importance | Combined
-METHODS: tuple[Method, ...] = (
-    MonteCarlo(max_samples=20_000),
-    Tempering(particles=256),
-    Importance(),
-    Combined(),
+METHODS: tuple[tuple[Estimator, int], ...] = (
+    (MonteCarlo(max_samples=20_000), BUDGET),
+    (Tempering(particles=256), BUDGET),
+    (Importance(), BUDGET),
+    (LineSampling(), 20_000),
+    (Surrogate(), 4_000),
+    (Combined(), BUDGET),
 )
+NEED_NOT_CONVERGE: dict[str, frozenset[str]] = {
+    # these two say nothing until a particle is a catastrophe: moves have nothing to go by
+    "tempering": frozenset({"union4_equal_d20_nograd", "half_space_d2_b3_bool", "half_space_d50_b2.5_bool"}),
+    # no gradient leads anywhere; and where the boundary passes through the median, lines have no direction of their own
+    "line sampling": frozenset({"staircase_d10", "plateau_d10", "half_space_d2_b0"}),
+    # a penalised quadratic does not learn these from some thousand cases
+    "surrogate": frozenset({"union4_equal_d20_nograd", "plateau_d10"}),
+}
+
+
+def must_converge(method: Estimator, event: ExactEvent) -> bool:
+    """Whether a method that is not converged on the event, within its budget here, has a defect."""
+    if isinstance(method, MonteCarlo):
+        return math.exp(event.log_prob) * method.max_samples > 25 and not event.weighted  # 5 standard deviations of 0
+    return event.name not in NEED_NOT_CONVERGE.get(method.name, frozenset())
+
+
+def each_method(function: Callable[..., None]) -> Any:
+    """Runs a test for every method."""
+    methods = [method for method, _ in METHODS]
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.name.replace(" ", "_"))(function)
+
+
+def skip_unless_able(method: Estimator, event: ExactEvent) -> None:
+    if isinstance(method, Surrogate) and event.differentiable and event.dim > 10:
+        pytest.skip("minutes of regressions, for an event that has a gradient")
+    try:
+        check_needs(method, event)
+    except UnmetNeedError as error:
+        pytest.skip(str(error))
 
 
 def seed(value: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(value)
 
 
-def check_evidence(evidence: Evidence, event: ExactEvent, budget: int) -> None:
-    """What holds of every evidence, whatever the event."""
-    assert 0 <= evidence.calls <= budget
-    lower, upper = evidence.interval
-    assert not any(map(math.isnan, (evidence.log_prob, evidence.std_error, lower, upper, evidence.log_evidence)))
-    assert lower <= evidence.log_prob <= 0.0
-    assert lower <= upper <= 0.0
-    if not evidence.converged:
-        assert evidence.notes
-    if evidence.log_prob == -math.inf:
-        assert not evidence.converged
-        assert lower == -math.inf
-    if evidence.particles is not None:
-        z, log_weight, severity = evidence.particles
-        assert z.shape == (len(severity), event.dim)
-        assert severity.min() >= 0.0
-        np.testing.assert_allclose(event.severity(z), severity, rtol=1e-9, atol=1e-9)
-        assert special.logsumexp(log_weight) == pytest.approx(0.0, abs=1e-9)
-
-
 @pytest.mark.parametrize("event", EXACT_EVENTS, ids=lambda event: event.name)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
-def test_every_estimator_on_every_exact_event(method: Method, event: ExactEvent) -> None:
-    evidence = method.run(event, budget=BUDGET, seed=seed(1)).conclusion
-    check_evidence(evidence, event, BUDGET)
+@pytest.mark.parametrize(("method", "budget"), METHODS, ids=lambda of: getattr(of, "name", "").replace(" ", "_"))
+def test_every_estimator_on_every_exact_event(method: Estimator, budget: int, event: ExactEvent) -> None:
+    skip_unless_able(method, event)
+    run = method.run(event, budget=budget, seed=seed(1))
+    check_run(run, event, budget)
+    evidence = run.conclusion
+    if must_converge(method, event):
+        assert evidence.converged, evidence.notes
     if isinstance(method, MonteCarlo) and not event.weighted:
         # exact: both binomial tails of the hits at the true P
-        hits, n = evidence.diagnostics["hits"], evidence.diagnostics["samples"]
+        assert run.counts is not None
         p = math.exp(event.log_prob)
-        assert min(stats.binom.cdf(hits, n, p), stats.binom.sf(hits - 1, n, p)) > FAILURE_RATE / 2
-    elif evidence.converged:
-        # errors of log P are judged by Student t, with half the freedom of the families where those gave the error
-        freedom = 7 if evidence.method == "tempering" or "island_ess" in evidence.diagnostics else 60
-        reach = float(special.stdtrit(freedom, 1.0 - FAILURE_RATE / 2)) * evidence.std_error
-        assert abs(evidence.log_prob - event.log_prob) < reach
+        tails = (
+            stats.binom.cdf(run.counts.hits, run.counts.draws, p),
+            stats.binom.sf(run.counts.hits - 1, run.counts.draws, p),
+        )
+        assert min(tails) > FAILURE_RATE / 2
+    else:
+        check_truth(evidence, event, FAILURE_RATE)
+
+
+def test_the_matrix_names_events_that_exist() -> None:
+    named = set().union(*NEED_NOT_CONVERGE.values())
+    assert named <= {event.name for event in EXACT_EVENTS}
 
 
 @pytest.mark.parametrize("event", [*EXACT_EVENTS[:14], EXACT_EVENTS[-1]], ids=lambda event: event.name)
-def test_the_default_strategy_converges(event: ExactEvent) -> None:
+def test_the_default_strategy_is_precise(event: ExactEvent) -> None:
     evidence = Combined().run(event, budget=BUDGET, seed=seed(2)).conclusion
     assert evidence.converged, evidence.notes
     assert evidence.std_error < 0.11
 
 
 @pytest.mark.parametrize("event", [impossible(3), constant(3)], ids=lambda event: event.name)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
-def test_nothing_to_find_is_said_so(method: Method, event: ExactEvent) -> None:
-    evidence = method.run(event, budget=5000, seed=seed(0)).conclusion
-    check_evidence(evidence, event, 5000)
+@each_method
+def test_nothing_to_find_is_said_so(method: Estimator, event: ExactEvent) -> None:
+    run = method.run(event, budget=5000, seed=seed(0))
+    check_run(run, event, 5000)
+    evidence = run.conclusion
     assert evidence.log_prob == -math.inf
     assert not evidence.converged
-    assert evidence.interval[1] < 0.0
+    if not isinstance(method, LineSampling):  # which draws nothing that could bound P
+        assert evidence.interval[1] < 0.0
 
 
 @pytest.mark.parametrize("budget", [1, 7, 40, 300, 1500])
 @pytest.mark.parametrize("event", [half_space(20, 5.0), conditioned(5, 3.0, 1.0, 0.5)], ids=lambda e: e.name)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
-def test_the_budget_is_a_ceiling(method: Method, event: ExactEvent, budget: int) -> None:
-    check_evidence(method.run(event, budget=budget, seed=seed(0)).conclusion, event, budget)
+@each_method
+def test_the_budget_is_a_ceiling(method: Estimator, event: ExactEvent, budget: int) -> None:
+    skip_unless_able(method, event)
+    check_run(method.run(event, budget=budget, seed=seed(0)), event, budget)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
-def test_bad_input_is_named(method: Method) -> None:
+@each_method
+def test_bad_input_is_named(method: Estimator) -> None:
     event = half_space(2, 1.0)
     for budget in (0, -5):
         with pytest.raises(ValueError, match="budget"):
             method.run(event, budget=budget, seed=seed(0))
     broken = replace(event, severity=lambda z: np.where(z[:, 0] > 1.0, np.nan, -1.0))
+    if isinstance(method, LineSampling):  # lines go where draws do not: that a model is undefined there is no error
+        conclusion = method.run(broken, budget=1000, seed=seed(0)).conclusion
+        assert not conclusion.converged
+        return
     with pytest.raises(ValueError, match="severity"):
         method.run(broken, budget=1000, seed=seed(0))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.replace(" ", "_"))
-def test_same_seed_same_evidence_whatever_the_chunks(method: Method) -> None:
-    event = union(5, (3.0, 3.0, 3.0, 3.0))
-
-    class Chunked(ExactEvent):
-        def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-            parts = [ExactEvent.evaluate(self, part, gradient=gradient) for part in np.array_split(z, 7) if len(part)]
-            grads = [part.severity_grad for part in parts if part.severity_grad is not None]
-            return Evaluation(
-                np.concatenate([part.severity for part in parts]),
-                np.concatenate([part.log_weight for part in parts]),
-                np.concatenate(grads) if grads else None,
-            )
-
-    chunked = Chunked(event.name, event.dim, event.log_prob, event.severity, event.gradient)
-    source = seed(3)
-    one = method.run(event, budget=20_000, seed=source).conclusion
-    # the same object: running leaves no trace in the seed
-    two = method.run(chunked, budget=20_000, seed=source).conclusion
-    assert (one.log_prob, one.std_error, one.calls) == (two.log_prob, two.std_error, two.calls)
+@each_method
+def test_every_estimator_keeps_the_contract_that_users_can_check(method: Estimator) -> None:
+    (outcome,) = check_estimator(method, [half_space(5, 2.0)], budget=8_000)
+    assert outcome.run is not None
+    assert abs(outcome.error) < 1.0
 
 
 def test_importance_from_a_given_guide_is_unbiased() -> None:
@@ -186,11 +204,14 @@ def test_conditioned_adversary_gives_its_evidence_and_prior() -> None:
     event = conditioned(10, 3.0, 1.0, 0.4)
     for method in (Tempering(particles=512), Combined()):
         evidence = method.run(event, budget=BUDGET, seed=seed(0)).conclusion
-        assert abs(evidence.log_evidence - event.log_evidence) < 0.5
+        reach = stats.norm.isf(FAILURE_RATE / 2)
+        assert abs(evidence.log_evidence - event.log_evidence) < reach * 0.1
         assert evidence.prior_particles is not None
         z, log_weight, _ = evidence.prior_particles
-        mean = float(np.exp(log_weight) @ z[:, 0])
-        assert abs(mean - 1.0 / (2.0 + 0.4**2)) < 0.5
+        variance = 2.0 + 0.4**2
+        # z₁ given the observation is N(1/variance, 1 − 1/variance); related particles: worth at least an eighth
+        error = math.sqrt((1.0 - 1.0 / variance) / (len(z) / 8))
+        assert abs(float(np.exp(log_weight) @ z[:, 0]) - 1.0 / variance) < reach * error
     crude = MonteCarlo(max_samples=20_000).run(conditioned(2, 0.5, 1.0, 1.0), budget=BUDGET, seed=seed(0)).conclusion
     assert abs(crude.log_prob - conditioned(2, 0.5, 1.0, 1.0).log_prob) < 4.0 * crude.std_error
     assert abs(crude.log_evidence - conditioned(2, 0.5, 1.0, 1.0).log_evidence) < 0.05
@@ -347,8 +368,15 @@ def test_guide_densities_integrate_to_one(dim: int) -> None:
 
 
 def test_shell_is_recognised() -> None:
-    evidence = Combined().run(sphere(100, 14.467812505937182), budget=BUDGET, seed=seed(5)).conclusion
-    assert evidence.diagnostics.get("rank", 0.0) == 0.0
+    # rays from the origin carry it: one family without a direction, where a half-space has one mode with one
+    event = sphere(100, 14.467812505937182)
+    run = Combined().run(event, budget=BUDGET, seed=seed(5))
+    assert run.ledger[-2].method == "line sampling"
+    fitted = fit_guide(run.conclusion.particles.z, run.conclusion.particles.log_weight, np.random.default_rng(0))
+    assert fitted.kind == "radial"
+    assert fitted.basis is None
+    plain = Combined().run(half_space(100, 5.0), budget=BUDGET, seed=seed(5)).conclusion
+    assert fit_guide(plain.particles.z, plain.particles.log_weight, np.random.default_rng(0)).kind != "radial"
 
 
 @pytest.mark.parametrize(
