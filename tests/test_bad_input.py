@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from library import library
 
-from probest import Problem, ProblemError, SeverityError, SiteError, estimate, train
+from probest import (
+    Importance,
+    LineSampling,
+    Problem,
+    ProblemError,
+    SeverityError,
+    SiteError,
+    UnmetNeedError,
+    estimate,
+    train,
+)
 
 
 def build(lib: Any, **change: Any) -> Problem:
@@ -132,6 +142,30 @@ def test_problem(backend: str, case: str) -> None:
 def test_estimate_arguments(backend: str, argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
         estimate(build(library(backend)), **{argument: value})
+
+
+def test_a_precision_beside_an_estimator_says_where_it_belongs(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"precision=0.1.*estimator=Importance\(precision=0.1\)"):
+        estimate(build(library(backend)), precision=0.1, estimator=Importance())
+
+
+def test_an_estimator_is_refused_before_it_runs(backend: str) -> None:
+    lib = library(backend)
+    yes_or_no = build(lib, checker=lambda x, y: y.sum() > 3.0)
+    with pytest.raises(UnmetNeedError, match="line sampling needs a severity with a gradient"):
+        estimate(yes_or_no, estimator=LineSampling(), progress=False)
+    assert yes_or_no.event.model_calls == 0
+
+
+def test_an_estimator_that_returns_something_else_is_named(backend: str) -> None:
+    class Wrong:
+        name = "wrong"
+
+        def run(self, event: Any, *, budget: int, seed: Any) -> Any:
+            return -3.0
+
+    with pytest.raises(TypeError, match=r"wrong.run returned .*float"):
+        estimate(build(library(backend)), estimator=Wrong(), progress=False)
 
 
 def test_not_a_problem() -> None:

@@ -1,0 +1,138 @@
+"""Contracts of evidence, and what is concluded from it: made-up ledgers with known answers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from probest.evidence import Code, Evidence, Note, Run
+from probest.seeds import child_seed, generator
+from probest.verdict import agree, contradicts, judge, or_learned, settle
+
+INF = math.inf
+
+
+def line(log_prob: float, error: float = 0.05, *, converged: bool = True, **rest: Any) -> Evidence:
+    interval = (log_prob - 2 * error, min(0.0, log_prob + 2 * error)) if math.isfinite(log_prob) else (-INF, -7.0)
+    defaults: dict[str, Any] = {"interval": interval, "claim": "consistent", "calls": 10, "seconds": 0.1}
+    return Evidence("made up", log_prob, std_error=error, converged=converged, **(defaults | rest))
+
+
+def test_a_note_is_a_sentence_with_a_code_that_survives_copying() -> None:
+    note = Note(Code.FLAT, "the severity is flat.")
+    assert note == "the severity is flat."
+    for other in (note, pickle.loads(pickle.dumps(note)), copy.deepcopy(note)):
+        assert other.code is Code.FLAT
+    assert line(-3.0, notes=(note, "a plain sentence")).codes == {Code.FLAT}
+
+
+def test_a_run_has_a_conclusion() -> None:
+    one = line(-3.0)
+    run = Run.of(one)
+    assert (run.conclusion, run.calls, run.population, run.counts) == (one, 10, None, None)
+    with pytest.raises(ValueError, match="ledger is empty"):
+        Run((), 0)
+
+
+def test_seeds_are_named_and_left_alone() -> None:
+    seed = np.random.SeedSequence(5)
+    draws = [generator(child_seed(seed, *key)).random() for key in ((), (1,), (1,), (2,), (1, 2))]
+    assert draws[1] == draws[2]
+    assert len(set(draws)) == 4
+    generator(seed).spawn(3)
+    assert seed.n_children_spawned == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (line(-10.0), line(-10.2), True),
+        (line(-10.0), line(-10.5), False),
+        (line(-10.0, 0.4), line(-11.0, 0.4), True),
+        (line(-10.0, 5.0), line(-14.0, 5.0), False),  # what would agree with anything confirms nothing
+        (line(-10.0), line(-INF, INF), True),  # nothing found, with an upper bound above
+        (line(-3.0), line(-INF, INF), False),
+        (line(-INF, INF), line(-INF, INF), True),
+    ],
+)
+def test_estimates_agree_within_their_errors(one: Evidence, other: Evidence, same: bool) -> None:
+    assert agree(one, other) is agree(other, one) is same
+
+
+def test_only_what_is_converged_contradicts() -> None:
+    assert contradicts(line(-10.0), line(-12.0))
+    assert not contradicts(line(-10.0, converged=False), line(-12.0))
+    assert not contradicts(None, line(-12.0))
+
+
+CRUDE = line(-INF, INF, converged=False, claim="unbiased", notes=("no hits",))
+
+
+def test_tempering_alone_concludes_if_it_is_precise() -> None:
+    assert judge(CRUDE, line(-10.0, 0.2), [], [], None).converged
+    vague = judge(CRUDE, line(-10.0, 0.4), [], [], None)
+    assert not vague.converged
+    assert vague.codes == {Code.IMPRECISE}
+
+
+def test_a_sample_that_passed_and_disagrees_is_reported_not_averaged() -> None:
+    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-10.0)], None)
+    assert not judged.converged
+    assert Code.DISAGREE in judged.codes
+    assert judged.interval[0] <= -12.2
+    assert judged.interval[1] >= -10.0
+
+
+def test_a_sample_that_did_not_pass_leaves_tempering_as_second_choice() -> None:
+    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-14.0, converged=False)], None)
+    assert judged.log_prob == -12.0
+    assert Code.SECOND_CHOICE in judged.codes
+
+
+def test_lines_that_agree_and_are_sharper_conclude() -> None:
+    lined = line(-10.0, 0.05)
+    assert judge(CRUDE, line(-10.1, 0.2), [], [], lined) is lined
+    against = judge(CRUDE, line(-12.0, 0.1), [], [], lined)
+    assert not against.converged
+    assert Code.DISAGREE in against.codes
+
+
+def test_without_tempering_lines_bound_from_below_by_markov() -> None:
+    judged = judge(CRUDE, None, [], [], line(-10.0, 0.05, converged=False))
+    assert not judged.converged
+    assert judged.interval == (pytest.approx(-10.0 - math.log(40.0)), -7.0)
+
+
+def test_without_anything_there_is_an_upper_bound_and_the_reason() -> None:
+    failed = line(-INF, INF, converged=False, notes=(Note(Code.UNREACHED, "not reached."),))
+    judged = judge(CRUDE, None, [failed], [], None)
+    assert (judged.log_prob, judged.claim, judged.interval) == (-INF, "upper", (-INF, -7.0))
+    assert judged.codes == {Code.UNREACHED}
+    hits = judge(line(-5.0, 0.5, converged=False), None, [failed], [], None)
+    assert hits.log_prob == -5.0
+    assert not hits.converged
+    assert Code.UNREACHED in hits.codes
+
+
+def test_where_nothing_passed_the_interval_spans_all() -> None:
+    worse, better = line(-12.0, 0.5, converged=False), line(-10.0, 0.2, converged=False)
+    settled = settle(worse, better, None)
+    assert settled.log_prob == -10.0
+    assert not settled.converged
+    assert settled.interval == (worse.interval[0], better.interval[1])
+    passed = line(-12.0)
+    assert settle(passed, better) is passed
+
+
+def test_a_learned_severity_speaks_where_there_is_only_a_bound() -> None:
+    learned = line(-10.0, 0.3, converged=False)
+    assert or_learned(line(-9.0), learned).log_prob == -9.0
+    spoken = or_learned(CRUDE, learned)
+    assert spoken.log_prob == -10.0
+    assert spoken.interval[1] == -7.0
+    assert or_learned(CRUDE, None) is CRUDE
