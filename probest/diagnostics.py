@@ -41,13 +41,8 @@ _MIN_TAIL = 5
 
 
 def log_sum_exp(log_w: Floats) -> float:
-    """log Σ exp(log_w); ``-inf`` for an empty or an all ``-inf`` array, without a warning."""
-    if log_w.size == 0:
-        return -math.inf
-    top = float(np.max(log_w))
-    if not math.isfinite(top):
-        return top
-    return top + math.log(float(np.sum(np.exp(log_w - top))))
+    """log Σ exp(log_w); ``-inf`` for an empty or an all ``-inf`` array."""
+    return float(special.logsumexp(log_w)) if log_w.size else -math.inf
 
 
 def log_mean_exp(log_w: Floats) -> tuple[float, float]:
@@ -77,15 +72,14 @@ def effective_sample_size(log_w: Floats) -> float:
 
 def conditional_ess(log_w: Floats, log_increment: Floats) -> float:
     """Share (0 to 1) of the sample that survives an increment: (Σ W v)² / Σ W v², with W normalised."""
-    top = float(np.max(log_increment, initial=-math.inf))
-    total = log_sum_exp(log_w)
-    if not math.isfinite(top):
+    top, most = (float(np.max(values, initial=-math.inf)) for values in (log_increment, log_w))
+    if not (math.isfinite(top) and math.isfinite(most)):
         return 0.0
-    increment = log_increment - top  # before any sum: differences of huge increments would cancel
-    first = log_sum_exp(log_w + increment)
-    if not math.isfinite(first):
-        return 0.0
-    return min(1.0, math.exp(2.0 * first - total - log_sum_exp(log_w + 2.0 * increment)))
+    # sums and not their logarithms: this is asked some dozens of times a level
+    weight, increment = np.exp(log_w - most), np.exp(log_increment - top)
+    first = float(weight @ increment)
+    second = float(weight @ increment**2)
+    return min(1.0, first * first / (float(weight.sum()) * second)) if first > 0.0 else 0.0
 
 
 def next_temperature(

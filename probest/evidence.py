@@ -8,6 +8,7 @@ the population that it ended with, for whoever goes on from there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -157,6 +158,31 @@ class Evidence:
     log_evidence: float = 0.0
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def nothing(
+        cls,
+        method: str,
+        note: Note,
+        *,
+        calls: int,
+        seconds: float,
+        upper: float = 0.0,
+        diagnostics: Mapping[str, float] | None = None,
+    ) -> Evidence:
+        """Nothing was found, for the reason in ``note``. upper: what log P is below nevertheless (95 %)."""
+        return cls(
+            method=method,
+            log_prob=-math.inf,
+            std_error=math.inf,
+            interval=(-math.inf, upper),
+            claim="upper",
+            calls=calls,
+            seconds=seconds,
+            converged=False,
+            diagnostics=diagnostics or {},
+            notes=(note,),
+        )
 
     @property
     def codes(self) -> frozenset[Code]:

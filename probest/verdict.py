@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from probest.evidence import Code, Evidence, Note
 
-__all__ = ["agree", "contradicts", "judge", "or_learned", "settle"]
+__all__ = ["agree", "contradicts", "judge", "or_learned", "reach", "settle"]
 
 _ERRORS = 3.0  # standard errors of the difference
 _LEFT_OUT = 0.1  # nats, for what the errors leave out
@@ -29,8 +29,12 @@ def agree(one: Evidence, other: Evidence) -> bool:
     """
     if not (math.isfinite(one.log_prob) and math.isfinite(other.log_prob)):
         return one.interval[0] <= other.interval[1] and other.interval[0] <= one.interval[1]
-    error = min(math.hypot(one.std_error, other.std_error), _VAGUEST)
-    return abs(one.log_prob - other.log_prob) <= _ERRORS * error + _LEFT_OUT
+    return abs(one.log_prob - other.log_prob) <= reach(one.std_error, other.std_error)
+
+
+def reach(*errors: float) -> float:
+    """How far estimates with these standard errors may lie apart and still agree, in nats."""
+    return _ERRORS * min(math.hypot(*errors), _VAGUEST) + _LEFT_OUT
 
 
 def contradicts(one: Evidence | None, other: Evidence) -> bool:

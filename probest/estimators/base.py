@@ -9,7 +9,7 @@ import numpy as np
 
 from probest.evidence import EventLike, Run
 
-__all__ = ["Estimator", "Need", "UnmetNeedError", "check_needs"]
+__all__ = ["Estimator", "Need", "UnmetNeedError", "check_least", "check_needs", "check_precision"]
 
 Need = Literal["gradient", "unconditioned"]
 """``gradient``: a severity with a gradient. ``unconditioned``: an adversary without observed sites or factors."""
@@ -52,3 +52,16 @@ def check_needs(method: Estimator, event: EventLike) -> None:
     lacking = [_LACKING[need] for need in given if need in needs and not given[need]]
     if lacking:
         raise UnmetNeedError(f"{method.name} needs {', and '.join(lacking)}; this event has none. Use Tempering")
+
+
+def check_precision(precision: float | None) -> None:
+    """Raise ValueError unless the precision is None or a positive number of nats."""
+    if precision is not None and not precision > 0.0:
+        raise ValueError(f"precision must be positive (a standard error of log P), got {precision}")
+
+
+def check_least(method: Estimator, **least: float) -> None:
+    """Raise ValueError, naming the field, unless each of these fields of the method is at least so large."""
+    for name, value in least.items():
+        if getattr(method, name) < value:
+            raise ValueError(f"{name} must be at least {value}, got {getattr(method, name)}")

@@ -37,6 +37,7 @@ import scipy
 
 from probest import diagnostics
 from probest.budget import Meter
+from probest.estimators.base import check_least, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
@@ -105,11 +106,8 @@ class Combined:
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.precision is not None and not self.precision > 0.0:
-            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
-        for name, least in (("look", 1), ("pilot", 10), ("particles", 64)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_precision(self.precision)
+        check_least(self, look=1, pilot=10, particles=64)
 
     @property
     def name(self) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 
 from probest import diagnostics
 from probest.budget import Meter
+from probest.estimators.base import check_least, check_precision
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.base import Guide
@@ -103,13 +104,8 @@ class Importance:
     give_up: float | None = None
 
     def __post_init__(self) -> None:
-        if self.precision is not None and not self.precision > 0.0:
-            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
-        for name in ("first_batch", "max_samples"):
-            if getattr(self, name) < 10:
-                raise ValueError(f"{name} must be at least 10, got {getattr(self, name)}")
-        if self.rounds < 0:
-            raise ValueError(f"rounds must not be negative, got {self.rounds}")
+        check_precision(self.precision)
+        check_least(self, first_batch=10, max_samples=10, rounds=0)
         unknown = set(self.guides) - set(KINDS)
         if unknown or not self.guides:
             raise ValueError(f"guides must be some of {', '.join(KINDS)}, got {self.guides}")

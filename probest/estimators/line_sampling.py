@@ -41,7 +41,7 @@ from scipy.special import chdtri
 
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
-from probest.estimators.base import Need, check_needs
+from probest.estimators.base import Need, check_least, check_needs, check_precision
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Run
 from probest.lines.along import Chi
 from probest.lines.design_points import DesignPoints, Search
@@ -79,11 +79,8 @@ class LineSampling:
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "unconditioned"})
 
     def __post_init__(self) -> None:
-        if self.precision is not None and not self.precision > 0.0:
-            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
-        for name, least in (("starts", 2), ("first", 4), ("fresh", 6)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_precision(self.precision)
+        check_least(self, starts=2, first=4, fresh=6)
 
     @property
     def name(self) -> str:
@@ -100,7 +97,7 @@ class LineSampling:
             ledger = _Campaign(self, meter, generator(seed)).run()
         except UndefinedError as error:  # lines go further out than draws do; what follows them may not need that
             note = Note(Code.UNDEFINED, f"lines reached a point where {error}.")
-            ledger = [_nothing(self, meter.calls, meter.seconds, note)]
+            ledger = [Evidence.nothing(self.name, note, calls=meter.calls, seconds=meter.seconds)]
         return Run(tuple(ledger), meter.calls)
 
 
@@ -290,7 +287,8 @@ class _Campaign:
         )
 
     def _nothing(self, code: Code, sentence: str) -> Evidence:
-        return _nothing(self.method, self._calls(), self.meter.seconds, Note(code, sentence))
+        note = Note(code, sentence)
+        return Evidence.nothing(self.method.name, note, calls=self._calls(), seconds=self.meter.seconds)
 
     def _conclude(self, points: DesignPoints, search: Search) -> Evidence:
         chosen = self._all_chosen()
@@ -370,17 +368,3 @@ def _deviations(chosen: _Values) -> Floats:
         return np.asarray(deviation * (chosen.spread / shown if shown > 0.0 else 1.0))
     sign = np.where(np.arange(len(deviation)) % 2 == 0, 1.0, -1.0)
     return np.asarray(sign * chosen.spread)
-
-
-def _nothing(method: LineSampling, calls: int, seconds: float, note: Note) -> Evidence:
-    return Evidence(
-        method=method.name,
-        log_prob=-math.inf,
-        std_error=math.inf,
-        interval=(-math.inf, 0.0),
-        claim="upper",
-        calls=calls,
-        seconds=seconds,
-        converged=False,
-        notes=(note,),
-    )

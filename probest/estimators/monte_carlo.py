@@ -22,6 +22,7 @@ from scipy import special
 
 from probest import diagnostics
 from probest.budget import Meter
+from probest.estimators.base import check_least, check_precision
 from probest.evidence import Code, Counts, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.seeds import generator
 
@@ -60,11 +61,8 @@ class MonteCarlo:
     keep: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "first_batch", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.precision is not None and not self.precision > 0.0:
-            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
+        check_least(self, max_samples=1, first_batch=1, keep=1)
+        check_precision(self.precision)
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ from scipy import special
 
 from probest import diagnostics
 from probest.budget import Meter
-from probest.estimators.base import Need, check_needs
+from probest.estimators.base import Need, check_least, check_needs, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
@@ -51,6 +51,7 @@ from probest.guides.subspace import gradient_rows, informed_basis
 from probest.seeds import child_seed, generator
 from probest.surrogates.features import Decode, Learned, Softened
 from probest.surrogates.regression import RADIAL_DIRECTIONS, Judged, fit_surrogate
+from probest.verdict import reach
 
 __all__ = ["Surrogate"]
 
@@ -126,11 +127,8 @@ class Surrogate:
     needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
 
     def __post_init__(self) -> None:
-        if self.precision is not None and not self.precision > 0.0:
-            raise ValueError(f"precision must be positive (a standard error of log P), got {self.precision}")
-        for name, least in (("look", 10), ("batch", 10), ("rounds", 1), ("particles", 256)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_precision(self.precision)
+        check_least(self, look=10, batch=10, rounds=1, particles=256)
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"share must be between 0 and 1, got {self.share}")
 
@@ -247,7 +245,7 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
 
 def _close(one: Tried, other: Tried) -> bool:
     """Whether both know of the same P, as far as their errors tell."""
-    return abs(one.log_prob - other.log_prob) <= 2.0 * min(math.hypot(one.error, other.error), 0.5) + 0.2
+    return abs(one.log_prob - other.log_prob) <= reach(one.error, other.error)
 
 
 def _directions(learned: Learned, z: Floats) -> Floats:
@@ -353,13 +351,12 @@ def _second(method: Surrogate, meter: Meter, best: Tried, reached: Reached, case
 
 def _verdict(meter: Meter, explored: Explored, first: Evidence, second: Evidence) -> Evidence:
     """The fresh samples of the guide where they pass their checks, else the particles; neither against the other."""
-    error = min(math.hypot(first.std_error, second.std_error), 1.0)
     found = [line for line in (first, second) if math.isfinite(line.log_prob)]
     notes: list[str] = []
     chosen, other = (first, second) if first.converged else (second, first)
     # what misses a part is too low: one that failed its checks is a reason to doubt only where it says more
-    more, reach = other.log_prob - chosen.log_prob, 3.0 * error + 0.1
-    agree = len(found) < 2 or (more <= reach and (more >= -reach or not other.converged))
+    more, apart = other.log_prob - chosen.log_prob, reach(first.std_error, second.std_error)
+    agree = len(found) < 2 or (more <= apart and (more >= -apart or not other.converged))
     if not first.converged:
         sentence = "the guide did not pass its checks: this is the estimate of the surrogate's particles."
         notes.append(Note(Code.SECOND_CHOICE, sentence))
@@ -399,15 +396,11 @@ def _floor(explored: Explored) -> float:
 def _nothing(method: Surrogate, meter: Meter, explored: Explored, note: Note) -> Evidence:
     """No surrogate: the draws of the adversary itself bound P."""
     hits = int(explored.cases.at(slice(explored.size)).hit.sum())
-    return Evidence(
-        method=method.name,
-        log_prob=-math.inf,
-        std_error=math.inf,
-        interval=(-math.inf, diagnostics.binomial_interval(hits, explored.size)[1]),
-        claim="upper",
+    return Evidence.nothing(
+        method.name,
+        note,
         calls=meter.calls,
         seconds=meter.seconds,
-        converged=False,
+        upper=diagnostics.binomial_interval(hits, explored.size)[1],
         diagnostics={"hits": float(hits), "samples": float(explored.size)},
-        notes=(note,),
     )

@@ -41,7 +41,17 @@ from probest.budget import FORWARD_CALLS, GRADIENT_CALLS, Meter
 from probest.evidence import Code, EventLike, Evidence, Families, Floats, Note, Particles, Population, Run
 from probest.seeds import child_seed, generator
 from probest.smc.families import combine, complaints
-from probest.smc.moves import climb, ensure_gradient, fit_moves, guided_sweep, probe, rank_correlation, refresh, walk
+from probest.smc.moves import (
+    adapted,
+    climb,
+    ensure_gradient,
+    fit_moves,
+    guided_sweep,
+    probe,
+    rank_correlation,
+    refresh,
+    walk,
+)
 from probest.smc.population import State, interleave, is_flat, minus, reweight, slow, total
 from probest.smc.scouts import scouts_from, search
 from probest.smc.softening import EVENT, Index, Tilt, learn_index
@@ -338,7 +348,7 @@ def _move(
             local = rng.random(n) < _WALKERS
             acceptance = guided_sweep(state, meter, rng, laws, np.flatnonzero(~local))
             walked = walk(state, meter, rng, state.walk_angle, np.flatnonzero(local))
-            state.walk_angle = float(np.clip(state.walk_angle * math.exp(walked - 0.35), 1e-4, 1.4))
+            state.walk_angle = adapted(state.walk_angle, walked, 0.35)
             state.moves += 1
             state.acceptance = acceptance
             unmoved *= 1.0 - (1.0 - _WALKERS) * acceptance
@@ -371,7 +381,7 @@ def _move(
         else:
             step = climb if gradient else walk
             state.acceptance = step(state, meter, rng, state.angle)
-            state.angle = float(np.clip(state.angle * math.exp(1.5 * (state.acceptance - aim)), 1e-4, 1.4))
+            state.angle = adapted(state.angle, state.acceptance, aim, gain=1.5)
         state.moves += 1
         state.correlation = rank_correlation(start, slow(state))
         if i > 0 and state.correlation <= method.decorrelation and state.acceptance > 0.15:

@@ -43,7 +43,7 @@ from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
 from probest.evidence import Floats
 
-__all__ = ["DesignPoints", "Search", "even_normals"]
+__all__ = ["DesignPoints", "Search", "even_normals", "linearised"]
 
 _WIDE = 2.0  # scale of every other start
 _FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
@@ -177,8 +177,18 @@ class _Plane(NamedTuple):
 
 
 def _plane(u: Floats, severity: float, grad: Floats) -> _Plane:
-    norm = float(np.linalg.norm(grad))
-    return _Plane(grad / norm, float(grad @ u - severity) / norm, u)
+    normal, offset = linearised(u[None], np.array([severity]), grad[None])
+    return _Plane(normal[0], float(offset[0]), u)
+
+
+def linearised(z: Floats, severity: Floats, grad: Floats) -> tuple[Floats, Floats]:
+    """The boundary linearised at each row of z, ``(n, dim)``: unit normals, and distances from the origin ``(n,)``.
+
+    Normal times distance is the step of Hasofer and Lind (1974). Not finite where a gradient is zero.
+    """
+    with np.errstate(all="ignore"):
+        slope = np.linalg.norm(grad, axis=1)
+        return grad / slope[:, None], (np.einsum("ij,ij->i", grad, z) - severity) / slope
 
 
 def _nearest(planes: list[_Plane]) -> Floats | None:

@@ -38,6 +38,7 @@ from probest.smc.population import State, log_target, total
 from probest.smc.scouts import with_scouts
 
 __all__ = [
+    "adapted",
     "climb",
     "ensure_gradient",
     "fit_moves",
@@ -50,6 +51,7 @@ __all__ = [
 
 Rows = NDArray[np.intp]
 
+LONGEST = 1.4  # step, as an angle: beyond it next to nothing of z stays
 _BLOCK = 1_000_000  # numbers alive at once in each temporary of a move
 
 
@@ -137,6 +139,11 @@ def _drift(state: State, severity: Floats, grad: Floats, weight_grad: Floats | N
 
 def _everyone(state: State) -> Rows:
     return np.arange(len(state.z))
+
+
+def adapted(angle: float, acceptance: float, aim: float, *, gain: float = 1.0, least: float = 1e-4) -> float:
+    """The angle of the next step: longer where more than ``aim`` of the last was accepted (Andrieu & Thoms 2008)."""
+    return float(np.clip(angle * math.exp(gain * (acceptance - aim)), least, LONGEST))
 
 
 def walk(state: State, meter: Meter, rng: np.random.Generator, angle: float, at: Rows | None = None) -> float:

@@ -18,7 +18,7 @@ from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats, Particles
 from probest.seeds import generator
-from probest.smc.moves import fit_moves, guided_sweep, probe, refresh, walk
+from probest.smc.moves import adapted, fit_moves, guided_sweep, probe, refresh, walk
 from probest.smc.population import State
 from probest.smc.softening import EVENT
 
@@ -42,7 +42,7 @@ def thicken(meter: Meter, particles: Particles, n: int, *, seed: np.random.SeedS
     for _ in range(sweeps):
         refresh(state, meter, rng)
         accepted = walk(state, meter, rng, state.angle)
-        state.angle = float(np.clip(state.angle * math.exp(2.0 * (accepted - 0.35)), 1e-3, 1.4))
+        state.angle = adapted(state.angle, accepted, 0.35, gain=2.0, least=1e-3)
         probe(state, meter, event.differentiable, _PROBES)
         guided_sweep(state, meter, rng, fit_moves(state, rng), np.arange(n))
     return Particles(state.z, np.full(n, -math.log(n)), state.severity)

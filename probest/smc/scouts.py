@@ -21,6 +21,7 @@ from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats, Particles
 from probest.guides.mixture import Mixture, fit_mixture
 from probest.guides.subspace import informed_basis
+from probest.lines.design_points import linearised
 
 __all__ = ["scouts_from", "search", "with_scouts"]
 
@@ -43,10 +44,8 @@ def search(meter: Meter, rng: np.random.Generator) -> Floats:
         at = meter.evaluate(z, gradient=True)
         if at.severity_grad is None:
             return none
-        with np.errstate(all="ignore"):
-            slope = np.linalg.norm(at.severity_grad, axis=1)
-            unit = at.severity_grad / slope[:, None]
-            length = np.sum(unit * z, axis=1) - at.severity / slope
+        slope = np.linalg.norm(at.severity_grad, axis=1)
+        unit, length = linearised(z, at.severity, at.severity_grad)
         good = np.isfinite(unit).all(axis=1) & (np.abs(length) < 40.0)
         z, severity = (length[:, None] * unit)[good], at.severity[good]
         if len(z) < _COUNT // 4:

@@ -28,7 +28,7 @@ from scipy.special import log_ndtr
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.diagnostics import effective_sample_size, log_mean_exp, systematic_resample
 from probest.evidence import EventLike, Floats, Particles
-from probest.smc.moves import climb
+from probest.smc.moves import adapted, climb
 from probest.smc.population import State
 from probest.smc.softening import Noise
 
@@ -102,7 +102,7 @@ class Walkers:
         caught_up = float(log_ndtr(-typical)) - LAG
         for _ in range(MAX_MOVES):
             acceptance = climb(state, meter, rng, state.angle)
-            state.angle = float(np.clip(state.angle * math.exp(acceptance - ACCEPTANCE), 1e-3, 1.4))
+            state.angle = adapted(state.angle, acceptance, ACCEPTANCE, least=1e-3)
             if np.mean(log_ndtr(state.severity / self.noise)) >= caught_up:
                 break
         self.z, self.severity, self.angle = state.z, state.severity, state.angle
