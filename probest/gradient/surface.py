@@ -36,6 +36,7 @@ from scipy.special import logsumexp
 from probest.diagnostics import systematic_resample
 from probest.evidence import Floats, Particles
 from probest.lines.along import Chi, Normal, between, log_mass
+from probest.lines.roots import between_roots, summed
 from probest.programs.event import Event
 
 __all__ = ["Surface", "sample_surface"]
@@ -197,16 +198,7 @@ def _log_line_probability(
 ) -> Floats:
     """``(n,)`` log of the event's (weighted) probability on the lines of each particle, summed over its lines."""
     dim = lines.offset.shape[1]
-    owner, low, high = [], [], []
-    for i in range(len(lines.reach)):
-        ends = [0.0 if lines.ray[i] else -np.inf] if inside[i] else []
-        ends += list(np.sort(root[line == i]))
-        if len(ends) % 2:
-            ends.append(np.inf)
-        owner += [i] * (len(ends) // 2)
-        low += ends[::2]
-        high += ends[1::2]
-    who, a, b = np.array(owner, dtype=int), np.array(low), np.array(high)
+    who, a, b = between_roots(inside, line, root, np.where(lines.ray, 0.0, -np.inf))
     straight = ~lines.ray[who]
     mass = np.where(straight, log_mass(Normal(), a, b), log_mass(Chi(dim), np.maximum(a, 0.0), b))
     if event.weighted or lines.held:
@@ -220,9 +212,7 @@ def _log_line_probability(
         index = np.repeat(who, NODES)
         log_weight = event.evaluate(lines.at(index, r.ravel()), held=_take(lines.held, index)).log_weight
         mass = mass + logsumexp(log_weight.reshape(-1, NODES) + np.log(weights / 2), axis=1)
-    total = np.full(n, -np.inf)
-    np.logaddexp.at(total, pair[who], mass)
-    return total
+    return summed(mass, pair[who], n)
 
 
 def _share(normal: Floats, z: Floats, directions: Floats) -> Floats:

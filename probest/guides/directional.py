@@ -30,6 +30,7 @@ from scipy import special
 from probest import diagnostics
 from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, stratify
+from probest.guides.em import expectation_maximisation, least_bic
 
 __all__ = ["Directional", "fit_directional", "log_normaliser"]
 
@@ -184,17 +185,15 @@ def fit_directional(
     n_eff = min(effective or math.inf, diagnostics.effective_sample_size(log_w))
     log_square = np.log(np.maximum(np.einsum("ij,ij->i", z, z), _TINY))
     inside = (z @ basis) * np.exp(-0.5 * log_square)[:, None]
-    best: tuple[float, Directional] | None = None
-    for k in range(1, most + 1):
-        if k > 1 and n_eff / k < 2.0 * (basis.shape[1] + 3):
-            break
-        value, law = _em(inside, log_square, w, k, n_eff, basis, rng, steps)
-        bic = -2.0 * n_eff * value + (k * (basis.shape[1] + 3.0) - 1.0) * math.log(max(n_eff, 2.0))
-        if best is not None and bic >= best[0]:
-            break
-        best = bic, law
-    assert best is not None
-    return best[1]
+    r = basis.shape[1]
+    return least_bic(
+        lambda k: _em(inside, log_square, w, k, n_eff, basis, rng, steps),
+        lambda k: k * (r + 3.0) - 1.0,
+        n_eff,
+        most=most,
+        points=2.0 * (r + 3),
+        patience=1,
+    )
 
 
 def _em(
@@ -219,9 +218,8 @@ def _em(
     share = np.zeros((n, k))
     share[np.arange(n), np.argmax(unit @ np.array(picked).T, axis=1)] = 1.0
     square = np.exp(log_square)
-    value, last = -math.inf, -math.inf
-    law: Directional | None = None
-    for _ in range(steps):
+
+    def step(share: Floats) -> tuple[float, Floats, Directional]:
         weighted = w[:, None] * (share + 1e-9)  # a component that lost all its points becomes the law of all points
         mass = weighted.sum(axis=0)
         weighted /= mass
@@ -240,15 +238,10 @@ def _em(
             spread,
         )
         parts = _log_parts(law, log_square, inside @ (mean / length[:, None]).T)
-        top = parts.max(axis=1)
-        density = top + np.log(np.exp(parts - top[:, None]).sum(axis=1))
-        value = float(w @ density)
-        share = np.exp(parts - density[:, None])
-        if value - last < 1e-3:
-            break
-        last = value
-    assert law is not None
-    return value, law
+        density = special.logsumexp(parts, axis=1)
+        return float(w @ density), np.exp(parts - density[:, None]), law
+
+    return expectation_maximisation(share, step, steps)
 
 
 def _concentration(dim: int, resultant: Floats) -> Floats:

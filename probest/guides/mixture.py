@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from probest import diagnostics
 from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, stratify
+from probest.guides.em import expectation_maximisation, least_bic
 
 __all__ = ["Mixture", "fit_mixture"]
 
@@ -134,23 +135,19 @@ def fit_mixture(
     u = (u - centre) / scale
     rows, columns = np.triu_indices(r)
     features = np.concatenate([np.ones((1, len(u))), u.T, u.T[rows] * u.T[columns]])
-    best: tuple[float, _Fit] | None = None
-    worse = 0
-    for k in range(1, most + 1):
-        if k > 1 and n_eff / k < 2.0 * (r + 1):
-            break
+
+    def fit(k: int) -> tuple[float, _Fit]:
         fits = [_em(u, features, w, k, n_eff, rng, steps) for _ in range(1 if k == 1 else starts)]
-        value, fit = max(fits, key=lambda pair: pair[0])
-        size = k * (1.0 + r + 0.5 * r * (r + 1)) - 1.0
-        bic = -2.0 * n_eff * value + size * math.log(max(n_eff, 2.0))
-        if best is None or bic < best[0]:
-            best, worse = (bic, fit), 0
-        else:
-            worse += 1
-            if worse >= 2:  # two modes a direction: one more component may not help where two would
-                break
-    assert best is not None
-    weights, means, scatter = best[1]
+        return max(fits, key=lambda pair: pair[0])
+
+    weights, means, scatter = least_bic(
+        fit,
+        lambda k: k * (1.0 + r + 0.5 * r * (r + 1)) - 1.0,
+        n_eff,
+        most=most,
+        points=2.0 * (r + 1),
+        patience=2,  # two modes a direction: one more component may not help where two would
+    )
     return Mixture(basis, weights, centre + scale * means, scale[:, None] * np.linalg.cholesky(scatter))
 
 
@@ -198,15 +195,15 @@ def _em(
         distances[j] = np.sum((u - means[j]) ** 2, axis=1)
     share = np.zeros((k, n))
     share[np.argmin(distances, axis=0), np.arange(n)] = 1.0
-    weights, scatter = np.full(k, 1.0 / k), np.empty((k, r, r))
-    value, last = -math.inf, -math.inf
-    for _ in range(steps):
+
+    def step(share: Floats) -> tuple[float, Floats, _Fit]:
         moments = (share * w) @ features.T
         mass = np.maximum(moments[:, 0], 1e-12)
         weights = np.maximum(mass / mass.sum(), 1e-9)
         weights /= weights.sum()
         moments /= mass[:, None]
         means = moments[:, 1 : r + 1]
+        scatter = np.empty((k, r, r))
         scatter[:, rows, columns] = scatter[:, columns, rows] = moments[:, r + 1 :]
         scatter -= means[:, :, None] * means[:, None, :]
         # shrink to the diagonal as if r + 1 more points had been seen there
@@ -215,12 +212,9 @@ def _em(
         scatter += 1e-6 * np.eye(r)
         parts = _coefficients(weights, means, scatter, rows, columns, double) @ features
         density = _log_sum(parts)
-        value = float(w @ density)
-        share = np.exp(parts - density)
-        if value - last < 1e-3:
-            break
-        last = value
-    return value, _Fit(weights, means, scatter)
+        return float(w @ density), np.exp(parts - density), _Fit(weights, means, scatter)
+
+    return expectation_maximisation(share, step, steps)
 
 
 def _coefficients(

@@ -60,9 +60,7 @@ class Radial:
         log_chi = self.dim * log_r - 0.5 * np.exp(2.0 * log_r) - (half - 1.0) * math.log(2.0) - special.gammaln(half)
         t = (log_r[:, None] - self.means) / self.scales
         parts = np.log(self.weights) - np.log(self.scales) - 0.5 * _LOG2PI - 0.5 * t * t
-        top = parts.max(axis=1)
-        log_f = top + np.log(np.sum(np.exp(parts - top[:, None]), axis=1))
-        return np.asarray(log_chi - log_f, dtype=np.float64)
+        return np.asarray(log_chi - special.logsumexp(parts, axis=1), dtype=np.float64)
 
     def with_wide_tails(self, share: float, factor: float) -> Radial:
         """This law with probability ``1 - share``, its copy widened by ``factor`` with the rest."""

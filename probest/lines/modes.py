@@ -22,7 +22,7 @@ from probest.guides.base import Guide, Prior
 from probest.lines.along import Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.lines.design_points import DesignPoints, even_normals
-from probest.lines.roots import Crossings, Intervals, Pencil, find_crossings
+from probest.lines.roots import Crossings, Intervals, Pencil, find_crossings, summed
 
 __all__ = ["Mode", "Modes", "Round"]
 
@@ -230,7 +230,7 @@ class Modes:
             r = between(law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
             share = self.log_share(k, base[owner][:, None, :] + r[:, :, None] * along)
             mass = mass + np.log(np.exp(share) @ (0.5 * _NODE_WEIGHTS))
-        return _summed(mass, owner, len(base))
+        return summed(mass, owner, len(base))
 
     def log_line(self, k: int, r: Round) -> Floats:
         """log of what each line of a round says of its mode's probability."""
@@ -364,7 +364,7 @@ class Modes:
             for r in mode.rounds:
                 weight = r.log_w - math.log(count)
                 owner, low, high = r.crossings.intervals
-                weight = weight + _summed(log_mass(r.lines.law, low, high), owner, len(weight))
+                weight = weight + summed(log_mass(r.lines.law, low, high), owner, len(weight))
                 share = self.log_share(k, r.crossings.at @ self._normals.T) if len(self.members) > 1 else 0.0
                 z.append(r.crossings.at)
                 log_w.append(weight[r.crossings.on] + share)
@@ -378,10 +378,3 @@ class Modes:
 def _along(mode: Mode) -> Floats:
     assert mode.direction is not None
     return mode.direction
-
-
-def _summed(log_mass: Floats, owner: np.ndarray, n: int) -> Floats:
-    """log of the sum over each line's intervals, ``(n,)``."""
-    total = np.full(n, -np.inf)
-    np.logaddexp.at(total, owner, log_mass)
-    return total

@@ -19,7 +19,7 @@ from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats
 from probest.lines.along import Position, between, log_mass
 
-__all__ = ["Crossings", "Intervals", "Pencil", "find_crossings"]
+__all__ = ["Crossings", "Intervals", "Pencil", "between_roots", "find_crossings", "summed"]
 
 _TOLERANCE = 0.03  # nats that the last step of a root may change the mass beyond it
 _STEPS = 6
@@ -56,6 +56,28 @@ class Intervals(NamedTuple):
     def join(self, other: Intervals, shift: int = 0) -> Intervals:
         moved = other._replace(owner=other.owner + shift)
         return Intervals(*(np.concatenate(pair) for pair in zip(self, moved, strict=True)))
+
+
+def between_roots(inside: np.ndarray, line: np.ndarray, root: Floats, start: Floats) -> Intervals:
+    """The event on lines that begin at ``start`` ``(n,)``, ``inside`` it or not, and cross its boundary at each root.
+
+    line, root: ``(m,)``. What is still inside after a line's last root stays so.
+    """
+    whole = np.flatnonzero(inside)
+    count = np.bincount(line, minlength=len(inside)) + inside
+    open_ = np.flatnonzero(count % 2)
+    owner = np.concatenate([whole, line, open_])
+    ends = np.concatenate([start[whole], root, np.full(len(open_), np.inf)])
+    order = np.lexsort((ends, owner))
+    owner, ends = owner[order], ends[order]
+    return Intervals(owner[::2], ends[::2], ends[1::2])
+
+
+def summed(log_mass: Floats, owner: np.ndarray, n: int) -> Floats:
+    """log of the sum over each owner's intervals, ``(n,)``."""
+    total = np.full(n, -np.inf)
+    np.logaddexp.at(total, owner, log_mass)
+    return total
 
 
 class Crossings(NamedTuple):
@@ -222,15 +244,7 @@ def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -
     ends = _refine(
         meter, lines, line, grid[line, cell], grid[line, cell + 1], severity[line, cell], severity[line, cell + 1]
     )
-    rising = inside[line, cell + 1]
-    whole = np.flatnonzero(inside[:, 0])
-    last = np.flatnonzero(inside[:, -1])
-    low_owner = np.concatenate([whole, line[rising]])
-    low = np.concatenate([np.full(len(whole), lines.law.low), ends[rising]])
-    high_owner = np.concatenate([line[~rising], last])
-    high = np.concatenate([ends[~rising], np.full(len(last), np.inf)])
-    first, second = np.lexsort((low, low_owner)), np.lexsort((high, high_owner))
-    return Intervals(low_owner[first], low[first], high[second])
+    return between_roots(inside[:, 0], line, ends, np.full(n, lines.law.low))
 
 
 def _refine(meter: Meter, lines: Pencil, line: np.ndarray, a: Floats, b: Floats, at_a: Floats, at_b: Floats) -> Floats:
