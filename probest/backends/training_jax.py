@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,8 @@ import optax
 from probest.backends.base import Array, Backend, Parts, PyTree
 
 __all__ = ["JaxTrainer"]
+
+_EVERY_TIME = np.iinfo(np.int32).max
 
 
 class JaxTrainer:
@@ -29,41 +32,37 @@ class JaxTrainer:
         learning_rate: float,
         max_norm: float,
     ) -> None:
-        leaves, self.treedef = jax.tree.flatten(parts.model)
-        self.fixed = [None if _trainable(leaf) else leaf for leaf in leaves]
-        self.weights: list[Array] = [jnp.asarray(leaf) for leaf in leaves if _trainable(leaf)]
-        clip = optax.clip_by_global_norm(max_norm)
-        self.optimizer = optax.chain(clip, optimizer or optax.adam(learning_rate))
+        self.weights, self.fixed = eqx.partition(parts.model, eqx.is_inexact_array)
+        self.weights = jax.tree.map(jnp.asarray, self.weights)
         decays = optimizer is None
+        inner = optimizer or optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
+        # a gradient that is not finite would ruin the weights: they and the optimizer stay as they are, however often
+        self.optimizer = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(max_norm), inner), _EVERY_TIME)
         self.state = self.optimizer.init(self.weights)
         self.backend = backend
         self.task = task
 
         def loss(
-            weights: list[Array], batch: PyTree, z: Array, noise: Array, weight: Array
+            weights: PyTree, batch: PyTree, z: Array, noise: Array, weight: Array
         ) -> tuple[Array, tuple[Array, Array]]:
-            model = self._merge(weights)
+            model = eqx.combine(weights, self.fixed)
             fit = task(model, batch)
             severity, _ = scores(parts._replace(model=model), z, {})
             pressure = jnp.mean(backend.special.log_ndtr(severity / noise)) if len(z) else jnp.zeros(())
             return fit + weight * pressure, (fit, pressure)
 
-        def step(weights: list[Array], state: Any, decay: Array, *rest: Any) -> Any:
+        def step(weights: PyTree, state: Any, decay: Array, *rest: Any) -> Any:
             grads, parts_of_loss = jax.grad(loss, has_aux=True)(weights, *rest)
-            finite = jnp.isfinite(optax.tree.norm(grads))
-            updates, moved = self.optimizer.update(grads, state, weights)
-            # A gradient that is not finite would ruin the weights: leave them and the optimizer as they are.
-            state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-            updates = jax.tree.map(lambda update: jnp.where(finite, update, 0.0), updates)
-            if decays:  # Adam's step is proportional to its rate
-                updates = jax.tree.map(lambda update: decay * update, updates)
+            if decays:
+                state = optax.tree.set(state, learning_rate=decay * learning_rate)
+            updates, state = self.optimizer.update(grads, state, weights)
             return optax.apply_updates(weights, updates), state, parts_of_loss
 
         self._step = jax.jit(step)
 
     @property
     def model(self) -> Any:
-        return self._merge(self.weights)
+        return eqx.combine(self.weights, self.fixed)
 
     def task_loss(self, batch: PyTree) -> float:
         return float(self.task(self.model, batch))
@@ -74,19 +73,17 @@ class JaxTrainer:
         return float(fit), float(pressure)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        saved = {f"model.{i}": leaf for i, leaf in enumerate(self.weights)}
-        saved |= {f"optimizer.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(self.state))}
-        return {name: np.array(value) for name, value in saved.items()}
+        kept = {"model": self.weights, "optimizer": self.state}
+        return {
+            f"{name}.{i}": np.array(leaf) for name, tree in kept.items() for i, leaf in enumerate(jax.tree.leaves(tree))
+        }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self.weights = [jnp.asarray(arrays[f"model.{i}"]) for i in range(len(self.weights))]
-        leaves, treedef = jax.tree.flatten(self.state)
-        self.state = jax.tree.unflatten(treedef, [jnp.asarray(arrays[f"optimizer.{i}"]) for i in range(len(leaves))])
-
-    def _merge(self, weights: list[Array]) -> Any:
-        given = iter(weights)
-        return jax.tree.unflatten(self.treedef, [next(given) if leaf is None else leaf for leaf in self.fixed])
+        self.weights = _filled("model", self.weights, arrays)
+        self.state = _filled("optimizer", self.state, arrays)
 
 
-def _trainable(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+def _filled(name: str, tree: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
+    """The tree with its leaves from ``arrays``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, [jnp.asarray(arrays[f"{name}.{i}"]) for i in range(len(leaves))])
