@@ -18,6 +18,7 @@ from probest.lines.along import Chi, Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, fit_boundary, propose
 from probest.lines.design_points import DesignPoints, Search
 from probest.lines.roots import Pencil, find_crossings
+from probest.lines.tuning import LineTuning
 from probest.seeds import generator
 from probest.smc.resample_move import cost, thicken
 from probest.testing.events import (
@@ -167,6 +168,7 @@ def _trace(event: ExactEvent, offset: Floats, *, scan: bool, near: float) -> obj
         far=near + 2.0,
         gradient=True,
         scan=np.full(n, scan),
+        tuning=LineTuning(),
     )
 
 
@@ -211,7 +213,7 @@ def test_a_quadratic_boundary_is_recovered_from_roots_and_slopes() -> None:
     offset = rng.standard_normal((12, dim))
     offset[:, 0] = 0.0
     root = 4.0 + 0.5 * np.einsum("ij,jk,ik->i", offset, curvature, offset)
-    model = fit_boundary(offset, root, offset @ curvature, np.ones(12), 4.0, np.empty((0, dim)))
+    model = fit_boundary(offset, root, offset @ curvature, np.ones(12), 4.0, np.empty((0, dim)), LineTuning())
     u = rng.standard_normal((50, dim)) * (np.arange(dim) > 0)
     expected = 4.0 + 0.5 * np.einsum("ij,jk,ik->i", u, curvature, u)
     np.testing.assert_allclose(model.root(u @ model.basis), expected, atol=0.08)
@@ -221,7 +223,11 @@ def test_the_models_own_probability_is_the_integral() -> None:
     event = parabola(2, 5.0, 0.5)
     model = Boundary(np.array([[1.0], [0.0]]), 5.0, np.zeros(1), np.array([[1.0]]), 3.0)
     proposal = propose(
-        model, lambda u: special.log_ndtr(-model.root(u)), np.linspace(-4, 4, 9)[:, None], generator(seed(0))
+        model,
+        lambda u: special.log_ndtr(-model.root(u)),
+        np.linspace(-4, 4, 9)[:, None],
+        generator(seed(0)),
+        LineTuning(),
     )
     allowed = stats.norm.isf(FAILURE / 2) * proposal.error
     assert proposal.log_mean == pytest.approx(event.log_prob, abs=allowed)

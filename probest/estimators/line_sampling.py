@@ -33,7 +33,7 @@ second-order reliability estimates by importance sampling; Papaioannou & Straub 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -46,21 +46,10 @@ from probest.evidence import Code, EventLike, Evidence, Floats, Note, Run
 from probest.lines.along import Chi
 from probest.lines.design_points import DesignPoints, Search
 from probest.lines.modes import Mode, Model, Modes
+from probest.lines.tuning import LineTuning
 from probest.seeds import generator
 
 __all__ = ["LineSampling"]
-
-_FLOOR = 0.005  # of the standard error: what lines that agree cannot tell
-_MOST_MODES = 12
-_LEAST = 5  # fresh lines a mode
-_ROUNDS = 20
-_LESSONS = 4  # each with twice as many lines as the one before
-_CURVED = 1.5  # times as many fresh lines where a boundary bends
-_POOR = 0.2  # misfit of a model, in nats
-_MANY = 32  # fresh lines where the model is poor
-_FEW = 8  # dimensions
-_LOOKS = 5
-_AROUND = 16  # points far out that are asked for modes
 
 
 @dataclass(frozen=True)
@@ -70,12 +59,14 @@ class LineSampling:
     precision: wanted standard error of log P; None spends the budget.
     starts: gradient walks that look for design points (more where they find several).
     first: lines of each mode that learn its boundary. fresh: lines that measure, in the first round (for one mode).
+    tuning: the constants that decide the rest.
     """
 
     precision: float | None = 0.05
     starts: int = 8
     first: int = 8
     fresh: int = 8
+    tuning: LineTuning = field(default_factory=LineTuning, repr=False)
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "unconditioned"})
 
     def __post_init__(self) -> None:
@@ -121,20 +112,20 @@ class _Campaign:
     spent: int = 0
 
     def __post_init__(self) -> None:
-        self.modes = Modes(self.meter, self.rng, self.method.first)
+        self.modes = Modes(self.meter, self.rng, self.method.first, self.method.tuning)
 
     def run(self) -> list[Evidence]:
-        few = self.meter.event.dim <= _FEW
-        search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8)
+        few = self.meter.event.dim <= self.method.tuning.few
+        search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8, tuning=self.method.tuning)
         starts = (5 * self.method.starts) // 8 if few else self.method.starts
         if not search.run(self.rng, starts, 6 * self.method.starts):
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
         points = self._look_around(search)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
-        around = points.origin >= 0.0 or _endless(points)
+        around = points.origin >= 0.0 or _endless(points, self.method.tuning)
         if not around:
             points = self._explore(search, points)
-            around = _endless(points)
+            around = _endless(points, self.method.tuning)
         if around:
             self._surround(points)
         self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
@@ -146,7 +137,7 @@ class _Campaign:
             ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
         lessons = 0
         counts = self._first_counts(models)
-        for _ in range(_ROUNDS):
+        for _ in range(self.method.tuning.rounds):
             for k, count in enumerate(counts):
                 self.modes.measure(k, models[k], count)
             chosen = self._all_chosen()
@@ -155,7 +146,7 @@ class _Campaign:
             counts = self._further_counts(chosen)
             if not sum(counts):
                 size = self.method.first << lessons
-                if around or lessons == _LESSONS or self.meter.left < 12 * size * len(self.modes):
+                if around or lessons == self.method.tuning.lessons or self.meter.left < 12 * size * len(self.modes):
                     break
                 lessons += 1
                 self.modes.relearn(models, size)
@@ -168,27 +159,29 @@ class _Campaign:
     def _look_around(self, search: Search) -> DesignPoints:
         """Design points, after points far out have been asked for more of them (unless there is no end of them)."""
         quiet = 0
-        for _ in range(_LOOKS):
+        for _ in range(self.method.tuning.looks):
             points = search.points()
-            if _endless(points) or quiet == (1 if len(search.arrived) == 1 else 2):
+            if _endless(points, self.method.tuning) or quiet == (1 if len(search.arrived) == 1 else 2):
                 break
-            quiet = 0 if search.look_around(self.rng, _AROUND) else quiet + 1
+            quiet = 0 if search.look_around(self.rng, self.method.tuning.around) else quiet + 1
         return search.points()
 
     def _surround(self, points: DesignPoints) -> None:
         """Rays from the origin instead of modes."""
         beta, law = float(np.median(np.abs(points.beta))), Chi(self.meter.event.dim)
-        self.modes.surround(Mode(None, beta, float(np.median(points.slope)), law, rough=points.origin >= 0.0))
+        self.modes.surround(
+            Mode(None, beta, float(np.median(points.slope)), law, self.method.tuning, rough=points.origin >= 0.0)
+        )
 
     def _explore(self, search: Search, points: DesignPoints) -> DesignPoints:
         """First lines through every mode; where their gradients lead to further modes, these too."""
-        for attempt in range(_LOOKS):
+        for attempt in range(self.method.tuning.looks):
             self.modes.adopt(points)
             for k in range(len(self.modes)):
                 if not self.modes.members[k].rounds:
                     self.modes.learn(k)
             suspects = self.modes.suspects()
-            last = attempt == _LOOKS - 1 or len(self.modes) > _MOST_MODES
+            last = attempt == self.method.tuning.looks - 1 or len(self.modes) > self.method.tuning.most_modes
             if last or not len(suspects) or not search.start_from(suspects):
                 break
             before, points = len(points.beta), search.points()
@@ -227,8 +220,12 @@ class _Campaign:
         """Fresh lines that each mode needs: more where its model is poor, since few may then miss what matters."""
         means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in chosen])
         share = means / max(float(means.sum()), 1e-300)
-        poor = np.array([self.modes.misfit(k) > _POOR for k in range(len(self.modes))])
-        return np.where(poor, np.maximum(_MANY * np.sqrt(np.maximum(share, 0.0)), _LEAST), _LEAST)
+        poor = np.array([self.modes.misfit(k) > self.method.tuning.poor for k in range(len(self.modes))])
+        return np.where(
+            poor,
+            np.maximum(self.method.tuning.many * np.sqrt(np.maximum(share, 0.0)), self.method.tuning.least),
+            self.method.tuning.least,
+        )
 
     def _precise(self, chosen: list[_Values]) -> bool:
         mean, error = self._spread(chosen)
@@ -245,8 +242,8 @@ class _Campaign:
         sums = np.array([self.modes.learnt(k) if m is None else m.proposal.log_mean for k, m in enumerate(models)])
         share = np.exp(sums - diagnostics.log_sum_exp(sums))
         bends = any(m is not None and m.proposal.spread > 0.0 for m in models)
-        lines = self.method.fresh * 0.5 * (1 + len(models)) * (_CURVED if bends else 1.0)
-        return [max(_LEAST, round(lines * part)) for part in share.tolist()]
+        lines = self.method.fresh * 0.5 * (1 + len(models)) * (self.method.tuning.curved if bends else 1.0)
+        return [max(self.method.tuning.least, round(lines * part)) for part in share.tolist()]
 
     def _further_counts(self, chosen: list[_Values]) -> list[int]:
         """Fresh lines for each mode to reach the precision; zeros where the calls that are left do not suffice."""
@@ -258,8 +255,8 @@ class _Campaign:
         wanted = 1.1 * np.sum(spread) * spread / aim**2
         more = np.maximum(0.0, np.maximum(wanted, self._least(chosen)) - done)
         if not np.any(more > 0.0):  # nearly there: what is missing is certainty of the error itself
-            more[int(np.argmax(spread))] = _LEAST
-        more = np.where(more > 0.0, np.maximum(more, _LEAST), 0.0)
+            more[int(np.argmax(spread))] = self.method.tuning.least
+        more = np.where(more > 0.0, np.maximum(more, self.method.tuning.least), 0.0)
         afford = self.meter.left / (max(self.modes.price, 2.0) * max(float(more.sum()), 1.0))
         if afford < 1.0 and self.method.precision is not None:
             return [0 for _ in chosen]
@@ -294,7 +291,7 @@ class _Campaign:
         chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
         mean, _ = self._spread(chosen)
-        if not mean > 0.0 or any(len(c.values) < _LEAST for c in chosen):
+        if not mean > 0.0 or any(len(c.values) < self.method.tuning.least for c in chosen):
             sentence = "too few lines met the event: its boundary is too rough, or the budget too small."
             return self._nothing(Code.FEW_COUNT, sentence)
         # deviations as if all lines were one sample: their mean square over n - 1 is the stratified variance
@@ -303,7 +300,9 @@ class _Campaign:
         log_prob = self.modes.scale + math.log(mean)
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
-        systematic = math.hypot(*(c.error / mean for c in chosen), slip, _FLOOR, 0.5 * points.left_out)
+        systematic = math.hypot(
+            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out
+        )
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
         lower = log_prob - math.hypot(log_prob - lower, 1.96 * systematic)
@@ -354,10 +353,10 @@ class _Campaign:
         return tuple(notes)
 
 
-def _endless(points: DesignPoints) -> bool:
+def _endless(points: DesignPoints, tuning: LineTuning) -> bool:
     """Whether there are more modes than directions could serve: as good as every start found its own."""
     single = int(np.sum(points.starts == 1))
-    return len(points.beta) > _MOST_MODES or (single >= 5 and single >= 0.7 * int(np.sum(points.starts)))
+    return len(points.beta) > tuning.most_modes or (single >= 5 and single >= 0.7 * int(np.sum(points.starts)))
 
 
 def _deviations(chosen: _Values) -> Floats:

@@ -23,15 +23,9 @@ from probest import diagnostics
 from probest.evidence import Floats
 from probest.guides.base import Defensive, Guide, Prior
 from probest.guides.mixture import Mixture
+from probest.lines.tuning import LineTuning
 
 __all__ = ["Boundary", "Proposal", "fit_boundary", "propose"]
-
-_COORDINATES = 24
-_MATTERS = 0.02  # nats of slope (squared, on average) that make a direction one that matters
-_CLOUD = 4096  # points that integrate the model
-_COARSE = 512  # points that place the proposal, at least; 60 a coordinate
-_RIDGE = 0.3
-_NEARER = 5.0  # nats
 
 
 class Boundary(NamedTuple):
@@ -65,7 +59,15 @@ class Boundary(NamedTuple):
         return np.asarray(np.where(np.isfinite(upward) & (b > 0.0), upward, np.inf), dtype=np.float64)
 
 
-def fit_boundary(offset: Floats, root: Floats, slopes: Floats, weight: Floats, rate: float, others: Floats) -> Boundary:
+def fit_boundary(
+    offset: Floats,
+    root: Floats,
+    slopes: Floats,
+    weight: Floats,
+    rate: float,
+    others: Floats,
+    tuning: LineTuning,
+) -> Boundary:
     """The model from lines with roots.
 
     offset ``(n, dim)``; root ``(n,)``; slopes ``(n, dim)``: of the boundary at the line, nan rows where not known;
@@ -73,7 +75,7 @@ def fit_boundary(offset: Floats, root: Floats, slopes: Floats, weight: Floats, r
     the basis shall span in any case.
     """
     known = np.isfinite(slopes).all(axis=1)
-    basis = _basis(offset, slopes[known], weight[known], rate, others)
+    basis = _basis(offset, slopes[known], weight[known], rate, others, tuning)
     u = offset @ basis
     r = basis.shape[1]
     n = len(root)
@@ -101,24 +103,24 @@ def fit_boundary(offset: Floats, root: Floats, slopes: Floats, weight: Floats, r
     matrix, target = np.concatenate(rows), np.concatenate(values)
     pull = np.zeros((1 + len(pairs), matrix.shape[1]))
     pull[0, 1 + r] = 0.05
-    pull[1:, 2 + r :] = _RIDGE * np.eye(len(pairs)) * math.sqrt(max(1.0, len(pairs) / max(len(target), 1)))
+    pull[1:, 2 + r :] = tuning.ridge * np.eye(len(pairs)) * math.sqrt(max(1.0, len(pairs) / max(len(target), 1)))
     matrix = np.concatenate([matrix, pull])
     answer = np.linalg.lstsq(matrix, np.concatenate([target, np.zeros(len(pull))]), rcond=None)[0]
     curvature = np.zeros((r, r))
     for value, (i, j) in zip(answer[2 + r :], pairs, strict=True):
         curvature[i, j] = curvature[j, i] = value
     curvature += answer[1 + r] * np.eye(r)
-    return Boundary(basis, float(answer[0]), answer[1 : 1 + r], curvature, float(np.min(root)) - _NEARER / rate)
+    return Boundary(basis, float(answer[0]), answer[1 : 1 + r], curvature, float(np.min(root)) - tuning.nearer / rate)
 
 
-def _basis(offset: Floats, slopes: Floats, weight: Floats, rate: float, others: Floats) -> Floats:
+def _basis(offset: Floats, slopes: Floats, weight: Floats, rate: float, others: Floats, tuning: LineTuning) -> Floats:
     """Coordinates that the boundary depends on: the span of slopes that matter, and of the other modes' directions."""
     dim = offset.shape[1]
     parts = [others[np.linalg.norm(others, axis=1) > 1e-6]]
     if len(slopes):
         _, size, rows = np.linalg.svd(slopes * (weight / math.sqrt(len(slopes)))[:, None] * rate, full_matrices=False)
-        parts.append(rows[size**2 > _MATTERS])
-    span = np.concatenate(parts)[:_COORDINATES]
+        parts.append(rows[size**2 > tuning.matters])
+    span = np.concatenate(parts)[: tuning.coordinates]
     if not len(span):
         return np.empty((dim, 0))
     q, size, _ = np.linalg.svd(span.T, full_matrices=False)
@@ -141,7 +143,11 @@ class Proposal(NamedTuple):
 
 
 def propose(
-    boundary: Boundary, log_mass: Callable[[Floats], Floats], seen: Floats, rng: np.random.Generator
+    boundary: Boundary,
+    log_mass: Callable[[Floats], Floats],
+    seen: Floats,
+    rng: np.random.Generator,
+    tuning: LineTuning,
 ) -> Proposal:
     """A proposal for the model's own target φ(u) f̂(u); no model calls.
 
@@ -152,7 +158,7 @@ def propose(
     if r == 0:
         return Proposal(Prior(dim), float(log_mass(np.zeros((1, 0)))[0]), 0.0, 0.0, 0.0)
     normal = around = Mixture(boundary.basis, np.ones(1), np.zeros((1, r)), np.eye(r)[None])
-    coarse = max(_COARSE, 60 * r)
+    coarse = max(tuning.coarse_cloud, tuning.cloud_rank * r)
     for width in (1.5, 1.3, 1.2, 1.2):
         wide = normal.widened(width)
         u = wide.sample_inside(coarse, rng)
@@ -168,7 +174,7 @@ def propose(
         factor = np.asarray(np.linalg.cholesky(scatter), dtype=np.float64)
         normal = Mixture(boundary.basis, np.ones(1), mean[None], factor[None])
     inner, shares = (normal.widened(1.15), normal.widened(1.8), around), (0.75, 0.15, 0.1)
-    counts = [int(share * _CLOUD) for share in shares]
+    counts = [int(share * tuning.cloud) for share in shares]
     u = np.concatenate([part.sample_inside(count, rng) for part, count in zip(inner, counts, strict=True)])
     log_q = [math.log(share) - part.log_density_ratio(u) for part, share in zip(inner, shares, strict=True)]
     log_w = log_mass(u) - np.logaddexp.reduce(log_q)

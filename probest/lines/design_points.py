@@ -42,25 +42,9 @@ from scipy.special import log_ndtr, ndtri
 from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
 from probest.evidence import Floats
+from probest.lines.tuning import LineTuning
 
 __all__ = ["DesignPoints", "Search", "even_normals", "linearised"]
-
-_WIDE = 2.0  # scale of every other start
-_FAR = 7.0  # coordinates of points far out: maps of sites to z are exact to 8
-_FEW = 6  # dimensions in which a sphere can be covered
-_SUSPECTS = 3  # starts from unexplained catastrophes at a time
-_EARLIER = 0.9  # a catastrophe at this share of the way to the expected entry is unexplained
-_OPPOSITE = 1.08  # as far beyond a mode's mirror image is looked for the opposite mode
-_HALVINGS = 4
-_STEPS = 14
-_FIRST = 2  # starts of the first batch
-_SUFFICIENT = 0.3  # share of the hoped-for fall of the merit that a step must bring
-_NEAR = 2.0  # linearisations further away than this are forgotten when a step succeeds
-_PLANES = 5  # linearisations that a walk keeps before it shortens its step
-_CLOSE = 0.1  # a target this near counts as reached: lines need the direction only roughly
-_SAME_MODE = 0.35  # design points nearer than this (relative to their norm, plus as much) are one mode
-_COUNTS = math.log(0.02)  # as likely as this, compared to the likeliest, a mode counts when starts are counted
-_NEGLIGIBLE = math.log(1e-3)  # share of the first-order estimate below which a mode is left out
 
 
 class DesignPoints(NamedTuple):
@@ -90,6 +74,7 @@ class DesignPoints(NamedTuple):
 class _Walk:
     """A gradient walk: the last accepted point, linearisations since then, and where it goes next."""
 
+    tuning: LineTuning
     u: Floats
     severity: float
     grad: Floats
@@ -100,9 +85,11 @@ class _Walk:
     stuck: bool = False
 
     @classmethod
-    def at(cls, u: Floats, severity: float, grad: Floats, weight: int = 1, part: float = 1.0) -> _Walk:
+    def at(
+        cls, tuning: LineTuning, u: Floats, severity: float, grad: Floats, weight: int = 1, part: float = 1.0
+    ) -> _Walk:
         plane = _plane(u, severity, grad)
-        return cls(u, severity, grad, plane.normal * plane.offset, [plane], weight, part)
+        return cls(tuning, u, severity, grad, plane.normal * plane.offset, [plane], weight, part)
 
     @property
     def candidate(self) -> Floats:
@@ -116,16 +103,16 @@ class _Walk:
     @property
     def arrived(self) -> bool:
         reach = float(np.linalg.norm(self.target))
-        if self.gap > _CLOSE * max(1.0, 0.2 * reach):
+        if self.gap > self.tuning.arrival * max(1.0, 0.2 * reach):
             return False
-        return self.stuck or float(np.linalg.norm(self.target - self.u)) <= _CLOSE * max(1.0, 0.2 * reach)
+        return self.stuck or float(np.linalg.norm(self.target - self.u)) <= self.tuning.arrival * max(1.0, 0.2 * reach)
 
     @property
     def _cornered(self) -> bool:
         """Whether planes found right here already make u the nearest point."""
         here = [plane for plane in self.planes if float(np.linalg.norm(plane.base - self.u)) <= 0.5]
         target = _nearest(here)
-        return target is not None and float(np.linalg.norm(target - self.u)) <= 2.0 * _CLOSE
+        return target is not None and float(np.linalg.norm(target - self.u)) <= 2.0 * self.tuning.arrival
 
     def meets(self, other: _Walk, distance: float) -> bool:
         """Whether the targets are within ``distance``, in units that grow with the distance from the origin."""
@@ -141,11 +128,13 @@ class _Walk:
         after = 0.5 * float(candidate @ candidate) + price * abs(severity)
         telling = _telling(severity, grad)
         hoped = 0.5 * float(candidate @ candidate)
-        if telling and after < before - _SUFFICIENT * max(before - hoped, 0.0):
-            ahead = _Walk.at(candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part))
-            near = [plane for plane in self.planes if float(np.linalg.norm(plane[2] - candidate)) < _NEAR]
+        if telling and after < before - self.tuning.sufficient * max(before - hoped, 0.0):
+            ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part))
+            near = [
+                plane for plane in self.planes if float(np.linalg.norm(plane[2] - candidate)) < self.tuning.near_planes
+            ]
             if len(self.planes) > 1 and near:  # where planes together helped they still bound the event
-                planes = [*near, *ahead.planes][-_PLANES:]
+                planes = [*near, *ahead.planes][-self.tuning.planes :]
                 target = _nearest(planes)
                 if target is not None:
                     together = replace(ahead, planes=planes, target=target)
@@ -153,14 +142,16 @@ class _Walk:
                     return together if not together.arrived or together._cornered else replace(ahead, part=0.5)
             return ahead
         planes = [*self.planes, _plane(candidate, severity, grad)] if telling else self.planes
-        if telling and self.part == 1.0 and len(planes) <= _PLANES:
+        if telling and self.part == 1.0 and len(planes) <= self.tuning.planes:
             target = _nearest(planes)
             if target is not None:
-                return _Walk(self.u, self.severity, self.grad, target, planes, self.weight)
+                return _Walk(self.tuning, self.u, self.severity, self.grad, target, planes, self.weight)
         if self.part < 0.1:  # no step helps: at best this is a corner on the boundary
-            return _Walk(self.u, self.severity, self.grad, self.u, planes, self.weight, stuck=True)
-        first = _Walk.at(self.u, self.severity, self.grad)
-        return _Walk(self.u, self.severity, self.grad, first.target, first.planes, self.weight, 0.4 * self.part)
+            return _Walk(self.tuning, self.u, self.severity, self.grad, self.u, planes, self.weight, stuck=True)
+        first = _Walk.at(self.tuning, self.u, self.severity, self.grad)
+        return _Walk(
+            self.tuning, self.u, self.severity, self.grad, first.target, first.planes, self.weight, 0.4 * self.part
+        )
 
 
 def _telling(severity: float, grad: Floats) -> bool:
@@ -221,6 +212,7 @@ class Search:
     lost: int = 0
     each: int = 8
     origin: float = math.nan
+    tuning: LineTuning = field(default_factory=LineTuning, repr=False)
 
     def __post_init__(self) -> None:
         self.floor = self.meter.left - min(self.meter.left, self.calls if self.calls is not None else self.meter.left)
@@ -234,7 +226,9 @@ class Search:
         if not self._room(starts + 2):
             return False
         self.origin = float(self.meter.evaluate(np.zeros((1, dim))).severity[0])
-        wanted = min(_FIRST, starts)  # the others may then meet what the first ones found, and stop early
+        wanted = min(
+            self.tuning.first_starts, starts
+        )  # the others may then meet what the first ones found, and stop early
         while self.begun < wanted and self._room(2 * (wanted - self.begun)):
             count = wanted - self.begun
             z = rng.standard_normal((count, dim))
@@ -242,7 +236,7 @@ class Search:
             if told < len(z[::2]) / 2:
                 return False
             with contextlib.suppress(UndefinedError):  # so far out the model need not be defined
-                self.start_from(_WIDE * z[1::2])
+                self.start_from(self.tuning.wide * z[1::2])
             self.begun = wanted
             if wanted >= starts and not self.arrived:
                 return False
@@ -256,16 +250,18 @@ class Search:
             return False
         sides = [_normal(walk) for walk in self.arrived]
         # catastrophes often come in opposite pairs
-        opposite = np.array([-_OPPOSITE * max(offset, 0.5) * normal for normal, offset in sides])
+        opposite = np.array([-self.tuning.opposite * max(offset, 0.5) * normal for normal, offset in sides])
         nearest = max(min(side[1] for side in sides), 0.0)
-        if dim <= _FEW:
+        if dim <= self.tuning.covered:
             near = _circle(points + points // 4, rng) if dim == 2 else even_normals(points, dim, rng)
             near *= (1.25 * nearest + 0.5) / np.linalg.norm(near, axis=1, keepdims=True)
             found = self._unexplained(np.concatenate([opposite, near]))
-            out = rng.uniform(-_FAR, _FAR, (points // 2, dim))
+            out = rng.uniform(-self.tuning.far_out, self.tuning.far_out, (points // 2, dim))
         else:
             found = self._unexplained(opposite)
-            out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(_FAR - 2.0, _FAR, (points, dim))
+            out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(
+                self.tuning.far_out - 2.0, self.tuning.far_out, (points, dim)
+            )
             out = _aside(out, np.array([side[0] for side in sides]))
         with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
@@ -287,19 +283,19 @@ class Search:
         caught = np.flatnonzero(self.meter.evaluate(z).severity >= 0.0)
         early = caught[length[caught] < expected[caught] - 0.1]
         late = np.setdiff1d(caught, early)
-        if len(z) and z.shape[1] <= _FEW and len(late) and self._room(len(late)):
-            before = z[late] * (_EARLIER * expected[late] / length[late])[:, None]
+        if len(z) and z.shape[1] <= self.tuning.covered and len(late) and self._room(len(late)):
+            before = z[late] * (self.tuning.earlier * expected[late] / length[late])[:, None]
             inside = self.meter.evaluate(before).severity >= 0.0
             z = z.copy()
             z[late[inside]] = before[inside]
             early = np.concatenate([early, late[inside]])
         margin = np.linalg.norm(z[early], axis=1) - expected[early]
-        return np.asarray(z[early[np.argsort(margin, kind="stable")[:_SUSPECTS]]])
+        return np.asarray(z[early[np.argsort(margin, kind="stable")[: self.tuning.suspects]]])
 
     def _entries(self, z: Floats) -> Floats:
         """Where the rays to z enter the event, roughly."""
         low, high = np.zeros(len(z)), np.ones(len(z))
-        for _ in range(_HALVINGS):
+        for _ in range(self.tuning.halvings):
             if not self._room(2 * len(z)):
                 break
             middle = 0.5 * (low + high)
@@ -315,11 +311,11 @@ class Search:
         result = self.meter.evaluate(z, gradient=True)
         assert result.severity_grad is not None
         cases = zip(z, result.severity.tolist(), result.severity_grad, strict=True)
-        walks = [_Walk.at(*case) for case in cases if _telling(case[1], case[2])]
+        walks = [_Walk.at(self.tuning, *case) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
-        ended = _follow(self.meter, walks, self.arrived, self._room)
+        ended = _follow(self.meter, walks, self.arrived, self._room, self.tuning)
         self.lost += len(z) - sum(walk.weight for walk in ended)
-        self.arrived = _merge([*self.arrived, *ended], _SAME_MODE)
+        self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
         return told
 
     def _wanted(self, starts: int) -> int:
@@ -337,13 +333,17 @@ class Search:
 
     def _counted(self) -> list[_Walk]:
         log_p = [_log_form(walk) for walk in self.arrived]
-        return [walk for walk, value in zip(self.arrived, log_p, strict=True) if value > max(log_p) + _COUNTS]
+        return [
+            walk
+            for walk, value in zip(self.arrived, log_p, strict=True)
+            if value > max(log_p) + math.log(self.tuning.counts)
+        ]
 
     def points(self) -> DesignPoints:
         """What was found, the most likely first."""
         walks = sorted(self.arrived, key=_log_form, reverse=True)
         log_p = np.array([_log_form(walk) for walk in walks])
-        keep = int(np.count_nonzero(log_p >= log_p[0] + _NEGLIGIBLE))
+        keep = int(np.count_nonzero(log_p >= log_p[0] + math.log(self.tuning.negligible)))
         left_out = math.exp(log_sum_exp(log_p[keep:]) - log_sum_exp(log_p[:keep])) if keep < len(log_p) else 0.0
         walks = walks[:keep]
         sides = [_normal(walk) for walk in walks]
@@ -396,12 +396,12 @@ def _log_form(walk: _Walk) -> float:
     return float(log_ndtr(-_normal(walk)[1]))
 
 
-def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room) -> list[_Walk]:
+def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room, tuning: LineTuning) -> list[_Walk]:
     """Step all walks together until each has arrived or strayed; returns those that arrived."""
     ended: list[_Walk] = []
-    for step in range(_STEPS):
-        walks = _merge(walks, 0.5 * _SAME_MODE if step else 0.05)
-        near = 0.7 * _SAME_MODE if step else 0.02  # the first step has to hit what is known
+    for step in range(tuning.walk_steps):
+        walks = _merge(walks, 0.5 * tuning.same_mode if step else 0.05)
+        near = 0.7 * tuning.same_mode if step else 0.02  # the first step has to hit what is known
         done = [w.arrived or any(w.meets(k, near) for k in known) for w in walks]
         ended += [walk for walk, end in zip(walks, done, strict=True) if end]
         walks = [walk for walk, end in zip(walks, done, strict=True) if not end and not walk.stuck]
@@ -411,7 +411,7 @@ def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room) ->
         assert result.severity_grad is not None
         seen = zip(walks, result.severity.tolist(), result.severity_grad, strict=True)
         walks = [walk.stepped(severity, grad) for walk, severity, grad in seen]
-    return _merge(ended, _SAME_MODE)
+    return _merge(ended, tuning.same_mode)
 
 
 def _merge(walks: list[_Walk], distance: float) -> list[_Walk]:

@@ -23,16 +23,11 @@ from probest.lines.along import Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, Proposal, fit_boundary, propose
 from probest.lines.design_points import DesignPoints, even_normals
 from probest.lines.roots import Crossings, Intervals, Pencil, find_crossings, summed
+from probest.lines.tuning import LineTuning
 
 __all__ = ["Mode", "Modes", "Round"]
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(6)
-_SLOWEST = 0.5  # nats a unit at least: below the bulk the mass beyond hardly changes
-_CHEAP, _DEAR = 8, 40  # calls to keep for a line, if it is simple and if it needs a grid
-_LIGHTEST = 0.2  # weight in the fit of a line that hardly counts
-_STRETCH = 1.5  # width of the first lines in few dimensions: to see what bends away
-_FEW = 8  # dimensions
-_FAR = math.log(1e-4)  # what lies beyond is at most this share of the mode
 
 
 class Model(NamedTuple):
@@ -60,12 +55,13 @@ class Mode:
     beta: float
     slope: float
     law: Position
+    tuning: LineTuning
     rounds: list[Round] = field(default_factory=list)
     rough: bool = False
 
     @property
     def far(self) -> float:
-        level = self.law.log_sf(np.array([max(self.beta, 0.0)])) + _FAR
+        level = self.law.log_sf(np.array([max(self.beta, 0.0)])) + math.log(self.tuning.beyond)
         return float(self.law.isf(level)[0])
 
     @property
@@ -74,7 +70,7 @@ class Mode:
         r = np.array([self.beta, self.beta + 1e-4])
         fall = self.law.log_sf(r)
         rate = float(fall[0] - fall[1]) / 1e-4
-        return max(rate, _SLOWEST) if math.isfinite(rate) else max(self.beta, _SLOWEST)
+        return max(rate, self.tuning.slowest) if math.isfinite(rate) else max(self.beta, self.tuning.slowest)
 
 
 @dataclass
@@ -88,6 +84,7 @@ class Modes:
     meter: Meter
     rng: np.random.Generator
     first: int
+    tuning: LineTuning
     members: list[Mode] = field(default_factory=list)
     price: float = 0.0
     complete: bool = True
@@ -113,7 +110,7 @@ class Modes:
             known = next(
                 (m for m in old if m.direction is not None and float(m.direction @ direction) > 1 - 1e-9), None
             )
-            self.members.append(known or Mode(direction, float(beta), float(slope), Normal()))
+            self.members.append(known or Mode(direction, float(beta), float(slope), Normal(), self.tuning))
         self._normals = points.direction * points.beta[:, None]
         self._log_p = np.asarray(log_ndtr(-points.beta)) - 0.5 * points.beta**2
 
@@ -160,12 +157,12 @@ class Modes:
         """The first lines of a mode: with gradients, one of them on a grid, drawn wide in few dimensions."""
         mode, dim = self.members[k], self.meter.event.dim
         n = max(1, min(self.first, self.meter.left // 12))
-        if mode.direction is None or not 1 < dim <= _FEW:
+        if mode.direction is None or not 1 < dim <= self.tuning.few:
             lines, log_w = self._lines(k, Prior(dim), n)
         else:  # spread out evenly, so that what bends away is seen
             across = np.linalg.qr(np.column_stack([mode.direction, np.eye(dim)]))[0][:, 1:]
-            u = _STRETCH * even_normals(n, dim - 1, self.rng)
-            log_w = np.sum(0.5 * (u / _STRETCH) ** 2 - 0.5 * u**2 + math.log(_STRETCH), axis=1)
+            u = self.tuning.stretch * even_normals(n, dim - 1, self.rng)
+            log_w = np.sum(0.5 * (u / self.tuning.stretch) ** 2 - 0.5 * u**2 + math.log(self.tuning.stretch), axis=1)
             lines = Pencil(u @ across.T, np.broadcast_to(mode.direction, (n, dim)), mode.law)
         self._add(k, lines, log_w, np.full(n, mode.beta), None, gradient=mode.direction is not None, learning=True)
 
@@ -178,7 +175,7 @@ class Modes:
     def measure(self, k: int, model: Model | None, n: int, *, gradient: bool = False) -> None:
         """Fresh lines of a mode, drawn from the model's proposal."""
         mode = self.members[k]
-        n = min(n, self.meter.left // (_DEAR if mode.rough else _CHEAP))
+        n = min(n, self.meter.left // (self.tuning.grid_price if mode.rough else self.tuning.simple_price))
         if n < 1:
             return
         lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.proposal.guide, n)
@@ -214,6 +211,7 @@ class Modes:
             far=mode.far,
             gradient=gradient,
             scan=scan,
+            tuning=self.tuning,
         )
         self.price = max((self.meter.calls - before) / n, 0.5 * self.price)
         mode.rounds.append(Round(lines, log_w, crossings, model, learning))
@@ -274,17 +272,19 @@ class Modes:
         with np.errstate(all="ignore"):
             slopes = -(gradient[rows] - rise[:, None] * direction) / rise[:, None]
         slopes[~(rise > 0.05 * self.members[k].slope)] = np.nan
-        weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(_LIGHTEST)))
+        weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(self.tuning.lightest)))
         root = z[rows] @ direction
         others = np.delete(self._normals, k, axis=0)
         others = others - (others @ direction)[:, None] * direction
-        return fit_boundary(z[rows] - root[:, None] * direction, root, slopes, weight, self.members[k].rate, others)
+        return fit_boundary(
+            z[rows] - root[:, None] * direction, root, slopes, weight, self.members[k].rate, others, self.tuning
+        )
 
     def _propose(self, k: int, boundaries: tuple[Boundary | None, ...], seen: Floats) -> Model | None:
         own = boundaries[k]
         if own is None:
             return None
-        proposal = propose(own, lambda u: self._modelled(k, boundaries, u), seen @ own.basis, self.rng)
+        proposal = propose(own, lambda u: self._modelled(k, boundaries, u), seen @ own.basis, self.rng, self.tuning)
         return Model(boundaries, proposal) if math.isfinite(proposal.log_mean) else None
 
     def _entry(self, k: int, boundaries: tuple[Boundary | None, ...], u: Floats) -> Floats:

@@ -18,14 +18,9 @@ import numpy as np
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.evidence import Floats
 from probest.lines.along import Position, between, log_mass
+from probest.lines.tuning import LineTuning
 
 __all__ = ["Crossings", "Intervals", "Pencil", "between_roots", "find_crossings", "summed"]
-
-_TOLERANCE = 0.03  # nats that the last step of a root may change the mass beyond it
-_STEPS = 6
-_REFINEMENTS = 9
-_CLOSE, _FINE, _COARSE = 1.5, 0.4, 0.9  # where the fine grid begins before the mode, and spacings
-_LONGEST = 2.5  # step of a root search
 
 
 class Pencil(NamedTuple):
@@ -119,6 +114,7 @@ def find_crossings(
     far: float,
     gradient: bool,
     scan: np.ndarray,
+    tuning: LineTuning,
 ) -> Crossings:
     """Find the event on each line.
 
@@ -127,20 +123,20 @@ def find_crossings(
     gradients at the roots. scan: ``(n,)`` lines that get a grid in any case.
     """
     n = len(lines.offset)
-    found = _enter(meter, lines, guess, slope, far)
+    found = _enter(meter, lines, guess, slope, far, tuning)
     root = found.root
     rooted = np.flatnonzero(np.isfinite(root))
     intervals = Intervals(rooted, root[rooted], np.full(len(rooted), np.inf))
     on, at, severity = _draw(meter, lines, intervals, rng)
     rough = np.zeros(n, dtype=np.bool_)
     gap = np.sum((at - lines.offset[on]) * lines.direction[on], axis=1) - root[on]
-    rough[on[(severity < 0.0) & (gap > 3.0 * _TOLERANCE / rate)]] = True  # nearer, the root is not that exact
+    rough[on[(severity < 0.0) & (gap > 3.0 * tuning.tolerance / rate)]] = True  # nearer, the root is not that exact
     doubt = scan | found.doubtful | rough
     complete = True
     if doubt.any():
         rows = np.flatnonzero(doubt)
         inside = np.where(np.isfinite(root), root + 0.3 / rate, guess)
-        looked = _scan(meter, lines.take(rows), np.column_stack([guess, inside])[rows], near, far)
+        looked = _scan(meter, lines.take(rows), np.column_stack([guess, inside])[rows], near, far, tuning)
         complete = looked is not None
         seen = looked or Intervals(np.empty(0, dtype=np.intp), np.empty(0), np.empty(0))
         seen = seen._replace(owner=rows[seen.owner])
@@ -150,7 +146,7 @@ def find_crossings(
         rough[seen.owner[np.isfinite(seen.high) & (seen.high > 0.0)]] = True
         root = np.full(n, np.nan)
         root[intervals.owner[::-1]] = intervals.low[::-1]
-        rough |= doubt & (root < found.root - 2.0 * _TOLERANCE / rate) & (root > lines.law.low)
+        rough |= doubt & (root < found.root - 2.0 * tuning.tolerance / rate) & (root > lines.law.low)
         kept = ~doubt[on]
         anew = _draw(meter, lines, seen, rng)
         on, at, severity = (np.concatenate([a[kept], b]) for a, b in zip((on, at, severity), anew, strict=True))
@@ -170,7 +166,7 @@ def _gradients(meter: Meter, lines: Pencil, root: Floats) -> Floats:
     return out
 
 
-def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float) -> _Entries:
+def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float, tuning: LineTuning) -> _Entries:
     """One root a line, where there is one that Newton's method and secants reach."""
     n = len(lines.offset)
     law = lines.law
@@ -182,7 +178,7 @@ def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float)
     root, slip = np.full(n, np.nan), np.zeros(n)
     fell = np.zeros(n, dtype=np.bool_)
     active = np.ones(n, dtype=np.bool_)
-    for step in range(_STEPS):
+    for step in range(tuning.root_steps):
         below = np.where(active & (severity < 0.0), np.maximum(below, r), below)
         above = np.where(active & (severity >= 0.0), np.minimum(above, r), above)
         with np.errstate(all="ignore"):
@@ -191,16 +187,16 @@ def _enter(meter: Meter, lines: Pencil, guess: Floats, slope: float, far: float)
         outside = ~((ahead > below) & (ahead < above))
         ahead = np.where(bracketed & outside, 0.5 * (below + above), ahead)
         ahead = np.where(np.isnan(ahead), r, ahead)
-        ahead = np.clip(np.clip(ahead, r - _LONGEST, r + _LONGEST), start, far)
+        ahead = np.clip(np.clip(ahead, r - tuning.longest, r + tuning.longest), start, far)
         change = _apart(law, ahead, r)
-        reached = active & (change <= _TOLERANCE) & ~((r >= far) & (severity < 0.0))
+        reached = active & (change <= tuning.tolerance) & ~((r >= far) & (severity < 0.0))
         root[reached], slip[reached] = ahead[reached], 0.25 * change[reached]
         everything = active & (r <= start) & (severity >= 0.0)  # no entry: the line is inside from its beginning
         absent = active & (r >= far) & (severity < 0.0)
         active &= ~reached & ~absent & ~everything
         fell |= everything
         rows = np.flatnonzero(active)
-        if not len(rows) or step == _STEPS - 1 or meter.left < len(rows):
+        if not len(rows) or step == tuning.root_steps - 1 or meter.left < len(rows):
             break
         now = severity.copy()
         now[rows] = meter.evaluate(lines.at(rows, ahead[rows])).severity
@@ -220,34 +216,42 @@ def _apart(law: Position, a: Floats, b: Floats) -> Floats:
     return np.asarray(np.nan_to_num(change, nan=0.0, posinf=np.inf), dtype=np.float64)
 
 
-def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float) -> Intervals | None:
+def _scan(meter: Meter, lines: Pencil, known: Floats, near: float, far: float, tuning: LineTuning) -> Intervals | None:
     """All intervals of each line that a grid and known points ``(n, m)`` reveal, their ends refined.
 
     None if the calls that are left do not suffice.
     """
     n = len(lines.offset)
     start = max(lines.law.low, -far)
-    close = max(near - _CLOSE, start)  # beyond is the mode; before it only what other modes left over
+    close = max(near - tuning.grid_before, start)  # beyond is the mode; before it only what other modes left over
     common = np.concatenate(
         [
-            np.linspace(start, close, max(2, math.ceil((close - start) / _COARSE)))[:-1],
-            np.linspace(close, far, math.ceil((far - close) / _FINE) + 1),
+            np.linspace(start, close, max(2, math.ceil((close - start) / tuning.coarse)))[:-1],
+            np.linspace(close, far, math.ceil((far - close) / tuning.fine) + 1),
         ]
     )
     grid = np.sort(np.column_stack([np.tile(common, (n, 1)), np.clip(known, start, far)]), axis=1)
     points = grid.shape[1]
-    if meter.left < n * (points + _REFINEMENTS + 1):
+    if meter.left < n * (points + tuning.refinements + 1):
         return None
     severity = meter.evaluate(lines.at(np.repeat(np.arange(n), points), grid.ravel())).severity.reshape(n, points)
     inside = severity >= 0.0
     line, cell = np.nonzero(inside[:, 1:] != inside[:, :-1])
-    ends = _refine(
-        meter, lines, line, grid[line, cell], grid[line, cell + 1], severity[line, cell], severity[line, cell + 1]
-    )
+    left, right = (line, cell), (line, cell + 1)
+    ends = _refine(meter, lines, line, grid[left], grid[right], severity[left], severity[right], tuning)
     return between_roots(inside[:, 0], line, ends, np.full(n, lines.law.low))
 
 
-def _refine(meter: Meter, lines: Pencil, line: np.ndarray, a: Floats, b: Floats, at_a: Floats, at_b: Floats) -> Floats:
+def _refine(
+    meter: Meter,
+    lines: Pencil,
+    line: np.ndarray,
+    a: Floats,
+    b: Floats,
+    at_a: Floats,
+    at_b: Floats,
+    tuning: LineTuning,
+) -> Floats:
     """Roots between a and b, where the severity changes sign: bracketed until the ends are within the tolerance.
 
     Secants, each aimed a little beyond the root so that the other end of the bracket comes in too; bisection where
@@ -255,15 +259,15 @@ def _refine(meter: Meter, lines: Pencil, line: np.ndarray, a: Floats, b: Floats,
     """
     a, b, at_a, at_b = a.copy(), b.copy(), at_a.copy(), at_b.copy()
     law, side = lines.law, np.zeros(len(a))
-    for step in range(_REFINEMENTS):
+    for step in range(tuning.refinements):
         with np.errstate(all="ignore"):
             root = a - at_a * (b - a) / (at_b - at_a)
         root = np.where(np.isfinite(root) & (root > a) & (root < b), root, 0.5 * (a + b))
-        rows = np.flatnonzero(_apart(law, a, b) > _TOLERANCE)
+        rows = np.flatnonzero(_apart(law, a, b) > tuning.tolerance)
         if not len(rows) or meter.left < len(rows):
             break
         pace = np.maximum(_apart(law, root, root + 1e-4), 1e-5) / 1e-4
-        ahead = np.clip(root + 0.5 * side * _TOLERANCE / pace, a + 0.01 * (b - a), b - 0.01 * (b - a))
+        ahead = np.clip(root + 0.5 * side * tuning.tolerance / pace, a + 0.01 * (b - a), b - 0.01 * (b - a))
         ahead = np.where(step % 3 == 2, 0.5 * (a + b), ahead)[rows]
         value = meter.evaluate(lines.at(line[rows], ahead)).severity
         left = (value >= 0.0) == (at_a[rows] >= 0.0)  # the root lies to the right of this point

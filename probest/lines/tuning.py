@@ -1,0 +1,76 @@
+"""The constants of line sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from probest.tuning import tuned
+
+__all__ = ["LineTuning"]
+
+_SMOOTH = "reliability.py (27 problems and their variants, seeds 0 to 40)"
+_VARIANTS = "reliability.py --variants"
+
+
+@dataclass(frozen=True)
+class LineTuning:
+    """What line sampling goes by, from the search for design points to the verdict.
+
+    Set by hand on the problems of benchmarks/reliability.py and their variants, where they were looked at together and
+    not one by one; ``benchmarks/tuning.py --of lines`` says what each is worth by itself.
+    """
+
+    # the search for design points
+    wide: float = tuned(2.0, "scale of every other start", _VARIANTS)
+    walk_steps: int = tuned(14, "gradient steps of a walk, at most", _SMOOTH)
+    first_starts: int = tuned(2, "starts of the first batch: the others may meet what these find", _SMOOTH)
+    sufficient: float = tuned(0.3, "share of the hoped-for fall of the merit that a step must bring", _SMOOTH)
+    planes: int = tuned(5, "linearisations that a walk keeps before it shortens its step", _SMOOTH)
+    near_planes: float = tuned(2.0, "linearisations further away are forgotten when a step succeeds", _SMOOTH)
+    arrival: float = tuned(0.1, "a target this near counts as reached: lines need it only roughly", _SMOOTH)
+    same_mode: float = tuned(0.35, "design points nearer (relative to their norm, plus as much) are one", _SMOOTH)
+    counts: float = tuned(0.02, "as likely as this share of the likeliest, a mode counts in counting starts", _SMOOTH)
+    negligible: float = tuned(1e-3, "share of the first-order estimate below which modes are left out", _SMOOTH)
+    # looking around, for modes that flatter branches hide
+    around: int = tuned(16, "points far out that are asked for modes, each time", _VARIANTS)
+    looks: int = tuned(5, "times, at most", _VARIANTS)
+    far_out: float = tuned(7.0, "their coordinates, at most: maps of sites are exact to 8", _VARIANTS)
+    covered: int = tuned(6, "dimensions in which a sphere can be covered by points", _VARIANTS)
+    suspects: int = tuned(3, "starts from unexplained catastrophes at a time", _VARIANTS)
+    earlier: float = tuned(
+        0.9, "a catastrophe at this share of the way to the expected entry is unexplained", _VARIANTS
+    )
+    opposite: float = tuned(1.08, "as far beyond a mode's mirror image the opposite one is looked for", _VARIANTS)
+    halvings: int = tuned(4, "bisections of the way to a catastrophe, to start from its boundary", _VARIANTS)
+    most_modes: int = tuned(12, "directions; where there are more modes, rays from the origin replace them", _VARIANTS)
+    # roots
+    tolerance: float = tuned(0.03, "nats that the last step of a root may change the mass beyond it", _SMOOTH)
+    root_steps: int = tuned(6, "Newton and secant steps", _SMOOTH)
+    refinements: int = tuned(9, "steps of a bracketed root", _SMOOTH)
+    longest: float = tuned(2.5, "step of a root search", _SMOOTH)
+    grid_before: float = tuned(1.5, "where the fine grid begins before the mode", _SMOOTH)
+    fine: float = tuned(0.4, "spacing of the grid around and beyond the mode", _SMOOTH)
+    coarse: float = tuned(0.9, "spacing of the grid before it", _SMOOTH)
+    beyond: float = tuned(1e-4, "share of a mode's mass beyond which a line is not followed", _SMOOTH)
+    # lines, and models of the boundary
+    stretch: float = tuned(1.5, "width of the first lines in few dimensions: to see what bends away", _SMOOTH)
+    few: int = tuned(8, "dimensions that are few", _SMOOTH)
+    simple_price: int = tuned(8, "calls to keep for a line", _SMOOTH)
+    grid_price: int = tuned(40, "calls to keep for a line where lines need a grid", _SMOOTH)
+    slowest: float = tuned(0.5, "nats a unit that the mass beyond the boundary loses, at least", _SMOOTH)
+    lightest: float = tuned(0.2, "weight in the fit of a line that hardly counts", _SMOOTH)
+    coordinates: int = tuned(24, "of a boundary's model, at most", _SMOOTH)
+    matters: float = tuned(0.02, "nats of slope (squared, on average) that make a direction one of them", _SMOOTH)
+    ridge: float = tuned(0.3, "pull of curvatures towards the mean one", _SMOOTH)
+    nearer: float = tuned(5.0, "nats by which a model may lie before the nearest root", _SMOOTH)
+    cloud: int = tuned(4096, "points that integrate a model", _SMOOTH)
+    coarse_cloud: int = tuned(512, "points that place its proposal, at least", _SMOOTH)
+    cloud_rank: int = tuned(60, "such points a coordinate", _SMOOTH)
+    # how many lines, and when to stop
+    rounds: int = tuned(20, "of fresh lines, at most", _SMOOTH)
+    lessons: int = tuned(4, "of the models, each with twice as many lines as the one before", _SMOOTH)
+    least: int = tuned(5, "fresh lines a mode", _SMOOTH)
+    curved: float = tuned(1.5, "times as many fresh lines where a boundary bends", _SMOOTH)
+    poor: float = tuned(0.2, "misfit of a model, in nats, at which more lines measure it", _SMOOTH)
+    many: int = tuned(32, "fresh lines where a model is poor", _SMOOTH)
+    floor: float = tuned(0.005, "of the standard error, in nats: what lines that agree cannot tell", _SMOOTH)
