@@ -17,7 +17,7 @@ T = TypeVar("T")
 def tuned(value: T, meaning: str, by: str) -> T:
     """A field of a tuning dataclass: its default, what it means with its unit, and the benchmark that chose it.
 
-    by: a file of ``benchmarks/``, and what is asked of it.
+    by: a file of ``benchmarks/`` and what is asked of it, or where else the value comes from.
     """
     found: Any = field(default=value, metadata={"meaning": meaning, "by": by})
     return found  # type: ignore[no-any-return]

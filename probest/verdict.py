@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from probest.evidence import Code, Evidence, Note
+from probest.tuning import tuned
 
 __all__ = ["agree", "contradicts", "judge", "or_learned", "reach", "settle"]
 
-_ERRORS = 3.0  # standard errors of the difference
-_LEFT_OUT = 0.1  # nats, for what the errors leave out
-_VAGUEST = 1.0  # nats: an error beyond this agrees with no more
-_MARKOV = math.log(40.0)  # nats that an unbiased estimate is seldom too high by: once in 40
-_PRECISE = 0.3  # standard error of tempering that may conclude by itself
+
+@dataclass(frozen=True)
+class Rules:
+    """What a verdict goes by. So chosen that nothing was confidently wrong on the problems of reliability.py."""
+
+    errors: float = tuned(3.0, "standard errors of a difference within which estimates agree", "reliability.py")
+    left_out: float = tuned(0.1, "nats beside them, for what errors leave out", "reliability.py")
+    vaguest: float = tuned(1.0, "nats: an error beyond this agrees with no more", "reliability.py --exact")
+    seldom: float = tuned(40.0, "times too high, an estimate with mean P is once in so many (Markov)", "by its meaning")
+    precise: float = tuned(0.3, "standard error of tempering that may conclude by itself", "reliability.py --exact")
+
+
+RULES = Rules()
 
 
 def agree(one: Evidence, other: Evidence) -> bool:
@@ -34,7 +43,7 @@ def agree(one: Evidence, other: Evidence) -> bool:
 
 def reach(*errors: float) -> float:
     """How far estimates with these standard errors may lie apart and still agree, in nats."""
-    return _ERRORS * min(math.hypot(*errors), _VAGUEST) + _LEFT_OUT
+    return RULES.errors * min(math.hypot(*errors), RULES.vaguest) + RULES.left_out
 
 
 def contradicts(one: Evidence | None, other: Evidence) -> bool:
@@ -59,7 +68,7 @@ def judge(
     if tempered is None:
         if lined is not None and math.isfinite(lined.log_prob):
             # P̂ is unbiased whatever else is wrong: by Markov's inequality it is seldom 40 times too high
-            lower = min(lined.interval[0], lined.log_prob - _MARKOV)
+            lower = min(lined.interval[0], lined.log_prob - math.log(RULES.seldom))
             return replace(lined, converged=False, interval=(lower, upper))
         if math.isfinite(crude.log_prob):
             notes = (*crude.notes, *(note for line in failed for note in line.notes))
@@ -82,7 +91,7 @@ def judge(
     if found and agreed:
         sentence = "the guide did not pass its checks (see the ledger): this is tempering's own estimate."
         advice.append(Note(Code.SECOND_CHOICE, sentence))
-    precise = tempered.std_error <= _PRECISE
+    precise = tempered.std_error <= RULES.precise
     if tempered.converged and not precise:
         advice.append(Note(Code.IMPRECISE, f"the standard error is {tempered.std_error:.2f}: raise the budget."))
     return replace(

@@ -21,6 +21,7 @@ from probest.guides.mixture import Mixture
 from probest.smc.population import resampled
 from probest.smc.scouts import scouts_from, search, with_scouts
 from probest.smc.softening import EVENT, Index, Noise, Softening, Tilt, learn_index
+from probest.smc.tuning import TemperingTuning
 from probest.testing import FAILURE_RATE
 from probest.testing.events import (
     ExactEvent,
@@ -34,6 +35,8 @@ from probest.testing.events import (
     sphere,
     union,
 )
+
+TUNING = TemperingTuning()
 
 
 def seed(value: int) -> np.random.SeedSequence:
@@ -172,17 +175,17 @@ def test_modes_of_unequal_steepness_survive(thresholds: tuple[float, ...], scale
 
 def test_scouts_find_what_draws_do_not_show() -> None:
     event = branches(50, (4.0, 4.3), (10.0, 1.0))
-    places = search(Meter(event, 10_000), rng())
+    places = search(Meter(event, 10_000), rng(), TUNING)
     assert len(places) == 2
     np.testing.assert_allclose(np.sort(np.linalg.norm(places, axis=1)), [4.0, 4.3], atol=1e-6)
-    assert not len(search(Meter(sphere(100, 14.0), 10_000), rng()))  # too many directions
-    assert not len(search(Meter(constant(3), 10_000), rng()))  # no direction
+    assert not len(search(Meter(sphere(100, 14.0), 10_000), rng(), TUNING))  # too many directions
+    assert not len(search(Meter(constant(3), 10_000), rng(), TUNING))  # no direction
 
 
 def test_a_law_with_scouts_is_a_law() -> None:
     law = Mixture(np.eye(3)[:, :1], np.ones(1), np.full((1, 1), 2.0), np.eye(1)[None])
     places = np.array([[0.0, 3.0, 0.0], [2.0, 0.0, 0.0]])
-    joined = with_scouts(law, places)
+    joined = with_scouts(law, places, TUNING)
     assert joined.basis.shape == (3, 2)
     assert joined.weights.sum() == pytest.approx(1.0)
     n = 100_000
@@ -198,7 +201,7 @@ def test_a_warm_start_says_where_to_look_and_nothing_else() -> None:
     event = half_space(20, 5.0)
     before = Tempering(particles=256).run(half_space(20, 4.5), budget=10_000, seed=seed(0)).conclusion
     assert before.particles is not None
-    places = scouts_from(before.particles, rng())
+    places = scouts_from(before.particles, rng(), TUNING)
     assert np.all(np.abs(places @ np.full(20, 1.0 / math.sqrt(20.0)) - 4.7) < 0.5)
     # as wrong a start as can be: the opposite side
     opposite = before.particles._replace(z=-before.particles.z)

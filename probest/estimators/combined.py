@@ -47,22 +47,10 @@ from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles,
 from probest.seeds import child_seed
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
+from probest.tuning import tuned
 from probest.verdict import agree, contradicts, judge, or_learned, settle
 
 __all__ = ["Combined"]
-
-_ENOUGH_HITS = 60  # crude hits that make a guide without tempering
-_GIVE_UP = 0.25  # standard error that a guide has to promise to be worth its samples
-_SHARE = 0.92  # of what is left that a tempering run is sized for: levels and moves vary from run to run
-_MOST = 30_000_000  # numbers of z in one run at most
-_CHEAP = 700.0  # calls for which crude sampling is preferred to lines
-_LINES = 0.4  # of the budget, at most, for line sampling
-_LEAST_LINES = 100  # calls without which it is not tried
-_CLOSE = 1.2  # times the precision, that will do
-_THICK, _THICK_SHARE, _SWEEPS = 192, 30, 3  # particles made from those of lines, calls left for each, rounds of moves
-_VAGUE = 1.5  # standard error of lines whose particles say nothing
-_BOOLEAN_HITS = 24  # as few as that where there is no severity to climb
-_LEARN = 1000  # calls left below which nothing is learned
 
 
 class Stream(IntEnum):
@@ -89,6 +77,42 @@ class Aim(IntEnum):
     SAMPLE = 1
 
 
+_NETWORKS = "reliability.py and random ReLU networks (10 to 50 inputs, 2 to 4 layers, P near 1e-4; script not kept)"
+_EXACT = "reliability.py --exact"
+
+
+@dataclass(frozen=True)
+class CombinedTuning:
+    """How the default strategy divides a budget. Set by hand; ``benchmarks/tuning.py --of combined`` tries each."""
+
+    # crude sampling
+    cheap: float = tuned(700.0, "calls for which crude sampling is preferred to lines", "reliability.py")
+    affordable: float = tuned(4000.0, "calls for which it is preferred to tempering", _EXACT)
+    enough_hits: int = tuned(60, "crude hits that make a guide without tempering", _EXACT)
+    boolean_hits: int = tuned(24, "as few as that where there is no severity to climb", _EXACT)
+    # lines
+    lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
+    least_lines: int = tuned(100, "calls without which it is not tried", "reliability.py --calls-to-accuracy")
+    close: float = tuned(1.2, "times the precision, that will do", "reliability.py")
+    thick: int = tuned(192, "particles that are made from those of lines", _NETWORKS)
+    thick_price: int = tuned(30, "calls left for each of them", _NETWORKS)
+    sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
+    vague: float = tuned(1.5, "standard error of lines whose particles say nothing", _NETWORKS)
+    # tempering and guides
+    first_share: float = tuned(0.8, "of the budget that is left, for the first tempering", _EXACT)
+    second_share: float = tuned(0.95, "for the second", _EXACT)
+    growth: int = tuned(4, "times as many particles in the second, at most", _EXACT)
+    guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
+    give_up: float = tuned(0.25, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
+    sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
+    most_numbers: int = tuned(30_000_000, "of z in one run, at most", "memory.py")
+    # a learned severity
+    learn_left: int = tuned(1000, "calls left below which nothing is learned", _EXACT)
+    learn_share: float = tuned(0.7, "of the budget that is left, for a severity without a gradient", _EXACT)
+    learn_boolean: float = tuned(0.8, "for a checker that says only yes or no", _EXACT)
+    search_share: float = tuned(0.6, "for crude sampling until there are hits, where that failed", _EXACT)
+
+
 @dataclass(frozen=True)
 class Combined:
     """Crude sample, line sampling, tempering, importance sampling, and the checks between them.
@@ -96,6 +120,7 @@ class Combined:
     precision: wanted standard error of log P; stops there. None spends the budget.
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
     """
 
@@ -103,6 +128,7 @@ class Combined:
     look: int = 12
     pilot: int = 500
     particles: int = 256
+    tuning: CombinedTuning = field(default_factory=CombinedTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -159,16 +185,20 @@ class _Campaign:
     def aim(self) -> float:
         return self.method.precision or 0.02
 
+    @property
+    def tuning(self) -> CombinedTuning:
+        return self.method.tuning
+
     def conclude(self) -> Evidence:
         event, aim = self.event, self.aim
         lined: Evidence | None = None
         aimed: Evidence | None = None
         if event.differentiable and not event.weighted:
             look = self._sample(Stream.LOOK, self.method.look)
-            if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, _CHEAP):
+            if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, self.tuning.cheap):
                 return self._finish_crude(look)
             lined = self._line_up(look)
-            if lined is not None and lined.converged and lined.std_error <= _CLOSE * aim:
+            if lined is not None and lined.converged and lined.std_error <= self.tuning.close * aim:
                 return lined
             aimed = None if lined is None else self._aim(lined)
             if aimed is not None and lined is not None and aimed.converged and agree(aimed, lined):
@@ -176,19 +206,19 @@ class _Campaign:
             if self.left < 1:
                 return lined or look.evidence
         crude = self._sample(Stream.PILOT, self.method.pilot)
-        if not event.weighted and _crude_cost(crude.evidence, aim) <= min(0.8 * self.left, 4000.0):
+        if not event.weighted and _crude_cost(crude.evidence, aim) <= min(0.8 * self.left, self.tuning.affordable):
             return self._finish_crude(crude)
         if event.boolean:
             return self._conclude_boolean(crude)
-        learned = None if event.differentiable else self._learn(crude, 0.7)
+        learned = None if event.differentiable else self._learn(crude, self.tuning.learn_share)
         if learned is not None and learned.converged:
             return learned
-        if crude.counts.hits >= _ENOUGH_HITS and not event.weighted and crude.evidence.particles is not None:
+        if crude.counts.hits >= self.tuning.enough_hits and not event.weighted and crude.evidence.particles is not None:
             weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles), None)
             if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
         runs: list[Run] = []
-        share, particles = 0.8, self.method.particles
+        share, particles = self.tuning.first_share, self.method.particles
         for attempt in range(2):
             run = self._temper(self._seed(Stream.TEMPER, attempt), particles, share)
             if run.population is None:
@@ -198,7 +228,8 @@ class _Campaign:
             found = pool(runs)
             if weighed.converged and agree(weighed, found) and not contradicts(lined, weighed):
                 return _with_particles(weighed, found)
-            share, particles = 0.95, min(4 * self.method.particles, int(0.8 * self.left / _price(run)))
+            share = self.tuning.second_share
+            particles = min(self.tuning.growth * self.method.particles, int(0.8 * self.left / _price(run)))
             if Code.GIVEN_UP in weighed.codes or particles < self.method.particles:
                 break
         self._fall_back(runs)
@@ -224,8 +255,8 @@ class _Campaign:
 
     def _line_up(self, look: _Crude) -> Evidence | None:
         """Line sampling, not converged if the crude sample speaks against it; None without calls enough to try."""
-        budget = int(_LINES * self.left)
-        if budget < _LEAST_LINES:
+        budget = int(self.tuning.lines * self.left)
+        if budget < self.tuning.least_lines:
             return None
         lines = LineSampling(precision=self.method.precision)
         self._add(lines.run(self.event, budget=budget, seed=self._seed(Stream.LINES)))
@@ -242,12 +273,12 @@ class _Campaign:
 
     def _aim(self, lined: Evidence) -> Evidence | None:
         """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""
-        n = min(_THICK, self.left // _THICK_SHARE)
-        if lined.particles is None or n < 64 or not lined.std_error < _VAGUE:
+        n = min(self.tuning.thick, self.left // self.tuning.thick_price)
+        if lined.particles is None or n < 64 or not lined.std_error < self.tuning.vague:
             return None
-        meter = Meter(self.event, cost(n, _SWEEPS))
+        meter = Meter(self.event, cost(n, self.tuning.sweeps))
         seed = self._seed(Stream.AIM, Aim.THICKEN)
-        particles = thicken(meter, lined.particles, n, seed=seed, sweeps=_SWEEPS)
+        particles = thicken(meter, lined.particles, n, seed=seed, sweeps=self.tuning.sweeps)
         population = _independent(particles)._replace(effective=len(particles.z) / 3.0)
         self.left -= meter.calls
         weighed = self._weigh(self._seed(Stream.AIM, Aim.SAMPLE), population, None)
@@ -257,11 +288,11 @@ class _Campaign:
     def _fall_back(self, runs: list[Run]) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
         method = self.method
-        most = max(method.particles, _MOST // self.event.dim)
+        most = max(method.particles, self.tuning.most_numbers // self.event.dim)
         for attempt in range(8):
             if not runs or (method.precision is not None and pool(runs).std_error <= method.precision):
                 return
-            particles = min(most, int(_SHARE * self.left / max(map(_price, runs))))
+            particles = min(most, int(self.tuning.sized_for * self.left / max(map(_price, runs))))
             if particles < min(method.particles, max(map(_size, runs)) / 4):
                 return
             run = self._temper(self._seed(Stream.FALL_BACK, attempt), particles, 1.0)
@@ -281,17 +312,19 @@ class _Campaign:
 
     def _conclude_boolean(self, crude: _Crude) -> Evidence:
         """Nothing to climb: a learned severity, else crude sampling until there are hits to aim at, then a guide."""
-        learned = self._learn(crude, 0.8) if crude.counts.hits < _BOOLEAN_HITS else None
+        learned = (
+            self._learn(crude, self.tuning.learn_boolean) if crude.counts.hits < self.tuning.boolean_hits else None
+        )
         if learned is not None and learned.converged:
             return learned
         if self.left < 1:
             return crude.evidence
         first = crude
-        if crude.counts.hits < _BOOLEAN_HITS:
-            size = max(1, int(0.6 * self.left))
-            method = MonteCarlo(max_samples=size, hits=_BOOLEAN_HITS, precision=self.method.precision)
+        if crude.counts.hits < self.tuning.boolean_hits:
+            size = max(1, int(self.tuning.search_share * self.left))
+            method = MonteCarlo(max_samples=size, hits=self.tuning.boolean_hits, precision=self.method.precision)
             first = self._crude(Stream.SEARCH, method, size)
-        particles, enough = first.evidence.particles, first.counts.hits >= _BOOLEAN_HITS
+        particles, enough = first.evidence.particles, first.counts.hits >= self.tuning.boolean_hits
         if particles is not None and enough and not self.event.weighted:
             weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(particles), None)
             if weighed.converged and agree(weighed, first.evidence):
@@ -305,7 +338,7 @@ class _Campaign:
 
     def _learn(self, crude: _Crude, share: float) -> Evidence | None:
         """A learned severity as the guide; converged only if the crude sample does not speak against it."""
-        if self.event.weighted or self.left < _LEARN:
+        if self.event.weighted or self.left < self.tuning.learn_left:
             return None
         method = Surrogate(precision=self.method.precision)
         self._add(method.run(self.event, budget=int(share * self.left), seed=self._seed(Stream.LEARN)))
@@ -324,8 +357,8 @@ class _Campaign:
 
     def _weigh(self, seed: np.random.SeedSequence, population: Population, prior: Population | None) -> Evidence:
         """A guide fitted to the population, sampled afresh."""
-        method = Importance(precision=self.method.precision, give_up=_GIVE_UP)
-        budget = self.left if method.precision is None else max(1, int(0.5 * self.left))
+        method = Importance(precision=self.method.precision, give_up=self.tuning.give_up)
+        budget = self.left if method.precision is None else max(1, int(self.tuning.guide_share * self.left))
         run = Run.of(importance_sample(method, self.event, population, prior, budget=budget, seed=seed))
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]

@@ -42,6 +42,7 @@ from probest.guides.flow import FLOWS, check_installed
 from probest.guides.program import BoundProgram, ProgramGuide
 from probest.guides.sample import Batch, above, draw, join, kept_weights, second_moment, seen
 from probest.seeds import child_seed, generator
+from probest.tuning import tuned
 from probest.verdict import agree
 
 __all__ = ["Importance", "importance_sample"]
@@ -78,6 +79,25 @@ class Target(IntEnum):
     ADVERSARY = 1
 
 
+_EXACT = "reliability.py --exact --estimator importance"
+
+
+@dataclass(frozen=True)
+class ImportanceTuning:
+    """When a guide is refitted, given up, or sampled more. Set by hand; ``benchmarks/tuning.py --of importance``."""
+
+    good_enough: float = tuned(4.0, "second moment of the weights at which a guide is not refitted", _EXACT)
+    least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
+    far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
+    enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
+    hopeless: float = tuned(4.0, "effective samples of the trial, below which a guide is given up", _EXACT)
+    doubtful: float = tuned(15.0, "below which it is given up if particles lie where it gave no sample", _EXACT)
+    heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
+    few: float = tuned(50.0, "effective samples that are too few to conclude from", _EXACT)
+    unseen: float = tuned(0.05, "mass of particles where the guide gave no sample, that refutes it", _EXACT)
+    coverage: float = tuned(0.2, "sampled over the particles' second moment of the weights, that refutes it", _EXACT)
+
+
 @dataclass(frozen=True)
 class Importance:
     """Importance sampling from a guide.
@@ -102,6 +122,7 @@ class Importance:
     guides: tuple[str, ...] = CHEAP
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     give_up: float | None = None
+    tuning: ImportanceTuning = field(default_factory=ImportanceTuning, repr=False)
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -241,7 +262,9 @@ def _sample_target(
     pool: list[tuple[Floats, Floats]] = []
     for _ in range(method.rounds if adapt else 0):
         left = meter.left - reserve
-        enough = cost <= math.log(4.0) or (precision is not None and math.exp(cost) / precision**2 < 2.0 * size)
+        enough = cost <= math.log(method.tuning.good_enough) or (
+            precision is not None and math.exp(cost) / precision**2 < 2.0 * size
+        )
         if enough or left < 3 * size or population is None:
             break
         moments = population.rows is None
@@ -256,9 +279,9 @@ def _sample_target(
         gain = cost - new
         if new < cost:
             best, cost, tried = fitted, new, batch
-        if gain < 0.2:
+        if gain < method.tuning.least_gain:
             break
-    hopeless = adapt and _hopeless(method.give_up, population, best.guide, cost, tried, meter.left - reserve)
+    hopeless = adapt and _hopeless(method, population, best.guide, cost, tried, meter.left - reserve)
     total = tried
     if hopeless:
         if not fresh and meter.left - reserve > 0:  # the batches that picked a guide among several favour low estimates
@@ -287,19 +310,20 @@ def _sample_target(
 
 
 def _hopeless(
-    most: float | None, population: Population | None, guide: Guide | BoundProgram, cost: float, tried: Batch, left: int
+    method: Importance, population: Population | None, guide: Guide | BoundProgram, cost: float, tried: Batch, left: int
 ) -> bool:
-    """Whether more samples of this guide would be wasted: they promise an error above ``most``, or few of them count.
+    """Whether more samples of this guide would be wasted: they promise an error above ``give_up``, or few count.
 
     The second moment of n weights is at most n, so a small trial cannot show how bad a guide is: that only a few of its
     weights count, while particles lie where it gave none, says enough.
     """
-    if most is None:
+    if method.give_up is None:
         return False
-    if not cost < math.log(max(left, 1)) + 2.0 * math.log(most):
+    if not cost < math.log(max(left, 1)) + 2.0 * math.log(method.give_up):
         return True
     ess = diagnostics.effective_sample_size(tried.log_w)
-    return ess < 4.0 or (ess < 15.0 and seen(population, guide, tried.log_w)[1] > 0.2)
+    tuning = method.tuning
+    return ess < tuning.hopeless or (ess < tuning.doubtful and seen(population, guide, tried.log_w)[1] > 0.2)
 
 
 def _conclude(
@@ -327,10 +351,10 @@ def _conclude(
     wanted = max(method.first_batch, _samples_for(precision, cost, tried.log_w))
     total = draw(meter, guide, int(min(room, wanted)), rng, inside)
     room = min(meter.left - reserve, method.max_samples - len(total.log_w))
-    if room >= 1 and not diagnostics.log_mean_exp(total.log_w)[1] <= 1.5 * precision:
+    if room >= 1 and not diagnostics.log_mean_exp(total.log_w)[1] <= method.tuning.far_off * precision:
         more = _samples_for(precision, cost, total.log_w) - len(total.log_w)
-        # at most tenfold: a single large weight says little about how many are needed
-        total = join(total, draw(meter, guide, int(max(1, min(room, more, 10 * len(total.log_w)))), rng, inside))
+        most = method.tuning.enlarged * len(total.log_w)
+        total = join(total, draw(meter, guide, int(max(1, min(room, more, most))), rng, inside))
     return total
 
 
@@ -386,12 +410,13 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
         sentence = "no fresh sample of the guide was a catastrophe: use tempering, or raise the budget."
         notes.append(Note(Code.NO_HITS, sentence))
         log_prob, error, lower, upper = -math.inf, math.inf, -math.inf, 0.0
-    if khat > 0.7 and ess < 0.4 * hits:  # nearly constant weights have no tail whose shape could matter
+    tuning = method.tuning
+    if khat > tuning.heavy and ess < 0.4 * hits:  # nearly constant weights have no tail whose shape could matter
         sentence = f"the weights are heavy-tailed (k̂ = {khat:.2f}): the guide is thin somewhere; use tempering."
         notes.append(Note(Code.HEAVY_TAILS, sentence))
-    if ess < 50.0 and hits:
+    if ess < tuning.few and hits:
         notes.append(Note(Code.FEW_COUNT, f"only {ess:.0f} effective samples: raise the budget."))
-    if unseen > 0.05 or coverage < 0.2:
+    if unseen > tuning.unseen or coverage < tuning.coverage:
         sentence = "the particles show catastrophes where the guide does not sample: the estimate is likely too low."
         notes.append(Note(Code.UNSEEN, sentence))
     wanted = max(0.1, 2.0 * (method.precision or 0.05))

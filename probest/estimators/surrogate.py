@@ -33,7 +33,7 @@ structural reliability analysis (the second estimate).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, NamedTuple
 
@@ -50,16 +50,12 @@ from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles,
 from probest.guides.subspace import gradient_rows, informed_basis
 from probest.seeds import child_seed, generator
 from probest.surrogates.features import Decode, Learned, Softened
-from probest.surrogates.regression import RADIAL_DIRECTIONS, Judged, fit_surrogate
+from probest.surrogates.regression import Judged, fit_surrogate
+from probest.surrogates.tuning import SurrogateTuning
 from probest.verdict import reach
 
 __all__ = ["Surrogate"]
 
-_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # standard deviations at which catastrophes are looked for
-_KNOWN = 30  # catastrophes that end the search
-_GOOD = 0.5  # effective share of the particles at which the surrogate has learned enough
-_FREE = 400  # evaluations of the surrogate a particle: they cost no model calls
-_SECOND = 600  # particles of the last tempering that are judged
 _NO_WAY = Note(
     Code.NOT_LEARNED,
     "nothing that was seen says where catastrophes are: raise the budget, or return a severity that does.",
@@ -124,6 +120,7 @@ class Surrogate:
     rounds: int = 10
     share: float = 0.6
     particles: int = 2048
+    tuning: SurrogateTuning = field(default_factory=SurrogateTuning, repr=False)
     needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
 
     def __post_init__(self) -> None:
@@ -154,11 +151,11 @@ def _judge(meter: Meter, z: Floats) -> Judged:
 def _look(method: Surrogate, meter: Meter, rng: np.random.Generator) -> Explored:
     """Draws of the adversary and, for yes or no, of wider ones until catastrophes are known."""
     dim = meter.event.dim
-    size = max(1, int(min(max(method.look, 3 * dim), 0.3 * method.share * meter.budget / len(_SCALES))))
+    size = max(1, int(min(max(method.look, 3 * dim), 0.3 * method.share * meter.budget / len(method.tuning.scales))))
     scales: list[float] = []
     cases = Judged(np.empty((0, dim)), np.empty(0))
-    for scale in _SCALES if meter.event.boolean else _SCALES[:1]:
-        if cases.hit.sum() >= _KNOWN or meter.left < size:
+    for scale in method.tuning.scales if meter.event.boolean else method.tuning.scales[:1]:
+        if cases.hit.sum() >= method.tuning.known or meter.left < size:
             break
         scales.append(scale)
         cases = cases.plus(_judge(meter, scale * rng.standard_normal((size, dim))))
@@ -197,8 +194,8 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
     if event.boolean and not cases.hit.any():
         return Note(
             Code.NO_HITS,
-            f"no catastrophe in {len(cases.z)} draws, not even at {_SCALES[-1]:g} standard deviations: return a "
-            "severity (how far from the limit; at least 0 is a catastrophe), or raise the budget.",
+            f"no catastrophe in {len(cases.z)} draws, not even at {method.tuning.scales[-1]:g} standard deviations: "
+            "return a severity (how far from the limit; at least 0 is a catastrophe), or raise the budget.",
         )
     if not event.boolean and np.all(cases.severity == cases.severity[0]):
         sentence = "the severity is the same at every draw, so there is nothing to learn from: use crude sampling."
@@ -209,13 +206,15 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
         hits = rng.permutation(np.flatnonzero(known.hit))[:60]
         known = known.plus(_bisect(meter, known.at(hits), known, 5))
     floor = (1.0 - method.share) * meter.budget
-    learned = fit_surrogate(known, fresh, event.boolean, None, decode, rng)
+    learned = fit_surrogate(known, fresh, event.boolean, None, decode, rng, method.tuning)
     tried: list[Tried] = []
     for turn in range(method.rounds):
-        reached = _temper(learned, event.dim, 512, 4, child_seed(seed, Stream.TEMPER, turn))
+        reached = _temper(
+            method, learned, event.dim, method.tuning.first_particles, 4, child_seed(seed, Stream.TEMPER, turn)
+        )
         if reached is None:  # richer features, and more doubt, may show a way
-            basis = np.eye(event.dim) if event.dim <= RADIAL_DIRECTIONS else None
-            learned = fit_surrogate(known, fresh, event.boolean, basis, decode, rng)
+            basis = np.eye(event.dim) if event.dim <= method.tuning.radial else None
+            learned = fit_surrogate(known, fresh, event.boolean, basis, decode, rng, method.tuning)
             learned = learned._replace(noise=4.0**turn * learned.noise)
             continue
         if meter.left - 2 * method.batch < floor:
@@ -227,13 +226,24 @@ def _learn(method: Surrogate, meter: Meter, explored: Explored, seed: np.random.
         error = math.hypot(reached.mass.std_error, math.sqrt(2.0) * error)
         share = diagnostics.effective_sample_size(log_w) / len(fresh.z)
         tried.append(Tried(learned, reached.mass.log_prob + mean, error, share))
-        if len(tried) > 1 and tried[-1].share > _GOOD and tried[-2].share > _GOOD and _close(*tried[-2:]):
+        if (
+            len(tried) > 1
+            and tried[-1].share > method.tuning.good
+            and tried[-2].share > method.tuning.good
+            and _close(*tried[-2:])
+        ):
             break
         if event.boolean:
             known = known.plus(_bisect(meter, fresh.at(slice(40)), known, 3))
-        enough = tried[-1].share > _GOOD and learned.features.centres is None
+        enough = tried[-1].share > method.tuning.good and learned.features.centres is None
         learned = fit_surrogate(
-            known, fresh, event.boolean, None if enough else _directions(learned, reached.z), decode, rng
+            known,
+            fresh,
+            event.boolean,
+            None if enough else _directions(method, learned, reached.z),
+            decode,
+            rng,
+            method.tuning,
         )
     if not tried:
         return _NO_WAY
@@ -248,13 +258,13 @@ def _close(one: Tried, other: Tried) -> bool:
     return abs(one.log_prob - other.log_prob) <= reach(one.error, other.error)
 
 
-def _directions(learned: Learned, z: Floats) -> Floats:
+def _directions(method: Surrogate, learned: Learned, z: Floats) -> Floats:
     """The few directions ``(dim, r)`` in which the surrogate matters to its particles; all where there are few."""
-    if z.shape[1] <= RADIAL_DIRECTIONS:
+    if z.shape[1] <= method.tuning.radial:
         return np.eye(z.shape[1])
     equal = np.zeros(len(z))
     slope = learned.features.slope(z, learned.coefficients)
-    return informed_basis(z, equal, gradient_rows(z, equal, slope, None), rank=RADIAL_DIRECTIONS)
+    return informed_basis(z, equal, gradient_rows(z, equal, slope, None), rank=method.tuning.radial)
 
 
 def _decoder(event: EventLike) -> Decode | None:
@@ -263,10 +273,12 @@ def _decoder(event: EventLike) -> Decode | None:
     return decode if decode is not None and decode(np.zeros((1, event.dim))).shape[1] else None
 
 
-def _temper(learned: Learned, dim: int, particles: int, moves: int, seed: np.random.SeedSequence) -> Reached | None:
+def _temper(
+    method: Surrogate, learned: Learned, dim: int, particles: int, moves: int, seed: np.random.SeedSequence
+) -> Reached | None:
     """Temper on the surrogate; None when there is no way to its event."""
-    method = Tempering(particles=particles, max_moves=moves)
-    found = method.run(Softened(learned, dim + 1), budget=_FREE * particles, seed=seed)
+    tempering = Tempering(particles=particles, max_moves=moves)
+    found = tempering.run(Softened(learned, dim + 1), budget=method.tuning.free * particles, seed=seed)
     return None if found.population is None else Reached(found.population.z[:, :-1], found.conclusion)
 
 
@@ -282,11 +294,11 @@ def _estimated_twice(
     learned = best.learned
     # guides are poor where sites are discrete: there the particles themselves have to be precise
     particles = method.particles * (1 if learned.features.decode is None else 4)
-    reached = _temper(learned, meter.event.dim, particles, 8, child_seed(seed, Stream.LAST_TEMPER))
+    reached = _temper(method, learned, meter.event.dim, particles, 8, child_seed(seed, Stream.LAST_TEMPER))
     if reached is None or meter.left < 20:
         return _nothing(method, meter, explored, _NO_WAY)
     rng = generator(child_seed(seed, Stream.JUDGE))
-    size = min(_SECOND, len(reached.z), max(10, meter.left // 4))
+    size = min(method.tuning.judged, len(reached.z), max(10, meter.left // 4))
     cases = _judge(meter, reached.z[rng.permutation(len(reached.z))[:size]])
     second = _second(method, meter, best, reached, cases)
     found = second.particles
@@ -298,7 +310,7 @@ def _estimated_twice(
         rows = gradient_rows(found.z, found.log_weight, slope, None)
     effective = 0.5 * diagnostics.effective_sample_size(found.log_weight)
     population = Population(found.z, found.log_weight, np.zeros(len(found.z)), rows, effective)
-    importance = Importance(precision=method.precision, give_up=0.25)
+    importance = Importance(precision=method.precision, give_up=method.tuning.give_up)
     first = importance_sample(
         importance, meter.event, population, None, budget=meter.left, seed=child_seed(seed, Stream.SAMPLE)
     )

@@ -55,19 +55,11 @@ from probest.smc.moves import (
 from probest.smc.population import State, interleave, is_flat, minus, reweight, slow, total
 from probest.smc.scouts import scouts_from, search
 from probest.smc.softening import EVENT, Index, Tilt, learn_index
+from probest.smc.tuning import TemperingTuning
 
 __all__ = ["Tempering"]
 
-_MAX_LEVELS = 400
-_FLOOR = -2000.0  # log P below which the event counts as impossible
 _LOG2 = math.log(2.0)
-_WIDE = 8  # times as many first draws as particles, where the budget is large enough
-_FIRST = 0.12  # of the budget, at most, for the first draws
-_MOST = 20_000_000  # numbers of z that more draws than particles may take
-_CONDITIONING = 12.0  # levels that are expected where nothing is known yet
-_EDGE = 4.0  # levels from a softening as steep as the event is far to the event
-_UNMOVED = 0.35  # of the particles that may stay where they are at a level of guided moves
-_WALKERS = 0.2  # of the particles that take a local step instead of a guided one
 
 
 class Stream(IntEnum):
@@ -87,6 +79,7 @@ class Tempering:
     decorrelation: moves stop once the severities' rank correlation with the level's start is below this.
     gradient: use the severity's gradient in moves where the event has one.
     guided: try independent moves from a mixture fitted to the population first.
+    tuning: the constants that decide the rest.
     warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
         may jump to (:mod:`probest.smc.scouts`) and never enter the estimate, which means what it means without.
     """
@@ -98,6 +91,7 @@ class Tempering:
     decorrelation: float = 0.5
     gradient: bool = True
     guided: bool = True
+    tuning: TemperingTuning = field(default_factory=TemperingTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -131,9 +125,9 @@ class Tempering:
             if self.warm_start.z.shape[1] != event.dim:
                 sizes = f"{self.warm_start.z.shape[1]} coordinates, the problem has {event.dim}"
                 raise ValueError(f"warm_start is of another adversary: its particles have {sizes}; start without it")
-            state.places = scouts_from(self.warm_start, generator(child_seed(seed, Stream.SCOUTS)))
+            state.places = scouts_from(self.warm_start, generator(child_seed(seed, Stream.SCOUTS)), self.tuning)
         elif self.gradient and self.guided and event.differentiable and not event.weighted:
-            state.places = search(meter, generator(child_seed(seed, Stream.SCOUTS)))
+            state.places = search(meter, generator(child_seed(seed, Stream.SCOUTS)), self.tuning)
         prior: State | None = None
         gradient = self.gradient and event.differentiable
         failure = _condition(state, self, meter, rng, gradient) if event.weighted else None
@@ -156,22 +150,23 @@ class Tempering:
 
 def _condition(state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool) -> Note | None:
     """Bring in the weight of the observed sites; says what went wrong, or nothing."""
+    tuning = method.tuning
     while state.power < 1.0:
         n = len(state.z)
-        keep = _affordable(state, method, meter, 2.0 * _CONDITIONING)
+        keep = _affordable(state, method, meter, 2.0 * tuning.conditioning)
         equal = np.zeros(n)
         power = diagnostics.next_temperature(
             equal,
             lambda x: (x - state.power) * state.log_weight,
             easy=state.power,
             hard=1.0,
-            target=_share(method.target, keep, n),
+            target=_share(method, method.target, keep, n),
         )
         if not reweight(state, method.islands, rng, keep, power, state.soft):
             return Note(
                 Code.INCOMPATIBLE, "no particle is compatible with the observed sites: check them, or raise the budget."
             )
-        if not _move_level(state, method, meter, rng, gradient, meter.left / (2.0 * _CONDITIONING)):
+        if not _move_level(state, method, meter, rng, gradient, meter.left / (2.0 * tuning.conditioning)):
             return Note(
                 Code.BUDGET_SPENT,
                 "the budget ran out while conditioning the adversary on its observed sites: raise it.",
@@ -183,6 +178,7 @@ def _climb_to_event(
     state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool
 ) -> Note | None:
     """Harden the softened event until it is the event; says what went wrong, or nothing."""
+    tuning = method.tuning
     index: Index | None = None
     before = total(state)
     while True:
@@ -200,13 +196,13 @@ def _climb_to_event(
         target = _hurried(state, method, meter, index)
         levels = _levels_left(state, index, target)
         keep = _affordable(state, method, meter, levels)
-        soft = _next_softening(state, index, _share(target, keep, n))
+        soft = _next_softening(state, index, _share(method, target, keep, n))
         if not reweight(state, method.islands, rng, keep, state.power, soft):
             return Note(
                 Code.UNREACHED,
                 "the population died out before it reached a catastrophe: raise the budget or the particles.",
             )
-        if total(state) - before < _FLOOR or state.levels >= _MAX_LEVELS:
+        if total(state) - before < tuning.floor or state.levels >= tuning.max_levels:
             return Note(
                 Code.UNREACHED,
                 "the severity approaches its limit without reaching it: a catastrophe may be impossible, "
@@ -215,7 +211,7 @@ def _climb_to_event(
         if soft is EVENT:
             return None
         index = learnt
-        if not _move_level(state, method, meter, rng, gradient, 0.9 * meter.left / max(1.0, levels - 1.0)):
+        if not _move_level(state, method, meter, rng, gradient, tuning.sized_for * meter.left / max(1.0, levels - 1.0)):
             return Note(
                 Code.BUDGET_SPENT,
                 "the budget ran out before the particles were catastrophes: raise it (or lower particles).",
@@ -227,35 +223,36 @@ def _levels_left(state: State, index: Index | None, target: float) -> float:
     if index is None:
         return 1.0
     distance = index.reach(0.0) - float(np.median(np.maximum(index(state.severity), -40.0)))
-    return float(_EDGE + max(0.0, distance) / math.sqrt(-math.log(target)))
+    return float(state.tuning.edge + max(0.0, distance) / math.sqrt(-math.log(target)))
 
 
 def _affordable(state: State, method: Tempering, meter: Meter, levels: float) -> int:
     """The population for so many more levels: what was asked for, or as many as the budget allows."""
-    most = int(0.9 * meter.left / (levels * min(state.cost, 4.0)))
+    most = int(method.tuning.sized_for * meter.left / (levels * min(state.cost, 4.0)))
     return min(len(state.z), max(4 * method.islands, min(method.particles, most)))
 
 
 def _hurried(state: State, method: Tempering, meter: Meter, index: Index | None) -> float:
     """The conditional ESS of a step: the method's, or less where not even the smallest population affords it."""
-    most = 0.9 * meter.left / (4 * method.islands * max(1.0, min(state.cost, 2.0)))
+    tuning = method.tuning
+    most = tuning.sized_for * meter.left / (4 * method.islands * max(1.0, min(state.cost, 2.0)))
     levels = _levels_left(state, index, method.target)
-    if levels <= max(most, _EDGE + 1.0):
+    if levels <= max(most, tuning.edge + 1.0):
         return method.target
-    longer = (levels - _EDGE) / max(most - _EDGE, 1.0)
-    return float(max(0.1, method.target ** (longer**2)))
+    longer = (levels - tuning.edge) / max(most - tuning.edge, 1.0)
+    return float(max(tuning.hastiest, method.target ** (longer**2)))
 
 
-def _share(target: float, keep: int, n: int) -> float:
+def _share(method: Tempering, target: float, keep: int, n: int) -> float:
     """The conditional ESS to step to: a population that shrinks anyway may step further."""
-    return max(0.1, min(target, keep / n))
+    return max(method.tuning.hastiest, min(target, keep / n))
 
 
 def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[State, int]:
     """Draw the population; more of it where most severities are equal (boolean checkers, plateaus)."""
-    k = method.islands
-    most = min(_WIDE * method.particles, max(method.particles, _MOST // meter.event.dim))
-    each = max(2, int(min(most, _FIRST * meter.budget)) // k)
+    k, tuning = method.islands, method.tuning
+    most = min(tuning.first_wide * method.particles, max(method.particles, tuning.most_numbers // meter.event.dim))
+    each = max(2, int(min(most, tuning.first_share * meter.budget)) // k)
     z = rng.standard_normal((k * each, meter.event.dim))
     first = meter.evaluate(z)
     severity, log_weight = first.severity, first.log_weight
@@ -273,10 +270,11 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
             severity = interleave(severity, result.severity, k)
             log_weight = interleave(log_weight, result.log_weight, k)
             drawn += k * more
-            if z.size > _MOST:
+            if z.size > tuning.most_numbers:
                 break
     hits = int(np.count_nonzero(severity >= 0.0))
-    return State(z, severity, log_weight, None, None, log_z, size=float(k * each), first_hits=hits), drawn
+    size = float(k * each)
+    return State(z, severity, log_weight, None, None, log_z, size=size, first_hits=hits, tuning=tuning), drawn
 
 
 def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
@@ -332,36 +330,36 @@ def _move_level(
 def _move(
     state: State, method: Tempering, meter: Meter, rng: np.random.Generator, gradient: bool, allowance: float
 ) -> bool:
-    start = slow(state).copy()
+    start, tuning = slow(state).copy(), method.tuning
     n = len(state.z)
     most = meter.calls + min(allowance, meter.left)
     if method.guided and state.rest == 0:
         probe(state, meter, gradient, int(np.clip(n // 12, 6, 64)))
         laws = fit_moves(state, rng)
         unmoved = 1.0
-        while unmoved > _UNMOVED:
+        while unmoved > tuning.unmoved:
             if meter.left < n:
                 return unmoved < 1.0
             if unmoved < 1.0 and meter.calls + n > most:
                 return True
             # a mode that the laws lack would be stuck, and die out: some of the particles take a local step
-            local = rng.random(n) < _WALKERS
+            local = rng.random(n) < tuning.walkers
             acceptance = guided_sweep(state, meter, rng, laws, np.flatnonzero(~local))
             walked = walk(state, meter, rng, state.walk_angle, np.flatnonzero(local))
-            state.walk_angle = adapted(state.walk_angle, walked, 0.35)
+            state.walk_angle = adapted(state.walk_angle, walked, tuning.accept_walk)
             state.moves += 1
             state.acceptance = acceptance
-            unmoved *= 1.0 - (1.0 - _WALKERS) * acceptance
+            unmoved *= 1.0 - (1.0 - tuning.walkers) * acceptance
             factor = 1.2 if acceptance > 0.35 else 0.7 if acceptance < 0.2 else 1.0
             state.side_angle = min(1.5, factor * state.side_angle)
-            if acceptance < 0.12:
-                state.rest = 2
+            if acceptance < tuning.refused:
+                state.rest = tuning.resting
                 break
         state.correlation = rank_correlation(start, slow(state))
-        if unmoved <= _UNMOVED and state.correlation <= max(method.decorrelation, 0.7):
+        if unmoved <= tuning.unmoved and state.correlation <= max(method.decorrelation, tuning.mixed):
             return True
-        if unmoved <= _UNMOVED:  # accepted, but only since it moved little in all other directions
-            state.rest = 2
+        if unmoved <= tuning.unmoved:  # accepted, but only since it moved little in all other directions
+            state.rest = tuning.resting
     state.rest = max(0, state.rest - 1)
     if gradient:
         for _ in range(min(method.max_moves, int(0.5 * (most - meter.calls) / n))):
@@ -370,7 +368,7 @@ def _move(
         state.correlation = rank_correlation(start, slow(state))
     gradient = ensure_gradient(state, meter, gradient)
     cost = n * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
-    aim = 0.55 if gradient else 0.35
+    aim = tuning.accept_climb if gradient else tuning.accept_walk
     for i in range(method.max_moves if gradient else 2 * method.max_moves):
         if meter.left < cost:
             return i > 0
@@ -422,7 +420,7 @@ def _report(
             log_prob, error, interval = min(verdict.log_prob, 0.0), verdict.error, verdict.interval
             info |= {"correlation": state.correlation, "island_ess": verdict.effective}
             notes = complaints(verdict)
-            if state.correlation > 0.9:
+            if state.correlation > method.tuning.stuck:
                 sentence = "the particles hardly move inside the event: raise max_moves or the budget."
                 notes = (*notes, Note(Code.STUCK, sentence))
             population = _population(state)

@@ -27,6 +27,7 @@ Bourinet & Lemaire (2008), reliability sensitivities by line integration; Owen (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,15 +39,28 @@ from probest.evidence import Floats, Particles
 from probest.lines.along import Chi, Normal, between, log_mass
 from probest.lines.roots import between_roots, summed
 from probest.programs.event import Event
+from probest.tuning import tuned
 
 __all__ = ["Surface", "sample_surface"]
 
-DIRECTIONS = 32
-GRID = 17
-MARGIN = 2.5
-NODES = 8
-SHARPNESS = 12
-RAY_SHARE = 0.05  # rays serve shells; elsewhere straight lines, which have antithetic partners, are better
+
+@dataclass(frozen=True)
+class SurfaceTuning:
+    """How the surface of an event is sampled. Set by hand on closed forms (``tests/test_gradient.py``)."""
+
+    directions: int = tuned(32, "unit gradients that lines may follow", "acceptance.py (gradients)")
+    grid: int = tuned(17, "points of a line between which roots are bracketed", "acceptance.py (gradients)")
+    margin: float = tuned(
+        2.5, "standard deviations beyond a particle that its line is followed", "acceptance.py (gradients)"
+    )
+    nodes: int = tuned(8, "quadrature nodes of an interval, where draws are weighted", "acceptance.py (gradients)")
+    sharpness: int = tuned(12, "power of the cosine in the partition of unity", "acceptance.py (gradients)")
+    ray_share: float = tuned(
+        0.05, "of rays in it: they serve shells; straight lines have antithetic partners", "acceptance.py (gradients)"
+    )
+
+
+TUNING = SurfaceTuning()
 
 
 class Surface(NamedTuple):
@@ -108,7 +122,7 @@ def sample_surface(event: Event, particles: Particles, *, lines: int, seed: np.r
         offset=np.concatenate([offset, -offset[straight]]),
         direction=direction[pair],
         ray=ray[pair],
-        reach=np.where(ray, along + MARGIN, np.abs(along) + MARGIN)[pair],
+        reach=np.where(ray, along + TUNING.margin, np.abs(along) + TUNING.margin)[pair],
         held={name: value[pair] for name, value in held.items()},
     )
     line, root, inside = _roots(event, both, along[pair])
@@ -171,11 +185,11 @@ def _roots(event: Event, lines: _Lines, known: Floats) -> tuple[np.ndarray, Floa
     """
     count = len(lines.reach)
     low = np.where(lines.ray, 1e-6, -lines.reach)
-    grid = low[:, None] + (lines.reach - low)[:, None] * np.linspace(0, 1, GRID - 1)
+    grid = low[:, None] + (lines.reach - low)[:, None] * np.linspace(0, 1, TUNING.grid - 1)
     grid = np.sort(np.concatenate([grid, np.clip(known, low, lines.reach)[:, None]], axis=1), axis=1)
-    index = np.repeat(np.arange(count), GRID)
+    index = np.repeat(np.arange(count), TUNING.grid)
     severity = event.evaluate(lines.at(index, grid.ravel()), held=_take(lines.held, index)).severity
-    inside = (severity >= 0).reshape(count, GRID)
+    inside = (severity >= 0).reshape(count, TUNING.grid)
     line, cell = np.nonzero(inside[:, 1:] != inside[:, :-1])
     left, right = grid[line, cell], grid[line, cell + 1]
 
@@ -202,24 +216,24 @@ def _log_line_probability(
     straight = ~lines.ray[who]
     mass = np.where(straight, log_mass(Normal(), a, b), log_mass(Chi(dim), np.maximum(a, 0.0), b))
     if event.weighted or lines.held:
-        nodes, weights = np.polynomial.legendre.leggauss(NODES)
+        nodes, weights = np.polynomial.legendre.leggauss(TUNING.nodes)
         t = 0.5 * (nodes + 1)
         r = np.where(
             straight[:, None],
             between(Normal(), a[:, None], b[:, None], t),
             between(Chi(dim), np.maximum(a, 0.0)[:, None], b[:, None], t),
         )
-        index = np.repeat(who, NODES)
+        index = np.repeat(who, TUNING.nodes)
         log_weight = event.evaluate(lines.at(index, r.ravel()), held=_take(lines.held, index)).log_weight
-        mass = mass + logsumexp(log_weight.reshape(-1, NODES) + np.log(weights / 2), axis=1)
+        mass = mass + logsumexp(log_weight.reshape(-1, TUNING.nodes) + np.log(weights / 2), axis=1)
     return summed(mass, pair[who], n)
 
 
 def _share(normal: Floats, z: Floats, directions: Floats) -> Floats:
     """``(n, k + 1)`` partition of unity over the directions, the ray last."""
     cosines = np.concatenate([normal @ directions.T, np.sum(normal * _unit(z), axis=1, keepdims=True)], axis=1)
-    powers = np.abs(cosines) ** SHARPNESS + 1e-12
-    powers[:, -1] *= RAY_SHARE
+    powers = np.abs(cosines) ** TUNING.sharpness + 1e-12
+    powers[:, -1] *= TUNING.ray_share
     result: Floats = powers / powers.sum(axis=1, keepdims=True)
     return result
 
@@ -237,7 +251,7 @@ def _split(particles: Particles, n: int, rng: np.random.Generator) -> tuple[Floa
     guides = rows[:first] if first and logsumexp(particles.log_weight[:first]) > -np.inf else rows
     if logsumexp(particles.log_weight[followed]) == -np.inf:
         followed = rows
-    chosen = guides[systematic_resample(particles.log_weight[guides], min(DIRECTIONS, len(guides)), rng)]
+    chosen = guides[systematic_resample(particles.log_weight[guides], min(TUNING.directions, len(guides)), rng)]
     return particles.z[chosen], particles.z[followed[systematic_resample(particles.log_weight[followed], n, rng)]]
 
 

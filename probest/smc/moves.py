@@ -281,7 +281,7 @@ def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial,
     Each half is moved by the other half's law: a kernel fitted to the particles that it moves would be biased.
     """
     n, dim = state.z.shape
-    middle = _middle(state)
+    middle, tuning = _middle(state), state.tuning
     laws: list[Mixture | Radial] = []
     for low, high in ((0, middle), (middle, n)):
         at = np.linspace(low, high - 1, min(high - low, 2000)).astype(np.intp)
@@ -293,16 +293,18 @@ def fit_moves(state: State, rng: np.random.Generator) -> tuple[Mixture | Radial,
         if few:
             half = 0 if rows is None else len(rows) // 2
             mine = None if rows is None else rows[:half] if low == 0 else rows[half:]
-            basis = informed_basis(z, equal, mine, threshold=0.07, rank=12)
+            basis = informed_basis(z, equal, mine, threshold=tuning.threshold, rank=tuning.rank)
         if rows is not None and dim > 8:
             # do directions of this half hold what the other half's gradients say?
             other = rows[half:] if low == 0 else rows[:half]
             few = float(np.sum((other @ basis) ** 2)) >= 0.7 * float(np.sum(other**2))
         if few:
-            fit = fit_mixture(z, equal, basis, rng, most=5, effective=0.6 * len(z), starts=1, steps=15)
-            laws.append(with_scouts(fit.with_wide_tails(0.4, 2.0), state.places))
+            fit = fit_mixture(z, equal, basis, rng, most=tuning.components, effective=0.6 * len(z), starts=1, steps=15)
+            wide = fit.with_wide_tails(tuning.tails_share, tuning.tails_factor)
+            laws.append(with_scouts(wide, state.places, tuning))
         else:
-            laws.append(fit_radial(z, equal).with_wide_tails(0.5, 3.0))
+            shell = fit_radial(z, equal)
+            laws.append(shell.with_wide_tails(tuning.radial_tails_share, tuning.radial_tails_factor))
     return laws[1], laws[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from probest import diagnostics
 from probest.evidence import Floats
 from probest.smc.softening import ADVERSARY, EVENT, Softening
+from probest.smc.tuning import TemperingTuning
 
 __all__ = ["State", "interleave", "is_flat", "log_target", "minus", "resampled", "reweight", "slow", "total"]
 
@@ -54,6 +55,7 @@ class State:
     moves: int = 0
     acceptance: float = 1.0
     correlation: float = 0.0
+    tuning: TemperingTuning = field(default_factory=TemperingTuning, repr=False)
 
     @property
     def started(self) -> bool:

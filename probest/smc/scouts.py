@@ -22,25 +22,20 @@ from probest.evidence import Floats, Particles
 from probest.guides.mixture import Mixture, fit_mixture
 from probest.guides.subspace import informed_basis
 from probest.lines.design_points import linearised
+from probest.smc.tuning import TemperingTuning
 
 __all__ = ["scouts_from", "search", "with_scouts"]
 
-_COUNT = 48
-_STEPS = 2
-_SPREADS = np.linspace(2.0, 5.0, _COUNT)
-_MOST = 6  # places; more of them are no few directions
-_SHARE = 0.2  # of guided moves that go to scouts
-_REACH = np.array([0.5, 0.7, 0.85, 1.0])  # of the way to a place: where its mode is while the event is soft
 
-
-def search(meter: Meter, rng: np.random.Generator) -> Floats:
+def search(meter: Meter, rng: np.random.Generator, tuning: TemperingTuning) -> Floats:
     """Places ``(k, dim)`` on the limit surface, nearest first; none where scouts do not agree on a few."""
     dim = meter.event.dim
     none = np.empty((0, dim))
-    if meter.left < 8 * _COUNT * (GRADIENT_CALLS * _STEPS + 1):
+    if meter.left < 8 * tuning.scouts * (GRADIENT_CALLS * tuning.scout_steps + 1):
         return none
-    z = _SPREADS[:, None] * rng.standard_normal((_COUNT, dim))
-    for _ in range(_STEPS):
+    spreads = np.linspace(tuning.scouts_near, tuning.scouts_far, tuning.scouts)
+    z = spreads[:, None] * rng.standard_normal((tuning.scouts, dim))
+    for _ in range(tuning.scout_steps):
         at = meter.evaluate(z, gradient=True)
         if at.severity_grad is None:
             return none
@@ -48,21 +43,21 @@ def search(meter: Meter, rng: np.random.Generator) -> Floats:
         unit, length = linearised(z, at.severity, at.severity_grad)
         good = np.isfinite(unit).all(axis=1) & (np.abs(length) < 40.0)
         z, severity = (length[:, None] * unit)[good], at.severity[good]
-        if len(z) < _COUNT // 4:
+        if len(z) < tuning.scouts // 4:
             return none
     after = meter.evaluate(z).severity
     z = z[np.isfinite(after) & (after >= -0.2 * np.abs(severity) - 0.05 * slope[good] * np.linalg.norm(z, axis=1))]
-    return _distinct(z)
+    return _distinct(z, tuning)
 
 
-def scouts_from(particles: Particles, rng: np.random.Generator) -> Floats:
+def scouts_from(particles: Particles, rng: np.random.Generator, tuning: TemperingTuning) -> Floats:
     """Places ``(k, dim)`` where the particles of an earlier run gather."""
     basis = informed_basis(particles.z, particles.log_weight)
-    fit = fit_mixture(particles.z, particles.log_weight, basis, rng, most=_MOST)
+    fit = fit_mixture(particles.z, particles.log_weight, basis, rng, most=tuning.places)
     return np.asarray(fit.means @ basis.T, dtype=np.float64)
 
 
-def _distinct(z: Floats) -> Floats:
+def _distinct(z: Floats, tuning: TemperingTuning) -> Floats:
     """One place for each direction, the nearest; none of them where there are too many."""
     z = z[np.argsort(np.linalg.norm(z, axis=1), kind="stable")]
     chosen: list[Floats] = []
@@ -70,10 +65,10 @@ def _distinct(z: Floats) -> Floats:
         near = 0.8 * np.linalg.norm(place)
         if all(float(place @ other) < near * np.linalg.norm(other) for other in chosen):
             chosen.append(place)
-    return np.array(chosen) if 0 < len(chosen) <= _MOST else np.empty((0, z.shape[1]))
+    return np.array(chosen) if 0 < len(chosen) <= tuning.places else np.empty((0, z.shape[1]))
 
 
-def with_scouts(law: Mixture, places: Floats | None) -> Mixture:
+def with_scouts(law: Mixture, places: Floats | None, tuning: TemperingTuning) -> Mixture:
     """The law with a share of its draws along the ways to these places, in a basis that holds both."""
     if places is None or not len(places):
         return law
@@ -81,8 +76,10 @@ def with_scouts(law: Mixture, places: Floats | None) -> Mixture:
     left, size, _ = np.linalg.svd(extra.T, full_matrices=False)
     basis = np.concatenate([law.basis, left[:, size > 1e-6 * max(1.0, float(size[0]))]], axis=1)
     old, rank = law.basis.shape[1], basis.shape[1]
-    means = np.concatenate([np.pad(law.means, ((0, 0), (0, rank - old))), *((r * places) @ basis for r in _REACH)])
+    means = np.concatenate(
+        [np.pad(law.means, ((0, 0), (0, rank - old))), *((r * places) @ basis for r in tuning.scouts_reach)]
+    )
     factors = np.tile(np.eye(rank), (len(means), 1, 1))
     factors[: len(law.means), :old, :old] = law.factors
-    ways = np.full(len(means) - len(law.means), _SHARE / (len(means) - len(law.means)))
-    return Mixture(basis, np.concatenate([(1.0 - _SHARE) * law.weights, ways]), means, factors)
+    ways = np.full(len(means) - len(law.means), tuning.scouts_share / (len(means) - len(law.means)))
+    return Mixture(basis, np.concatenate([(1.0 - tuning.scouts_share) * law.weights, ways]), means, factors)

@@ -16,15 +16,10 @@ from scipy import special
 
 from probest.evidence import Floats
 from probest.surrogates.features import Decode, Features, Learned
+from probest.surrogates.tuning import SurrogateTuning
 
-__all__ = ["RADIAL_DIRECTIONS", "Judged", "fit_surrogate"]
+__all__ = ["Judged", "fit_surrogate"]
 
-_PRODUCTS = 24  # up to so many dimensions, all products of coordinates are features
-RADIAL_DIRECTIONS = 6  # up to so many directions, radial features
-_CENTRES = 120
-_PENALTIES = (1.0, 1e-2, 1e-4)
-_SIMPLER = 0.9  # how much better a richer kind of features has to predict to be taken
-_FAR = 100.0  # times the scale of severities near the limit: beyond that, how far does not matter
 _HUGE = 1e30
 
 
@@ -45,12 +40,18 @@ class Judged(NamedTuple):
         return Judged(np.concatenate([self.z, other.z]), np.concatenate([self.severity, other.severity]))
 
 
-Solver = Callable[[Floats, Floats, float, Sequence[float]], list[Floats]]
-"""``solve(features of n cases, severities, near, penalties)``: coefficients for each penalty."""
+Solver = Callable[[Floats, Floats, float, Sequence[float], float], list[Floats]]
+"""``solve(features of n cases, severities, near, penalties, far)``: coefficients for each penalty."""
 
 
 def fit_surrogate(
-    known: Judged, fresh: Judged, boolean: bool, basis: Floats | None, decode: Decode | None, rng: np.random.Generator
+    known: Judged,
+    fresh: Judged,
+    boolean: bool,
+    basis: Floats | None,
+    decode: Decode | None,
+    rng: np.random.Generator,
+    tuning: SurrogateTuning,
 ) -> Learned:
     """The kind of features that predicts ``fresh`` best when fitted to ``known``, fitted to both; simple ones first."""
     solve = _logistic if boolean else _least_squares
@@ -58,23 +59,25 @@ def fit_surrogate(
     best: tuple[float, float, Features, int] | None = None
     kinds = [Features(np.empty((known.z.shape[1], 0)), decode=decode)]
     if decode is None:
-        kinds += _kinds(known, solve, basis, near, rng)
+        kinds += _kinds(known, solve, basis, near, rng, tuning)
     for features in kinds:
-        least = math.inf if best is None else _SIMPLER * best[0]
+        least = math.inf if best is None else tuning.simpler * best[0]
         test = features(fresh.z)
-        for i, coefficients in enumerate(solve(features(known.z), known.severity, near, _PENALTIES)):
-            loss, noise = _loss(test @ coefficients, fresh, boolean, near)
+        for i, coefficients in enumerate(solve(features(known.z), known.severity, near, tuning.penalties, tuning.far)):
+            loss, noise = _loss(test @ coefficients, fresh, boolean, near, tuning.far)
             if loss < least:
                 best, least = (loss, noise, features, i), loss
     assert best is not None
     _, noise, features, i = best
     both = known.plus(fresh)
-    coefficients = solve(features(both.z), both.severity, near, _PENALTIES[: i + 1])[-1]
+    coefficients = solve(features(both.z), both.severity, near, tuning.penalties[: i + 1], tuning.far)[-1]
     spread = float(np.std(features(rng.standard_normal((500, both.z.shape[1]))) @ coefficients))
     return Learned(features, coefficients, max(noise, 0.05 * spread, 1e-300))
 
 
-def _kinds(known: Judged, solve: Solver, basis: Floats | None, near: float, rng: np.random.Generator) -> list[Features]:
+def _kinds(
+    known: Judged, solve: Solver, basis: Floats | None, near: float, rng: np.random.Generator, tuning: SurrogateTuning
+) -> list[Features]:
     """Candidates beyond z itself, simple ones first. Radial functions sit around cases that others put near the limit.
 
     basis: the few directions that matter, or None for no radial functions: what these say of places without cases is
@@ -82,16 +85,16 @@ def _kinds(known: Judged, solve: Solver, basis: Floats | None, near: float, rng:
     """
     dim = known.z.shape[1]
     kinds: list[Features] = []
-    if dim <= _PRODUCTS:
+    if dim <= tuning.products:
         kinds.append(Features(np.eye(dim), True))
     elif basis is not None:
         kinds.append(Features(basis, True))
     if basis is not None:
         x = kinds[-1](known.z)
-        (coefficients,) = solve(x, known.severity, near, _PENALTIES[1:2])
-        close = np.argsort(np.abs(x @ coefficients), kind="stable")[: 3 * _CENTRES]
-        centres = known.z[rng.permutation(close)[:_CENTRES]] @ basis
-        kinds += [Features(basis, True, centres, width * math.sqrt(basis.shape[1])) for width in (1.5, 0.7)]
+        (coefficients,) = solve(x, known.severity, near, tuning.penalties[1:2], tuning.far)
+        close = np.argsort(np.abs(x @ coefficients), kind="stable")[: 3 * tuning.centres]
+        centres = known.z[rng.permutation(close)[: tuning.centres]] @ basis
+        kinds += [Features(basis, True, centres, width * math.sqrt(basis.shape[1])) for width in tuning.widths]
     return kinds
 
 
@@ -106,14 +109,14 @@ def _near_limit(severity: Floats, near: float) -> Floats:
     return np.asarray(1.0 / (1.0 + (severity / near) ** 2), dtype=np.float64)
 
 
-def _loss(guess: Floats, fresh: Judged, boolean: bool, near: float) -> tuple[float, float]:
+def _loss(guess: Floats, fresh: Judged, boolean: bool, near: float, far: float) -> tuple[float, float]:
     """How badly the guess predicts, and the standard deviation σ̂ of its error: most likely, or by mean square."""
     if boolean:
         noises = max(float(np.std(guess)), 1e-300) * np.geomspace(0.01, 10.0, 25)
         right = np.where(fresh.hit, guess, -guess)
         losses = -np.mean(special.log_ndtr(right / noises[:, None]), axis=1)
         return float(losses.min()), float(noises[np.argmin(losses)])
-    severity = np.clip(fresh.severity, -_FAR * near, _FAR * near)
+    severity = np.clip(fresh.severity, -far * near, far * near)
     w = _near_limit(severity, near)
     square = float(w @ (guess - severity) ** 2 / w.sum())
     return square, math.sqrt(square)
@@ -136,9 +139,9 @@ def _original(c: Floats, mean: Floats, deviation: Floats) -> Floats:
     return out
 
 
-def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence[float]) -> list[Floats]:
+def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence[float], far: float) -> list[Floats]:
     """Ridge regressions, weighted towards the limit, one for each penalty."""
-    severity = np.clip(severity, -_FAR * near, _FAR * near)
+    severity = np.clip(severity, -far * near, far * near)
     w = _near_limit(severity, near)
     w /= w.sum()
     x, mean, deviation = _standardised(x, w)
@@ -152,9 +155,9 @@ def _least_squares(x: Floats, severity: Floats, near: float, penalties: Sequence
     return solutions
 
 
-def _logistic(x: Floats, severity: Floats, near: float, penalties: Sequence[float]) -> list[Floats]:
-    """Logistic regressions of yes and no, one for each penalty, each by Newton from the one before. near: unused."""
-    del near
+def _logistic(x: Floats, severity: Floats, near: float, penalties: Sequence[float], far: float) -> list[Floats]:
+    """Logistic regressions of yes and no, one for each penalty, each by Newton from the one before."""
+    del near, far
     n, p = x.shape
     x, mean, deviation = _standardised(x, np.full(n, 1.0 / n))
     x *= np.where(severity >= 0.0, 1.0, -1.0)[:, None]  # so that positive is right

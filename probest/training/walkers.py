@@ -2,9 +2,9 @@ r"""Particles kept warm: a population that follows the catastrophes while the mo
 
 *Idea.* Training moves the event a little at each step, so particles need not be found anew: they are a Markov chain on
 :math:`\pi_\sigma \propto \varphi(z)\, w(z)\, \Phi(s(z)/\sigma)`, moved by the same kernel as tempering. The noise σ is
-``BREADTH`` times what the severity changes over one standard deviation of z. That is broad: near catastrophes count,
+``breadth`` times what the severity changes over one standard deviation of z. That is broad: near catastrophes count,
 so that a model learns a margin, and new modes are seen before they matter. For a half-space at distance β the smoothed
-event has :math:`\log P_\sigma \approx \log P / (1 + \text{BREADTH}^2)`.
+event has :math:`\log P_\sigma \approx \log P / (1 + \text{breadth}^2)`.
 
 The change of log P from model to model is followed by reweighting with
 :math:`\Phi(s_{t+1}(z_i)/\sigma) / \Phi(s_t(z_i)/\sigma)`, whose mean estimates :math:`P_{\sigma, t+1} / P_{\sigma, t}`;
@@ -31,13 +31,25 @@ from probest.evidence import EventLike, Floats, Particles
 from probest.smc.moves import adapted, climb
 from probest.smc.population import State
 from probest.smc.softening import Noise
+from probest.tuning import tuned
 
 __all__ = ["Walkers"]
 
-ACCEPTANCE = 0.55
-BREADTH = 0.8
-MAX_MOVES = 6
-LAG = 2.0  # nats by which the population's mean of log Φ(s/σ) may be below that of a half-space in equilibrium
+
+_DEMOS = "probest demo, digits and pendulum, a few seeds each"
+
+
+@dataclass(frozen=True)
+class WalkerTuning:
+    """How warm particles follow a model. Set by hand on the two demos."""
+
+    breadth: float = tuned(0.8, "of what the severity changes over a standard deviation of z: the smoothing", _DEMOS)
+    acceptance: float = tuned(0.55, "that gradient steps aim at", _DEMOS)
+    max_moves: int = tuned(6, "moves a training step, at most", _DEMOS)
+    lag: float = tuned(2.0, "nats that the mean of log Φ(s/σ) may be below a half-space's in equilibrium", _DEMOS)
+
+
+TUNING = WalkerTuning()
 
 
 @dataclass
@@ -68,20 +80,20 @@ class Walkers:
     def advance(self, event: EventLike, rng: np.random.Generator) -> int:
         """Reweight, resample and move the population on the event as it is now; returns the model calls spent.
 
-        Moves are repeated, up to ``MAX_MOVES`` times, until the population has caught up with the event.
+        Moves are repeated, up to ``max_moves`` times, until the population has caught up with the event.
         """
         n = len(self.z)
-        meter = Meter(event, n * GRADIENT_CALLS * (MAX_MOVES + 1))
+        meter = Meter(event, n * GRADIENT_CALLS * (TUNING.max_moves + 1))
         at = meter.evaluate(self.z, gradient=True)
         assert at.severity_grad is not None
         rows = np.arange(n)
         before = None if self.severity is None else log_ndtr(self.severity / self.noise)
         if before is not None:
             change = log_mean_exp(log_ndtr(at.severity / self.noise) - before)[0]
-            self.log_prob = min(self.log_prob + (1 + BREADTH**2) * change, 0.0)
+            self.log_prob = min(self.log_prob + (1 + TUNING.breadth**2) * change, 0.0)
         slope = float(np.median(np.linalg.norm(at.severity_grad, axis=1)))
         if slope > 0 or math.isnan(self.noise):
-            self.noise = BREADTH * max(slope, 1e-12)
+            self.noise = TUNING.breadth * max(slope, 1e-12)
         if before is not None:
             weights = log_ndtr(at.severity / self.noise) - before
             if effective_sample_size(weights) < n / 2:
@@ -98,11 +110,11 @@ class Walkers:
             drift=Noise(1.0 / self.noise),
             angle=self.angle,
         )
-        typical = math.sqrt(max(-2.0 * self.log_prob, 0.0)) * BREADTH / (1 + BREADTH**2)
-        caught_up = float(log_ndtr(-typical)) - LAG
-        for _ in range(MAX_MOVES):
+        typical = math.sqrt(max(-2.0 * self.log_prob, 0.0)) * TUNING.breadth / (1 + TUNING.breadth**2)
+        caught_up = float(log_ndtr(-typical)) - TUNING.lag
+        for _ in range(TUNING.max_moves):
             acceptance = climb(state, meter, rng, state.angle)
-            state.angle = adapted(state.angle, acceptance, ACCEPTANCE, least=1e-3)
+            state.angle = adapted(state.angle, acceptance, TUNING.acceptance, least=1e-3)
             if np.mean(log_ndtr(state.severity / self.noise)) >= caught_up:
                 break
         self.z, self.severity, self.angle = state.z, state.severity, state.angle
