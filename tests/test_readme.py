@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from scipy.stats import norm
 
+from probest.testing import check_estimator
+from probest.testing.events import conditioned, half_space
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -50,3 +53,12 @@ def test_pyro_program(capsys: pytest.CaptureFixture[str]) -> None:
     mills = math.exp(norm.logpdf(beta) - norm.logsf(beta))
     assert model.bias.grad.item() == pytest.approx(mills / length, rel=0.03)
     assert "Converged" in capsys.readouterr().out
+
+
+def test_an_estimator_of_ones_own() -> None:
+    (program,) = (text for text in PROGRAMS if "class Doubled" in text)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(program, "README.md", "exec"), names)
+    outcomes = check_estimator(names["Doubled"](), [half_space(2, 3.0), conditioned(3, 2.0, 1.0, 0.5)])
+    assert [outcome.run is None for outcome in outcomes] == [False, True]
+    assert abs(outcomes[0].error) < 0.3
