@@ -139,68 +139,55 @@ class Importance:
         return "importance sampling"
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
-        """Find particles (unless a guide is given), fit, sample afresh."""
+        """Find particles (unless a guide is given), fit, sample afresh.
+
+        A program is sampled as it is; tempering's particles show what it leaves out.
+        """
         meter = Meter(event, budget)
-        if isinstance(self.guide, ProgramGuide):
-            return self._run_program(self.guide, event, meter, seed)
-        if self.guide is not None:
+        own = child_seed(seed, Stream.SAMPLE)
+        program = self.guide if isinstance(self.guide, ProgramGuide) else None
+        if self.guide is not None and not isinstance(self.guide, ProgramGuide):
             fitted = Fitted(self.guide, "given", None, 1)
-            own = child_seed(seed, Stream.SAMPLE)
             return Run.of(importance_sample(self, event, None, None, budget=budget, seed=own, fitted=fitted))
+        bound = None if program is None else Fitted(program.bind(event), "program", None, 1)
         share = budget // 2 if budget >= 1000 else budget
+        if program is not None:
+            share = max(1, budget // 2)
         found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
-        if found.population is None or found.calls >= budget:
-            return self._nothing_found(found, meter)
+        if found.calls >= budget or (found.population is None and program is None):
+            # nothing to sample from, or nothing left to sample with: what the search says is the conclusion
+            return replace(found, ledger=(replace(found.conclusion, method=self.name, seconds=meter.seconds),))
         evidence = importance_sample(
             self,
             event,
             found.population,
             found.prior_population,
             budget=budget - found.calls,
-            seed=child_seed(seed, Stream.SAMPLE),
+            seed=own,
+            fitted=bound,
         )
-        return self._concluded(found, replace(evidence, seconds=meter.seconds))
-
-    def _run_program(self, program: ProgramGuide, event: EventLike, meter: Meter, seed: np.random.SeedSequence) -> Run:
-        """Sample the user's guide; tempering's particles show what it leaves out."""
-        fitted = Fitted(program.bind(event), "program", None, 1)
-        share = max(1, meter.budget // 2)
-        found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
-        if found.calls >= meter.budget:
-            return self._nothing_found(found, meter)
-        evidence = importance_sample(
-            self,
-            event,
-            found.population,
-            found.prior_population,
-            budget=meter.budget - found.calls,
-            seed=child_seed(seed, Stream.SAMPLE),
-            fitted=fitted,
-        )
-        notes = list(evidence.notes)
-        if found.population is None:
-            sentence = "tempering found no catastrophe to check the guide against: raise the budget."
-            notes.append(Note(Code.UNCHECKED, sentence))
-        elif not agree(evidence, found.conclusion):
-            sentence = "the guide and tempering disagree beyond their errors: the guide lacks something, or find."
-            notes.append(Note(Code.DISAGREE, sentence))
-        evidence = replace(
-            evidence,
-            seconds=meter.seconds,
-            particles=evidence.particles or found.conclusion.particles,
-            prior_particles=found.conclusion.prior_particles,
-            converged=not notes,
-            notes=tuple(notes),
-        )
-        return self._concluded(found, evidence)
-
-    def _nothing_found(self, found: Run, meter: Meter) -> Run:
-        """Nothing to sample from, or nothing left to sample with: what the search says is the conclusion."""
-        return replace(found, ledger=(replace(found.conclusion, method=self.name, seconds=meter.seconds),))
-
-    def _concluded(self, found: Run, evidence: Evidence) -> Run:
-        ledger = (*found.ledger, evidence)
+        if program is not None:
+            evidence = _checked(evidence, found)
+        ledger = (*found.ledger, replace(evidence, seconds=meter.seconds))
         return replace(found, ledger=ledger, calls=found.calls + evidence.calls, families=None)
+
+
+def _checked(evidence: Evidence, found: Run) -> Evidence:
+    """What a guide of the user's says, held against the particles that tempering found."""
+    notes = list(evidence.notes)
+    if found.population is None:
+        sentence = "tempering found no catastrophe to check the guide against: raise the budget."
+        notes.append(Note(Code.UNCHECKED, sentence))
+    elif not agree(evidence, found.conclusion):
+        sentence = "the guide and tempering disagree beyond their errors: the guide lacks something, or find."
+        notes.append(Note(Code.DISAGREE, sentence))
+    return replace(
+        evidence,
+        particles=evidence.particles or found.conclusion.particles,
+        prior_particles=found.conclusion.prior_particles,
+        converged=not notes,
+        notes=tuple(notes),
+    )
 
 
 def importance_sample(
