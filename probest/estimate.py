@@ -18,11 +18,13 @@ from probest.backends.base import Array, PyTree
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.stratified import Stratified
 from probest.evidence import Code, Evidence, Floats, Note, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.event import Event
+from probest.programs.strata import MOST
 from probest.report.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def estimate(
     seed: int = 0,
     estimator: Estimator | None = None,
     guide: Callable[[], Any] | ProgramGuide | None = None,
+    max_strata: int = MOST,
     warm_start: Estimate | Evidence | None = None,
     progress: bool = True,
 ) -> Estimate:
@@ -60,6 +63,8 @@ def estimate(
         estimator: a single method instead of the default combination. Its precision is one of its own fields.
         guide: a program that draws the adversary's sites from another law, for importance sampling in place of the
             default combination; a share of the samples still comes from the adversary itself (see ``ProgramGuide``).
+        max_strata: combinations of values of discrete sites that are held and estimated apart, at most; 1 holds none.
+            ``infer={"enumerate": False}`` at a site leaves that site out.
         warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
             steps. Its catastrophes say where to look; the new estimate does not rest on them.
         progress: show a progress line (only ever in a terminal or notebook).
@@ -87,11 +92,12 @@ def estimate(
             f"estimator={type(estimator).__name__}(precision={precision!r}) where it has that field"
         )
     check_whole("seed", seed, least=0)
+    check_whole("max_strata", max_strata, least=1)
     if guide is not None and estimator is not None:
         raise ValueError("guide and estimator exclude each other: pass estimator=Importance(guide=ProgramGuide(...))")
     event = problem.event.replaced()
     wanted = PRECISION if precision is None else precision
-    method: Estimator = estimator or Combined(precision=wanted)
+    method: Estimator = estimator or _default(event, wanted, max_strata)
     if guide is not None:
         method = Importance(precision=wanted, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide))
     if warm_start is not None:
@@ -115,10 +121,20 @@ def estimate(
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
 
 
+def _default(event: Event, precision: float, max_strata: int) -> Estimator:
+    """The default strategy; over the strata of discrete sites, where there are some."""
+    inner = Combined(precision=precision)
+    if max_strata < 2 or not any(site.choices for site in event.sites):
+        return inner
+    return Stratified(precision=precision, inner=inner, max_strata=max_strata)
+
+
 def _warmed(method: Any, before: Estimate | Evidence) -> Estimator:
     """The method with the catastrophes of an earlier estimate to start from; as it is where that found none."""
     if not isinstance(before, Estimate | Evidence):
         raise TypeError(f"warm_start is a {type(before).__name__}: expected an Estimate or an Evidence")
+    if isinstance(method, Stratified):  # every stratum is looked at afresh
+        return method
     if "warm_start" not in getattr(method, "__dataclass_fields__", ()):
         raise ValueError(f"warm_start: {method.name} does not start from particles; use Tempering or the default")
     evidence = before.conclusion if isinstance(before, Estimate) else before

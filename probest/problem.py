@@ -8,6 +8,7 @@ from typing import Any
 
 from probest.programs.compile import compile_event
 from probest.programs.event import Batching, Event, ProblemError, compose
+from probest.programs.strata import Strata, strata_of
 
 __all__ = ["Problem"]
 
@@ -70,6 +71,15 @@ class Problem:
             batching=self.batching,
             chunk_size=self.chunk_size,
         )
+
+    @cached_property
+    def strata(self) -> Strata | None:
+        """The combinations of values of discrete sites that ``estimate`` holds, the most probable first.
+
+        None where there are none: no discrete site whose values can be listed, observed sites, probabilities that
+        depend on other draws, or an adversary that runs the closed loop itself.
+        """
+        return strata_of(self.event)
 
     @property
     def program(self) -> Callable[[], Any]:

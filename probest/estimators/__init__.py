@@ -9,6 +9,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import (
@@ -45,6 +46,7 @@ __all__ = [
     "Particles",
     "Population",
     "Run",
+    "Stratified",
     "Surrogate",
     "Tempering",
     "UnmetNeedError",

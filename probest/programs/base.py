@@ -30,6 +30,7 @@ class Site(NamedTuple):
 
     base_shape: shape of its standard-normal coordinates. discrete: whether its value is piecewise constant in
     them. distribution: class name. parent: the mixture site that this site chooses the component of, or None.
+    choices: the values of each element where they can be listed, else empty; complete: whether these are all.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Site(NamedTuple):
     discrete: bool
     distribution: str
     parent: str | None = None
+    choices: tuple[int, ...] = ()
+    complete: bool = True
 
     @property
     def size(self) -> int:

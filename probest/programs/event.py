@@ -208,6 +208,25 @@ class _Discrete:
 
 
 @dataclass(frozen=True)
+class _Weight:
+    """The log-weight of an open loop with sites held: their log-density and that of observed sites; no model runs."""
+
+    composition: Composition
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.compiled
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        backend = self.composition.frontend.backend
+        across = backend.loop if self.composition.batching == "loop" else backend.rows
+        return across(self._case, parts, z, held)
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        return self.composition._observe(parts, z, held)[1]
+
+
+@dataclass(frozen=True)
 class _Unjudged:
     """What black boxes are asked about: observation, action, the severities of the other checkers, the log-weight."""
 
@@ -367,6 +386,15 @@ class Event:
             return np.empty((len(z), 0))
         values = _Discrete(self.composition)
         pieces = [self.backend.on_host(values, self.parts, z[rows], {})[0] for rows in chunks(len(z), self.chunk_size)]
+        return np.asarray(np.concatenate(pieces), dtype=np.float64)
+
+    def log_density(self, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:
+        """The log-weight of an open loop with sites held ``(n, ...)``, at no model call, ``(n,)``."""
+        weight = _Weight(self.composition)
+        pieces = [
+            self.backend.on_host(weight, self.parts, z[rows], {name: value[rows] for name, value in held.items()})[0]
+            for rows in chunks(len(z), self.chunk_size)
+        ]
         return np.asarray(np.concatenate(pieces), dtype=np.float64)
 
     def observe(self, z: Floats) -> PyTree:

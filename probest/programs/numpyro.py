@@ -15,7 +15,7 @@ from numpyro.infer.reparam import Reparam
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
 from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
-from probest.programs.maps import UnsupportedDistribution, gaussian_map, mixture_map
+from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
 
 __all__ = ["NumPyroFrontend"]
 
@@ -129,7 +129,9 @@ class _ToGaussian(Reparam):
     def __init__(self, owner: _Gaussianize, message: dict[str, Any]) -> None:
         self.owner = owner
         self.sample_shape = tuple(message.get("kwargs", {}).get("sample_shape", ()))
-        self.parent = message.get("infer", {}).get("probest_component")
+        infer = message.get("infer", {})
+        self.parent = infer.get("probest_component")
+        self.listed = infer.get("enumerate") is not False
 
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
         if self.sample_shape:
@@ -147,7 +149,8 @@ class _ToGaussian(Reparam):
         return None, mapped.transform(base)
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
+        listed = choices(fn) if discrete and self.listed else ((), True)
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed))
         normal = dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return numpyro.sample(name + BASE, normal, infer={"probest_base": name})
 

@@ -21,7 +21,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
 from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
-from probest.programs.maps import UnsupportedDistribution, gaussian_map, mixture_map
+from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
 
@@ -174,6 +174,7 @@ class _ToGaussian(Reparam):
     def __init__(self, owner: _Gaussianize, msg: Any) -> None:
         self.owner = owner
         self.parent = msg["infer"].get("probest_component")
+        self.listed = msg["infer"].get("enumerate") is not False
 
     def apply(self, msg: Any) -> Any:
         name, fn = msg["name"], msg["fn"]
@@ -191,7 +192,8 @@ class _ToGaussian(Reparam):
         return {"fn": dist.Delta(value, event_dim=event_dim).mask(False), "value": value, "is_observed": True}
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent))
+        listed = choices(fn) if discrete and self.listed else ((), True)
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed))
         normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return pyro.sample(name + BASE, normal, infer=_mark("probest_base", name))
 

@@ -20,12 +20,15 @@ J. Multivariate Analysis 100 (2009), for LKJ; Bartlett, Proc. R. Soc. Edinburgh 
 
 from probest.programs.maps import counts, line, several
 from probest.programs.maps.base import GaussianMap, MixtureMap, UnsupportedDistribution, gaussian_map
+from probest.programs.maps.choices import Choices, choices
 from probest.programs.maps.several import mixture_map
 
 __all__ = [
+    "Choices",
     "GaussianMap",
     "MixtureMap",
     "UnsupportedDistribution",
+    "choices",
     "counts",
     "gaussian_map",
     "line",

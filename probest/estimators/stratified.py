@@ -1,0 +1,439 @@
+r"""Strata: hold the discrete sites, estimate where it matters, add up.
+
+With p_k the probability of the values k of the discrete sites and P_k that of a catastrophe given these,
+
+.. math:: P = \sum_k p_k P_k .
+
+A walk or a line sees one value of a switch and calls it the world; here every value that can be listed is held once and
+looked at, whatever its probability (:mod:`probest.programs.strata`).
+
+1. *Look*: a few draws of every stratum, in one batch. A stratum without other randomness is settled by one of them.
+2. *Estimate*: the strata that look likeliest first, each by ``inner``, to the precision that its share of P asks for:
+   with shares r_k and errors e_k the error of log P is √Σ (r_k e_k)², and at equal cost e_k = precision / √r_k.
+   A stratum is never worth more than p_k: once those that are left sum to a negligible part, they are left.
+3. *Refine*: shares are known now; strata whose error is too large for theirs are estimated again, afresh.
+
+What was not estimated is in the interval with its p_k, and strata where nothing was found with p_k times their bound.
+
+It fails where there are many more strata than the budget has estimates for: then it says so. What ``inner`` misses
+within a stratum is missed here.
+
+Reference: Owen (2013), Monte Carlo theory, methods and examples, ch. 8 (stratification and allocation).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import numpy as np
+from scipy.special import log_ndtr
+
+from probest import diagnostics
+from probest.budget import FORWARD_CALLS
+from probest.estimators.base import check_precision
+from probest.estimators.combined import Combined
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
+from probest.lines.along import Normal, between
+from probest.programs.event import Event
+from probest.programs.strata import MOST, Strata, StratumEvent, strata_of
+from probest.seeds import child_seed, generator
+from probest.tuning import tuned
+
+__all__ = ["Stratified", "StratifiedTuning"]
+
+_PROGRAMS = "programs.py"
+
+
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    LOOK = 0
+    ESTIMATE = 1
+    REFINE = 2
+    PLACE = 3
+
+
+@dataclass(frozen=True)
+class StratifiedTuning:
+    """How a budget is divided between strata. Set by hand on the families of benchmarks/programs.py."""
+
+    looks: int = tuned(16, "draws of each stratum in the first look, at most", _PROGRAMS)
+    look_share: float = tuned(0.1, "of the budget, at most, for looking (but one draw each)", _PROGRAMS)
+    least_calls: int = tuned(60, "calls below which no stratum is estimated", _PROGRAMS)
+    negligible: float = tuned(0.01, "share of P that the strata which are left out may hold", _PROGRAMS)
+    vaguest: float = tuned(0.3, "standard error that a stratum is estimated to, at most", _PROGRAMS)
+    slack: float = tuned(
+        1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
+    )
+    rows: int = tuned(12, "strata with a row of their own in the ledger", "reading")
+    particles: int = tuned(4000, "that are kept over all strata", "memory")
+
+
+@dataclass
+class _Part:
+    """A stratum: its place in the list, and what is known of P_k.
+
+    exact: log P_k where there is no other randomness; severity: then.
+    """
+
+    k: int
+    log_p: float
+    score: float
+    evidence: Evidence | None = None
+    exact: float | None = None
+    severity: float = math.nan
+    calls: int = 0
+
+    @property
+    def known(self) -> bool:
+        return self.exact is not None or self.evidence is not None
+
+    @property
+    def log_prob(self) -> float:
+        """log P_k."""
+        return self.exact if self.exact is not None else -math.inf if self.evidence is None else self.evidence.log_prob
+
+    @property
+    def joint(self) -> float:
+        return self.log_p + self.log_prob
+
+    @property
+    def error(self) -> float:
+        return 0.0 if self.exact is not None else math.inf if self.evidence is None else self.evidence.std_error
+
+    @property
+    def upper(self) -> float:
+        """log of what p_k P_k is below."""
+        if self.exact is not None:
+            return self.joint
+        return self.log_p if self.evidence is None else self.log_p + self.evidence.interval[1]
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """Estimate the strata of a program apart, and add up.
+
+    precision: wanted standard error of log P; None spends the budget.
+    inner: the method for one stratum; its ``precision``, where it has that field, is set by the stratum's share.
+    max_strata: combinations of values that are listed, at most; sites beyond that stay random.
+    tuning: how the budget is divided.
+    """
+
+    precision: float | None = 0.05
+    inner: Combined = field(default_factory=Combined)
+    max_strata: int = MOST
+    tuning: StratifiedTuning = field(default_factory=StratifiedTuning, repr=False)
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.max_strata < 2:
+            raise ValueError(
+                f"max_strata must be at least 2, got {self.max_strata}; use the inner method without strata"
+            )
+
+    @property
+    def name(self) -> str:
+        return "stratified"
+
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """The strata's evidence and their sum; that of ``inner`` alone where the event has no strata."""
+        strata = strata_of(event, self.max_strata) if isinstance(event, Event) else None
+        if strata is None or len(strata) < 2:
+            return self.inner.run(event, budget=budget, seed=seed)
+        return _Campaign(self, strata, seed, left=budget, budget=budget).run()
+
+
+@dataclass
+class _Campaign:
+    """One run: the strata and what is left of the budget."""
+
+    method: Stratified
+    strata: Strata
+    seed: np.random.SeedSequence
+    left: int
+    budget: int
+    parts: list[_Part] = field(default_factory=list)
+    looked: int = 0
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.tuning = self.method.tuning
+        self.aim = self.method.precision or 0.01
+
+    def run(self) -> Run:
+        interrupted = False
+        try:
+            self._look()
+            self._estimate()
+            self._refine()
+        except KeyboardInterrupt:
+            if not any(part.known for part in self.parts):
+                raise
+            interrupted = True
+        return self._conclude(interrupted)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """A few draws of every stratum that the budget allows, the most probable first."""
+        strata, dim = self.strata, len(self.strata.free)
+        each = 1
+        if dim:
+            each = int(np.clip(self.tuning.look_share * self.budget / len(strata), 1, self.tuning.looks))
+        count = min(len(strata), max(1, self.left // (2 * each)) if dim else self.left)
+        z = generator(child_seed(self.seed, Stream.LOOK)).standard_normal((count * each, dim))
+        held = {name: np.repeat(value[:count], each, axis=0) for name, value in strata.values.items()}
+        full = np.zeros((len(z), strata.event.dim))
+        full[:, strata.free] = z
+        severity = strata.event.evaluate(full, held=held).severity.reshape(count, each)
+        self.left -= FORWARD_CALLS * len(z)
+        self.looked = len(z)
+        for k in range(len(strata)):
+            log_p = float(strata.log_prob[k])
+            part = _Part(k, log_p, log_p)
+            if k < count:
+                part.score = log_p + _guess(severity[k])
+                if not dim:
+                    part.exact, part.severity = 0.0 if severity[k, 0] >= 0.0 else -math.inf, float(severity[k, 0])
+            self.parts.append(part)
+
+    # --- estimating ------------------------------------------------------------------------------------------------
+
+    def _estimate(self) -> None:
+        """Strata in the order of what they look like, until what is left is negligible or the budget is spent."""
+        waiting = sorted((part for part in self.parts if not part.known), key=lambda part: -part.score)
+        total = diagnostics.log_sum_exp(np.array([part.score for part in self.parts]))
+        for i, part in enumerate(waiting):
+            rest = diagnostics.log_sum_exp(np.array([other.log_p for other in waiting[i:]]))
+            if rest <= self._joint() + math.log(self.tuning.negligible):
+                return
+            share = math.exp(min(part.score - total, 0.0))
+            budget = int(self.left * max(1.0 / (len(waiting) - i), 0.5 * share))
+            if budget < self.tuning.least_calls:
+                budget = min(self.left, self.tuning.least_calls)
+            if budget < self.tuning.least_calls:
+                return
+            self._run(part, self._precision(max(share, 0.02)), budget, Stream.ESTIMATE)
+
+    def _refine(self) -> None:
+        """Strata again, afresh, whose error is too large for their share; the largest part of the error first."""
+        for _ in range(len(self.parts)):
+            total = self._joint()
+            if not math.isfinite(total):
+                return
+            shares = [
+                (math.exp(min(part.joint - total, 0.0)), part) for part in self.parts if part.evidence is not None
+            ]
+            wanting = [
+                (share * min(part.error, 1.0), share, part)
+                for share, part in shares
+                if share > self.tuning.negligible and self._wants(part, share)
+            ]
+            error = math.sqrt(sum((share * min(part.error, 1.0)) ** 2 for share, part in shares))
+            if not wanting or (self.method.precision is not None and error <= self.aim and self._settled()):
+                return
+            _, share, part = max(wanting, key=lambda one: one[0])
+            if self.left < max(self.tuning.least_calls, part.calls):
+                return
+            budget = min(self.left, max(4 * part.calls, self.left // max(1, len(wanting))))
+            self._run(part, self._precision(share), budget, Stream.REFINE)
+
+    def _wants(self, part: _Part, share: float) -> bool:
+        assert part.evidence is not None
+        return not part.evidence.converged or part.error > self.tuning.slack * self._precision(share)
+
+    def _settled(self) -> bool:
+        """Whether every stratum that counts is converged."""
+        total = self._joint()
+        return all(
+            part.evidence is None or part.evidence.converged or part.upper < total + math.log(self.tuning.negligible)
+            for part in self.parts
+        )
+
+    def _precision(self, share: float) -> float:
+        return min(self.tuning.vaguest, self.aim / math.sqrt(share))
+
+    def _run(self, part: _Part, precision: float, budget: int, stream: Stream) -> None:
+        """An estimate of one stratum; a later one replaces an earlier one where it is converged or sharper."""
+        inner = replace(self.method.inner, precision=precision)
+        seed = child_seed(self.seed, stream, part.k, part.calls)
+        run = inner.run(StratumEvent(self.strata, part.k), budget=budget, seed=seed)
+        self.left -= run.calls
+        part.calls += run.calls
+        before, found = part.evidence, run.conclusion
+        better = before is None or found.converged or (not before.converged and found.std_error < before.std_error)
+        if better:
+            part.evidence = found
+
+    def _joint(self) -> float:
+        """log Σ p_k P_k so far."""
+        return diagnostics.log_sum_exp(np.array([part.joint for part in self.parts if part.known] or [-math.inf]))
+
+    # --- evidence --------------------------------------------------------------------------------------------------
+
+    def _conclude(self, interrupted: bool) -> Run:
+        total = self._joint()
+        known = [part for part in self.parts if part.known and math.isfinite(part.joint)]
+        shares = np.array([math.exp(part.joint - total) for part in known])
+        error = float(np.sqrt(np.sum((shares * np.minimum([part.error for part in known], 1e3)) ** 2)))
+        missing = [part.upper for part in self.parts if not (part.known and math.isfinite(part.joint))]
+        missing = [bound for bound in (*missing, self.strata.left_out) if bound > -math.inf]
+        beyond = diagnostics.log_sum_exp(np.array(missing)) - total if missing else -math.inf
+        lower, upper = self._interval(known, shares, total, beyond)
+        notes = self._notes(known, shares, error, beyond, total, interrupted)
+        line = Evidence(
+            method=self.method.name,
+            log_prob=min(total, 0.0),
+            std_error=error if known else math.inf,
+            interval=(lower, upper),
+            claim="consistent" if known else "upper",
+            calls=self.budget - self.left,
+            seconds=time.perf_counter() - self.started,
+            converged=not notes and bool(known),
+            particles=self._particles(known, shares),
+            diagnostics={"strata": float(len(self.parts)), "estimated": float(sum(p.known for p in self.parts))},
+            notes=notes,
+        )
+        return Run((*self._rows(known), line), self.budget - self.left)
+
+    def _interval(self, known: list[_Part], shares: Floats, total: float, beyond: float) -> tuple[float, float]:
+        if not known:  # all that is not excluded
+            bounds = np.array([*(part.upper for part in self.parts), self.strata.left_out])
+            return -math.inf, min(diagnostics.log_sum_exp(bounds), 0.0)
+        down, up = [], []
+        for part in known:
+            low, high = (part.log_prob, part.log_prob) if part.evidence is None else part.evidence.interval
+            down.append(-math.expm1(min(low - part.log_prob, 0.0)))
+            up.append(math.expm1(min(max(high - part.log_prob, 0.0), 50.0)))
+        below = float(np.sqrt(np.sum((shares * down) ** 2)))
+        above = float(np.sqrt(np.sum((shares * up) ** 2))) + math.exp(min(beyond, 700.0))
+        log_prob = min(total, 0.0)
+        return log_prob + math.log1p(-below) if below < 1.0 else -math.inf, min(log_prob + math.log1p(above), 0.0)
+
+    def _notes(
+        self, known: list[_Part], shares: Floats, error: float, beyond: float, total: float, interrupted: bool
+    ) -> tuple[Note, ...]:
+        notes = []
+        if interrupted:
+            notes.append(Note(Code.INTERRUPTED, "interrupted: this is the evidence gathered until then."))
+        if not known:
+            return (*notes, Note(Code.NO_HITS, "no catastrophe was found in any stratum: raise the budget."))
+        open_ = [
+            p
+            for p, share in zip(known, shares, strict=True)
+            if share > 0.01 and p.evidence and not p.evidence.converged
+        ]
+        if open_:
+            first = open_[0].evidence
+            assert first is not None
+            reason = f" ({first.notes[0]})" if first.notes else ""
+            where = self.strata.label(open_[0].k)
+            notes.append(Note(Code.UNREACHED, f"{len(open_)} strata have not converged, {where} first{reason}"))
+        if beyond > math.log(2.0 * self.aim):
+            times = math.exp(min(beyond, 50.0))
+            sentence = f"strata where nothing was found may hold {times:.2g} times as much: raise the budget."
+            notes.append(Note(Code.UNSEEN, sentence))
+        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
+        if error > wanted:
+            notes.append(
+                Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
+            )
+        return tuple(notes)
+
+    def _rows(self, known: list[_Part]) -> list[Evidence]:
+        """A row for each of the largest strata, with what it adds to P."""
+        rows = []
+        largest = sorted((p for p in known if p.evidence is not None), key=lambda p: -p.joint)
+        for part in largest[: self.tuning.rows]:
+            line = part.evidence
+            assert line is not None
+            low, high = (min(part.log_p + end, 0.0) for end in line.interval)
+            rows.append(
+                replace(
+                    line,
+                    method=f"{self.strata.label(part.k)}"[:40],
+                    log_prob=min(part.joint, 0.0),
+                    interval=(low, high),
+                    calls=part.calls,
+                    particles=None,
+                    prior_particles=None,
+                )
+            )
+        return rows
+
+    def _particles(self, known: list[_Part], shares: Floats) -> Particles | None:
+        """Catastrophes of all strata in the coordinates of the whole program, each stratum with its share."""
+        rng = generator(child_seed(self.seed, Stream.PLACE))
+        z, log_w, severity, values = [], [], [], []
+        for part, share in zip(known, shares, strict=True):
+            if share < 1e-6:
+                continue
+            stratum = StratumEvent(self.strata, part.k)
+            if part.evidence is None:
+                found = Particles(np.zeros((1, stratum.dim)), np.zeros(1), np.array([part.severity]))
+            elif part.evidence.particles is None:
+                continue
+            else:
+                found = part.evidence.particles
+            most = max(16, math.ceil(share * self.tuning.particles))
+            if len(found.z) > most:
+                at = diagnostics.systematic_resample(found.log_weight, most, rng)
+                found = Particles(found.z[at], np.full(most, -math.log(most)), found.severity[at])
+            z.append(stratum.full(found.z))
+            log_w.append(found.log_weight + math.log(share))
+            severity.append(found.severity)
+            values.append(np.full(len(found.z), part.k))
+        if not z:
+            return None
+        placed, kept = _placed(self.strata, np.concatenate(z), np.concatenate(values), rng)
+        log_weight = np.concatenate(log_w)[kept]
+        if not len(log_weight):
+            return None
+        return Particles(placed[kept], log_weight - diagnostics.log_sum_exp(log_weight), np.concatenate(severity)[kept])
+
+
+def _guess(severity: Floats) -> float:
+    """log P_k as a few draws have it: by a normal law of the severity, or by the hits."""
+    n = len(severity)
+    hits = int(np.count_nonzero(severity >= 0.0))
+    if hits:
+        return math.log(hits / n)
+    if n < 2 or not np.isfinite(severity).all():
+        return -1.0
+    spread = float(np.std(severity, ddof=1))
+    return float(log_ndtr(float(np.mean(severity)) / spread)) if spread > 0.0 else -30.0
+
+
+def _placed(strata: Strata, z: Floats, k: np.ndarray, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
+    """z with coordinates at which the held sites have the values of stratum k ``(n,)``, and which rows have them.
+
+    Values rise with their coordinate, so the interval of each is found by bisection, site after site; no model runs.
+    """
+    event = strata.event
+    z = z.copy()
+    starts = np.cumsum([0, *(site.size for site in event.sites)])
+    listed = [site for site in event.sites if site.discrete]
+    columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate, where there is a list
+    for site in strata.sites:
+        at = slice(*(int(starts[event.sites.index(site) + j]) for j in (0, 1)))
+        column = slice(*(int(columns[listed.index(site) + j]) for j in (0, 1)))
+        wanted = strata.values[site.name][k].reshape(len(k), -1).astype(np.float64)
+        edges = []
+        for strict in (False, True):
+            low, high = np.full(wanted.shape, -12.0), np.full(wanted.shape, 12.0)
+            for _ in range(40):
+                z[:, at] = 0.5 * (low + high)
+                value = event.discrete_values(z)[:, column]
+                above = value > wanted if strict else value >= wanted
+                low, high = np.where(above, low, z[:, at]), np.where(above, z[:, at], high)
+            edges.append(high)
+        z[:, at] = between(Normal(), edges[0], edges[1], rng.uniform(0.02, 0.98, wanted.shape))
+    kept = np.ones(len(z), dtype=np.bool_)
+    found = event.discrete_values(z)
+    for site in strata.sites:
+        column = slice(*(int(columns[listed.index(site) + j]) for j in (0, 1)))
+        kept &= (found[:, column] == strata.values[site.name][k].reshape(len(k), -1)).all(axis=1)
+    return z, kept
