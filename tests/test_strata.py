@@ -1,0 +1,282 @@
+"""Discrete sites that are held: exact answers by enumeration, on both libraries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from library import gradient, library, parameters
+from scipy import special, stats
+
+from probest import Combined, Problem, Stratified, Tempering, estimate
+from probest.evidence import Code
+from probest.testing import check_run
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def seed(value: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(value)
+
+
+def floats(lib: Any, values: Any) -> Any:
+    return lib.array(np.asarray(values, dtype=np.float32))
+
+
+def normals(lib: Any, n: int) -> Any:
+    return lib.sample("x", lib.dist.Normal(lib.xp.zeros(n), 1.0).to_event(1))
+
+
+def problem(adversary: Callable[[], Any], checker: Callable[[Any], Any], **rest: Any) -> Problem:
+    return Problem(adversary, lambda x: x, lambda x, y: checker(y), **rest)
+
+
+def switch(lib: Any, rate: float = 3e-4, **rest: Any) -> tuple[Problem, float]:
+    """A rare switch brings the limit from 6.5 to 0.5 standard deviations."""
+    axis = floats(lib, np.ones(15) / math.sqrt(15.0))
+
+    def adversary() -> Any:
+        return lib.sample("s", lib.dist.Bernoulli(floats(lib, rate)), **rest), normals(lib, 15)
+
+    def checker(y: Any) -> Any:
+        return lib.xp.sum(axis * y[1]) - lib.xp.where(y[0] == 1, floats(lib, 0.5), floats(lib, 6.5))
+
+    truth = math.log(rate * stats.norm.sf(0.5) + (1.0 - rate) * stats.norm.sf(6.5))
+    return problem(adversary, checker), truth
+
+
+def half_spaces(lib: Any, count: int = 8, dim: int = 40) -> tuple[Problem, float]:
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((count, dim))
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    betas = np.linspace(4.2, 6.8, count)
+
+    def adversary() -> Any:
+        return lib.sample("k", lib.dist.Categorical(floats(lib, np.full(count, 1.0 / count)))), normals(lib, dim)
+
+    def checker(y: Any) -> Any:
+        return lib.xp.sum(floats(lib, normal)[y[0]] * y[1]) - floats(lib, betas)[y[0]]
+
+    return problem(adversary, checker), math.log(np.mean(stats.norm.sf(betas)))
+
+
+def failures(lib: Any, *, boolean: bool = False, n: int = 10, rate: float = 1e-3) -> tuple[Problem, float]:
+    def adversary() -> Any:
+        return lib.sample("b", lib.dist.Bernoulli(floats(lib, np.full(n, rate))).to_event(1))
+
+    def checker(y: Any) -> Any:
+        return (1.0 * y).sum() >= 2 if boolean else (1.0 * y).sum() - 2.0
+
+    return problem(adversary, checker), float(stats.binom.logsf(1, n, rate))
+
+
+def nested(lib: Any) -> tuple[Problem, float]:
+    """A second switch whose rate depends on the first; catastrophes almost only where both are on."""
+    rates, limits = np.array([1e-4, 0.2]), np.array([[7.0, 5.5], [4.5, 1.0]])
+
+    def adversary() -> Any:
+        first = lib.sample("first", lib.dist.Bernoulli(floats(lib, 1e-3)))
+        index = first if lib.name == "numpyro" else first.long()
+        second = lib.sample("second", lib.dist.Bernoulli(floats(lib, rates)[index]))
+        return first, second, normals(lib, 5)
+
+    def checker(y: Any) -> Any:
+        first, second = (lib.xp.where(value == 1, floats(lib, 1.0), floats(lib, 0.0)) for value in y[:2])
+        a, b, c, d = (float(value) for value in limits.ravel())
+        limit = (1 - first) * ((1 - second) * a + second * b) + first * ((1 - second) * c + second * d)
+        return y[2][0] - limit
+
+    p = np.array([[0.999 * (1 - rates[0]), 0.999 * rates[0]], [1e-3 * (1 - rates[1]), 1e-3 * rates[1]]])
+    return problem(adversary, checker), math.log(np.sum(p * stats.norm.sf(limits)))
+
+
+def component(lib: Any) -> tuple[Problem, float]:
+    """A mixture whose rare component lies far out."""
+    weights = np.array([1.0 - 1e-5, 1e-5])
+
+    def adversary() -> Any:
+        parts = lib.dist.Normal(floats(lib, [0.0, 12.0]), floats(lib, [1.0, 1.0]))
+        return lib.sample("x", lib.dist.MixtureSameFamily(lib.dist.Categorical(floats(lib, weights)), parts))
+
+    truth = math.log(weights @ stats.norm.sf([9.0, 9.0 - 12.0]))
+    return problem(adversary, lambda y: y - 9.0), truth
+
+
+def counts(lib: Any) -> tuple[Problem, float]:
+    """Poisson arrivals, each of which lowers the limit."""
+
+    def adversary() -> Any:
+        return lib.sample("n", lib.dist.Poisson(floats(lib, 0.05))), normals(lib, 3)
+
+    k = np.arange(30)
+    truth = special.logsumexp(stats.poisson.logpmf(k, 0.05) + stats.norm.logsf(7.0 - 1.5 * k))
+    return problem(adversary, lambda y: y[1][0] - (7.0 - 1.5 * y[0])), float(truth)
+
+
+FAMILIES = {
+    "switch": switch,
+    "half_spaces": half_spaces,
+    "failures": failures,
+    "failures_boolean": lambda lib: failures(lib, boolean=True),
+    "nested": nested,
+    "component": component,
+    "counts": counts,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rare_value_cannot_hide(backend: str, family: str) -> None:
+    built, truth = FAMILIES[family](named(backend))
+    result = estimate(built, seed=1, **QUIET)
+    assert result.ledger[-1].method == "stratified"
+    assert result.converged, result.advice
+    assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error
+    assert result.calls < 5_000
+    check_run(Stratified().run(built.event, budget=20_000, seed=seed(2)), built.event, 20_000)
+
+
+def named(backend: str) -> Any:
+    lib = library(backend)
+    lib.name = backend
+    return lib
+
+
+def test_strata_are_shown_with_their_exact_probabilities(backend: str) -> None:
+    strata = nested(named(backend))[0].strata
+    assert strata is not None
+    assert len(strata) == 4
+    expected = {(0, 0): 0.999 * (1 - 1e-4), (0, 1): 0.999 * 1e-4, (1, 0): 1e-3 * 0.8, (1, 1): 1e-3 * 0.2}
+    for k in range(4):
+        values, log_prob = strata[k]
+        key = int(values["first"]), int(values["second"])
+        assert math.exp(log_prob) == pytest.approx(expected[key], rel=1e-5)
+    assert "first=" in repr(strata)
+    assert list(strata.free) == [2, 3, 4, 5, 6]
+
+
+def test_counts_without_an_end_have_a_bounded_tail(backend: str) -> None:
+    strata = counts(named(backend))[0].strata
+    assert strata is not None
+    assert strata.left_out < -100.0
+    assert special.logsumexp(strata.log_prob) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_catastrophes_come_out_with_their_discrete_values(backend: str) -> None:
+    built, _ = nested(named(backend))
+    result = estimate(built, seed=0, **QUIET)
+    found = result.catastrophes
+    assert found is not None
+    assert (found.severity >= 0.0).all()
+    both = (np.asarray(found["first"]) == 1) & (np.asarray(found["second"]) == 1)
+    share = float(found.weights @ both)
+    limits = np.array([[7.0, 5.5], [4.5, 1.0]])
+    p = np.array([[0.999 * (1 - 1e-4), 0.999 * 1e-4], [1e-3 * 0.8, 1e-3 * 0.2]]) * stats.norm.sf(limits)
+    assert share == pytest.approx(p[1, 1] / p.sum(), abs=0.02)
+
+
+def test_the_gradient_reaches_the_probability_of_a_switch(backend: str) -> None:
+    lib = named(backend)
+
+    def program(params: Any) -> Any:
+        s = lib.sample("s", lib.dist.Bernoulli(params["rate"]))
+        return s, normals(lib, 3)
+
+    adversary = lib.module(program, {"rate": floats(lib, 0.01)})
+    built = problem(
+        adversary,
+        lambda y: y[1][0] - lib.xp.where(y[0] == 1, floats(lib, 2.0), floats(lib, 5.0)),
+    )
+    result = estimate(built, seed=0, **QUIET)
+    on, off = stats.norm.sf(2.0), stats.norm.sf(5.0)
+    truth = (on - off) / (0.01 * on + 0.99 * off)
+    _, slopes = gradient(backend, result, adversary=adversary)
+    assert slopes["rate"] == pytest.approx(truth, rel=0.02)
+    assert set(parameters(adversary)) == {"rate"}
+
+
+def test_a_site_can_be_left_out(backend: str) -> None:
+    lib = named(backend)
+    assert switch(lib, infer={"enumerate": False})[0].strata is None
+    ledger = estimate(switch(lib, rate=0.3)[0], max_strata=1, seed=0, **QUIET).ledger
+    assert ledger[-1].method == "combined"
+
+
+def test_programs_without_strata_are_as_before(backend: str) -> None:
+    lib = named(backend)
+
+    def depends() -> Any:  # the probability is no number: it depends on another draw
+        x = normals(lib, 2)
+        return x, lib.sample(
+            "s", lib.dist.Bernoulli(lib.xp.sigmoid(x[0]) if backend == "pyro" else 1 / (1 + lib.xp.exp(-x[0])))
+        )
+
+    built = problem(depends, lambda y: y[0][1] + y[1] - 3.0)
+    assert built.strata is None
+    run = Stratified().run(built.event, budget=5_000, seed=seed(0))
+    assert run.conclusion.method == "combined"
+    assert Stratified(inner=Combined()).run(built.event, budget=5_000, seed=seed(0)).conclusion.log_prob == (
+        run.conclusion.log_prob
+    )
+
+
+def test_more_sites_than_can_be_listed_are_held_as_far_as_they_go(backend: str) -> None:
+    lib = named(backend)
+
+    def adversary() -> Any:
+        many = lib.sample("many", lib.dist.Bernoulli(floats(lib, np.full(40, 0.1))).to_event(1))
+        return lib.sample("s", lib.dist.Bernoulli(floats(lib, 1e-4))), many, normals(lib, 4)
+
+    built = problem(adversary, lambda y: y[2][0] + 0.01 * (1.0 * y[1]).sum() - 6.0 + 5.5 * y[0])
+    strata = built.strata
+    assert strata is not None
+    assert [site.name for site in strata.sites] == ["s"]
+    k = np.arange(41)
+    mixed = [
+        special.logsumexp(stats.binom.logpmf(k, 40, 0.1) + stats.norm.logsf(limit - 0.01 * k)) for limit in (6.0, 0.5)
+    ]
+    truth = special.logsumexp([math.log(1 - 1e-4) + mixed[0], math.log(1e-4) + mixed[1]])
+    result = estimate(built, seed=0, budget=20_000, **QUIET)
+    assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error
+
+
+def test_what_the_budget_does_not_reach_is_in_the_interval(backend: str) -> None:
+    lib = named(backend)
+    built, truth = half_spaces(lib, count=64, dim=5)
+    run = Stratified().run(built.event, budget=1_000, seed=seed(0))
+    check_run(run, built.event, 1_000)
+    conclusion = run.conclusion
+    assert not conclusion.converged
+    assert conclusion.interval[1] >= truth
+    assert conclusion.codes & {Code.UNSEEN, Code.NO_HITS, Code.UNREACHED}
+
+
+def test_other_methods_work_within_strata(backend: str) -> None:
+    built, truth = half_spaces(named(backend), count=3, dim=4)
+    method = Stratified(precision=None, inner=Combined())
+    assert Tempering().run(built.event, budget=20_000, seed=seed(0)).conclusion.method == "tempering"
+    conclusion = method.run(built.event, budget=6_000, seed=seed(0)).conclusion
+    assert abs(conclusion.log_prob - truth) < 0.1
+
+
+def test_an_interrupted_run_keeps_its_strata(backend: str) -> None:
+    built, _ = half_spaces(named(backend), count=8, dim=5)
+    event = built.event.replaced()
+
+    def stop(calls: int) -> None:
+        if calls > 500:
+            raise KeyboardInterrupt
+
+    event.on_calls = stop
+    conclusion = Stratified().run(event, budget=20_000, seed=seed(0)).conclusion
+    assert Code.INTERRUPTED in conclusion.codes
+    assert not conclusion.converged
+    assert math.isfinite(conclusion.log_prob)
+
+
+@pytest.mark.parametrize(("field", "value"), [("precision", 0.0), ("max_strata", 1)])
+def test_settings_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        Stratified(**{field: value})
