@@ -93,6 +93,19 @@ def nested(lib: Any) -> tuple[Problem, float]:
     return problem(adversary, checker), math.log(np.sum(p * stats.norm.sf(limits)))
 
 
+def closed_loop(lib: Any) -> tuple[Problem, float]:
+    """The adversary runs the model itself; a rare fault makes its action worthless."""
+
+    def adversary(model: Any) -> Any:
+        fault = lib.sample("fault", lib.dist.Bernoulli(floats(lib, 1e-4)))
+        wind = normals(lib, 4)
+        return wind, lib.xp.where(fault == 1, floats(lib, 0.0), floats(lib, 1.0)) * model(wind)
+
+    truth = math.log(1e-4 * stats.norm.sf(1.0) + (1.0 - 1e-4) * stats.norm.sf(6.0))
+    built = Problem(adversary, lambda x: 0.0 * x.sum() + 5.0, lambda x, y: x[0] - 1.0 - y)
+    return built, truth
+
+
 def component(lib: Any) -> tuple[Problem, float]:
     """A mixture whose rare component lies far out."""
     weights = np.array([1.0 - 1e-5, 1e-5])
@@ -122,6 +135,7 @@ FAMILIES = {
     "failures": failures,
     "failures_boolean": lambda lib: failures(lib, boolean=True),
     "nested": nested,
+    "closed_loop": closed_loop,
     "component": component,
     "counts": counts,
 }

@@ -49,6 +49,7 @@ from probest.tuning import tuned
 __all__ = ["Stratified", "StratifiedTuning"]
 
 _PROGRAMS = "programs.py"
+_LEAST = 2_000  # calls, below which a closed loop's strata would take most of the budget to list
 
 
 class Stream(IntEnum):
@@ -158,10 +159,14 @@ class Stratified:
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """The strata's evidence and their sum; that of ``inner`` alone where the event has no strata."""
-        strata = strata_of(event, self.max_strata) if isinstance(event, Event) else None
-        if strata is None or len(strata) < 2:
-            return self.inner.run(event, budget=budget, seed=seed)
-        return _Campaign(self, strata, seed, left=budget, budget=budget).run()
+        strata = None
+        if isinstance(event, Event) and (budget >= _LEAST or not event.composition.closed_loop):
+            strata = strata_of(event, self.max_strata)
+        left = budget - (0 if strata is None else strata.calls)
+        if strata is None or len(strata) < 2 or left < len(strata):
+            run = self.inner.run(event, budget=max(left, 1), seed=seed)
+            return replace(run, calls=run.calls + budget - left)
+        return _Campaign(self, strata, seed, left=left, budget=budget).run()
 
 
 @dataclass
@@ -483,30 +488,31 @@ def _guess(severity: Floats) -> float:
 def _placed(strata: Strata, z: Floats, k: np.ndarray, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
     """z with coordinates at which the held sites have the values of stratum k ``(n,)``, and which rows have them.
 
-    Values rise with their coordinate, so the interval of each is found by bisection, site after site; no model runs.
+    Values rise with their coordinate, so the interval of each is found by bisection, site after site, once a stratum.
     """
     event = strata.event
+    used, row = np.unique(k, return_inverse=True)
+    centre = np.zeros((len(used), event.dim))
     z = z.copy()
     starts = np.cumsum([0, *(site.size for site in event.sites)])
     listed = [site for site in event.sites if site.discrete]
     columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate, where there is a list
+    kept = np.ones(len(used), dtype=np.bool_)
     for site in strata.sites:
         at = slice(*(int(starts[event.sites.index(site) + j]) for j in (0, 1)))
         column = slice(*(int(columns[listed.index(site) + j]) for j in (0, 1)))
-        wanted = strata.values[site.name][k].reshape(len(k), -1).astype(np.float64)
+        wanted = strata.values[site.name][used].reshape(len(used), -1).astype(np.float64)
         edges = []
         for strict in (False, True):
             low, high = np.full(wanted.shape, -12.0), np.full(wanted.shape, 12.0)
             for _ in range(40):
-                z[:, at] = 0.5 * (low + high)
-                value = event.discrete_values(z)[:, column]
+                centre[:, at] = 0.5 * (low + high)
+                value = event.discrete_draws(centre)[:, column]
                 above = value > wanted if strict else value >= wanted
-                low, high = np.where(above, low, z[:, at]), np.where(above, z[:, at], high)
+                low, high = np.where(above, low, centre[:, at]), np.where(above, centre[:, at], high)
             edges.append(high)
-        z[:, at] = between(Normal(), edges[0], edges[1], rng.uniform(0.02, 0.98, wanted.shape))
-    kept = np.ones(len(z), dtype=np.bool_)
-    found = event.discrete_values(z)
-    for site in strata.sites:
-        column = slice(*(int(columns[listed.index(site) + j]) for j in (0, 1)))
-        kept &= (found[:, column] == strata.values[site.name][k].reshape(len(k), -1)).all(axis=1)
-    return z, kept
+        centre[:, at] = between(Normal(), edges[0], edges[1], np.full(wanted.shape, 0.5))
+        kept &= (event.discrete_draws(centre)[:, column] == wanted).all(axis=1)
+        share = rng.uniform(0.02, 0.98, (len(z), wanted.shape[1]))
+        z[:, at] = between(Normal(), edges[0][row], edges[1][row], share)
+    return z, kept[row]

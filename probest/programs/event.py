@@ -384,12 +384,21 @@ class Event:
         """Values of the discrete sites at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
         if self.composition.closed_loop or not self.discrete_sites:
             return np.empty((len(z), 0))
+        return self.discrete_draws(z)
+
+    def discrete_draws(self, z: Floats) -> Floats:
+        """Values of the discrete sites at each row of z, ``(n, k)``; a closed loop runs its model for them."""
+        if self.composition.closed_loop:
+            found = self.site_values(z, self.discrete_sites)
+            return np.concatenate([found[name].reshape(len(z), -1) for name in self.discrete_sites], axis=1)
         values = _Discrete(self.composition)
         pieces = [self.backend.on_host(values, self.parts, z[rows], {})[0] for rows in chunks(len(z), self.chunk_size)]
         return np.asarray(np.concatenate(pieces), dtype=np.float64)
 
     def log_density(self, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:
-        """The log-weight of an open loop with sites held ``(n, ...)``, at no model call, ``(n,)``."""
+        """The log-weight with sites held ``(n, ...)``, ``(n,)``: at no model call, but in a closed loop."""
+        if self.composition.closed_loop:
+            return self.evaluate(z, held=held).log_weight
         weight = _Weight(self.composition)
         pieces = [
             self.backend.on_host(weight, self.parts, z[rows], {name: value[rows] for name, value in held.items()})[0]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from probest.budget import FORWARD_CALLS
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
@@ -29,6 +30,7 @@ MOST = 4096
 """Strata that are listed, at most, unless said otherwise."""
 
 _PROBES = 4  # draws of each stratum that tell whether its probability depends on them
+_MOST_CLOSED = 256  # strata of a closed loop, whose listing runs the model
 _EQUAL = 1e-4  # nats: float32 rounds the sum of the log-densities of some dozens of sites by less
 
 
@@ -44,7 +46,8 @@ class Strata:
     """The strata of an event, the most probable first.
 
     sites: those that are held. values: ``(m, ...)`` of each. log_prob: ``(m,)`` log p_k. left_out: log of the
-    probability that no stratum holds, at most (counts beyond their lists).
+    probability that no stratum holds, at most (counts beyond their lists). calls: of the model, that listing them took
+    (a closed loop cannot be run without it).
     """
 
     event: Event
@@ -52,6 +55,7 @@ class Strata:
     values: Mapping[str, np.ndarray]
     log_prob: Floats
     left_out: float
+    calls: int = 0
 
     def __len__(self) -> int:
         return len(self.log_prob)
@@ -118,23 +122,25 @@ class StratumEvent:
 def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     """The strata of an event, or None where there is nothing to hold.
 
-    That is: no discrete site with a list, a closed loop, observed sites, or probabilities that depend on other draws.
+    That is: no discrete site with a list, observed sites, or probabilities that depend on other draws.
     """
-    if event.composition.closed_loop or event.weighted:
+    if event.weighted:
         return None
-    sites = _held(event.sites, most)
+    closed = event.composition.closed_loop
+    sites = _held(event.sites, min(most, _MOST_CLOSED) if closed else most)
     if not sites:
         return None
     types = event.site_values(np.zeros((1, event.dim)), tuple(site.name for site in sites))
     values = _combinations(sites, types)
     rng = np.random.Generator(np.random.Philox(seed))
     log_p = _log_density(event, values, rng.standard_normal((_PROBES, event.dim)))
+    calls = FORWARD_CALLS * log_p.size if closed else 0
     order = np.argsort(-log_p[:, 0], kind="stable")
     order = order[log_p[order].max(axis=1) > -math.inf]
     if not np.all(np.ptp(log_p[order], axis=1) < _EQUAL):
         return None
     values, mean = {name: value[order] for name, value in values.items()}, log_p[order, 0]
-    return Strata(event, sites, values, mean, _tail(sites, values, mean))
+    return Strata(event, sites, values, mean, _tail(sites, values, mean), calls)
 
 
 def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
