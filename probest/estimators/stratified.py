@@ -284,33 +284,34 @@ class _Campaign:
             self._ask(part)
 
     def _refine(self) -> None:
-        """Strata again, afresh, whose error is too large for their share; the largest part of the error first."""
+        """Strata again, afresh, once: those whose error is too large for their share, and those that may hold more."""
         for _ in range(len(self.parts)):
             total = self._joint()
-            if not math.isfinite(total):
-                return
-            shares = [
-                (math.exp(min(part.joint - total, 0.0)), part) for part in self.parts if part.evidence is not None
-            ]
-            wanting = [
-                (share * min(part.error, 1.0), share, part)
-                for share, part in shares
-                if share > self.tuning.negligible and self._wants(part, share)
-            ]
-            error = math.sqrt(sum((share * min(part.error, 1.0)) ** 2 for share, part in shares))
+            estimated = [part for part in self.parts if part.evidence is not None]
+            wanting = [(self._worth(part, total), part) for part in estimated if not part.refined]
+            wanting = [(worth, part) for worth, part in wanting if worth > 0.0]
+            shares = [math.exp(min(part.joint - total, 0.0)) if math.isfinite(total) else 0.0 for part in estimated]
+            error = math.hypot(*(share * min(part.error, 1.0) for share, part in zip(shares, estimated, strict=True)))
             if not wanting or (self.method.precision is not None and error <= self.aim and self._settled()):
                 return
-            _, share, part = max(wanting, key=lambda one: one[0])
+            _, part = max(wanting, key=lambda one: one[0])
             if self.left < max(self.tuning.least_calls, part.calls):
                 return
-            budget = min(self.left, max(4 * part.calls, self.left // max(1, len(wanting))))
+            share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(part.joint) else 1.0
+            budget = min(self.left, max(4 * part.calls, self.left // len(wanting)))
             part.refined = True
-            self._run(part, self._precision(share), budget, Stream.REFINE)
+            self._run(part, self._precision(max(share, self.tuning.negligible)), budget, Stream.REFINE)
+            self._ask(part)
 
-    def _wants(self, part: _Part, share: float) -> bool:
+    def _worth(self, part: _Part, total: float) -> float:
+        """What another estimate of the stratum may change in P, relative to it; 0 where its own will do."""
         assert part.evidence is not None
-        poor = not part.evidence.converged or part.error > self.tuning.slack * self._precision(share)
-        return poor and not part.refined
+        share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(total) else 0.0
+        most = 1.0 if not math.isfinite(total) else math.exp(min(part.upper - total, 0.0))
+        if not part.evidence.converged and most > self.tuning.negligible:
+            return most
+        poor = share > self.tuning.negligible and part.error > self.tuning.slack * self._precision(share)
+        return share * min(part.error, 1.0) if poor else 0.0
 
     def _settled(self) -> bool:
         """Whether every stratum that counts is converged."""
