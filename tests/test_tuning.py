@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probest.estimators import Combined, Importance, LineSampling, Surrogate, Tempering
+from probest.estimators import Combined, Importance, LineSampling, Stratified, Surrogate, Tempering
 from probest.gradient.surface import SurfaceTuning
 from probest.testing.events import half_space, union
 from probest.training.walkers import WalkerTuning
 from probest.tuning import meanings
 from probest.verdict import Rules
 
-METHODS = (Combined(), Importance(), LineSampling(), Surrogate(), Tempering())
+METHODS = (Combined(), Importance(), LineSampling(), Stratified(), Surrogate(), Tempering())
 TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), WalkerTuning(), Rules())
 
 

@@ -214,7 +214,7 @@ class _Campaign:
         if learned is not None and learned.converged:
             return learned
         if crude.counts.hits >= self.tuning.enough_hits and not event.weighted and crude.evidence.particles is not None:
-            weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles), None)
+            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles), None)
             if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
         runs: list[Run] = []
@@ -224,7 +224,7 @@ class _Campaign:
             if run.population is None:
                 break
             runs.append(run)
-            weighed = self._weigh(self._seed(Stream.GUIDE, attempt), run.population, run.prior_population)
+            weighed = self._sample_guide(self._seed(Stream.GUIDE, attempt), run.population, run.prior_population)
             found = pool(runs)
             if weighed.converged and agree(weighed, found) and not contradicts(lined, weighed):
                 return _with_particles(weighed, found)
@@ -281,7 +281,7 @@ class _Campaign:
         particles = thicken(meter, lined.particles, n, seed=seed, sweeps=self.tuning.sweeps)
         population = _independent(particles)._replace(effective=len(particles.z) / 3.0)
         self.left -= meter.calls
-        weighed = self._weigh(self._seed(Stream.AIM, Aim.SAMPLE), population, None)
+        weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population, None)
         self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
         return weighed
 
@@ -326,7 +326,7 @@ class _Campaign:
             first = self._crude(Stream.SEARCH, method, size)
         particles, enough = first.evidence.particles, first.counts.hits >= self.tuning.boolean_hits
         if particles is not None and enough and not self.event.weighted:
-            weighed = self._weigh(self._seed(Stream.CRUDE_GUIDE), _independent(particles), None)
+            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(particles), None)
             if weighed.converged and agree(weighed, first.evidence):
                 return weighed
         if self.left < 1:
@@ -347,6 +347,10 @@ class _Campaign:
         if learned.converged and not (lower <= learned.interval[1] and learned.interval[0] <= upper):
             note = Note(Code.DISAGREE, "the learned severity and the crude sample disagree: raise the budget.")
             self.lines[-1] = learned = replace(learned, converged=False, notes=(*learned.notes, note))
+        if learned.converged and Code.SECOND_CHOICE in learned.codes:
+            # particles that climbed a learned severity know of what it learned, and no fresh sample confirmed them
+            note = Note(Code.UNCHECKED, "a learned severity alone does not conclude: raise the budget.")
+            self.lines[-1] = learned = replace(learned, converged=False, notes=(*learned.notes, note))
         return learned
 
     def _temper(self, seed: np.random.SeedSequence, particles: int, share: float) -> Run:
@@ -355,7 +359,7 @@ class _Campaign:
         self.tempered.append(run)
         return run
 
-    def _weigh(self, seed: np.random.SeedSequence, population: Population, prior: Population | None) -> Evidence:
+    def _sample_guide(self, seed: np.random.SeedSequence, population: Population, prior: Population | None) -> Evidence:
         """A guide fitted to the population, sampled afresh."""
         method = Importance(precision=self.method.precision, give_up=self.tuning.give_up)
         budget = self.left if method.precision is None else max(1, int(self.tuning.guide_share * self.left))
