@@ -133,8 +133,10 @@ def _warmed(method: Any, before: Estimate | Evidence) -> Estimator:
     """The method with the catastrophes of an earlier estimate to start from; as it is where that found none."""
     if not isinstance(before, Estimate | Evidence):
         raise TypeError(f"warm_start is a {type(before).__name__}: expected an Estimate or an Evidence")
-    if isinstance(method, Stratified):  # every stratum is looked at afresh
-        return method
+    if isinstance(
+        method, Stratified
+    ):  # every stratum is looked at afresh; where there are none, it is the inner method
+        return replace(method, inner=cast(Combined, _warmed(method.inner, before)))
     if "warm_start" not in getattr(method, "__dataclass_fields__", ()):
         raise ValueError(f"warm_start: {method.name} does not start from particles; use Tempering or the default")
     evidence = before.conclusion if isinstance(before, Estimate) else before

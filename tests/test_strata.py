@@ -294,3 +294,38 @@ def test_an_interrupted_run_keeps_its_strata(backend: str) -> None:
 def test_settings_are_checked(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         Stratified(**{field: value})
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 7, 40, 300])
+def test_the_budget_is_a_ceiling(backend: str, budget: int) -> None:
+    event = switch(named(backend))[0].event.replaced()
+    check_run(Stratified().run(event, budget=budget, seed=seed(0)), event, budget)
+
+
+def test_listing_the_strata_of_a_closed_loop_is_paid_for_even_in_vain(backend: str) -> None:
+    lib = named(backend)
+
+    def adversary(model: Any) -> Any:  # the probability depends on another draw, so that there are no strata
+        x = normals(lib, 2)
+        return x, model(x) + lib.sample("s", lib.dist.Bernoulli(1 / (1 + lib.xp.exp(-x[0]))))
+
+    event = Problem(adversary, lambda x: x[1], lambda x, y: y - 3.5).event.replaced()
+    run = Stratified().run(event, budget=3_000, seed=seed(0))
+    assert run.conclusion.method == "combined"
+    assert run.calls == event.model_calls <= 3_000
+
+
+def test_a_warm_start_reaches_the_inner_method_where_there_are_no_strata(backend: str) -> None:
+    lib = named(backend)
+
+    def adversary() -> Any:
+        k = lib.sample("k", lib.dist.Bernoulli(floats(lib, 0.3)))
+        x = normals(lib, 3)
+        lib.sample("seen", lib.dist.Normal(x[0], 1.0), obs=floats(lib, 0.5))
+        return k, x
+
+    built = problem(adversary, lambda y: y[1][0] + 0.5 * y[0] - 3.0)
+    first = estimate(built, budget=6_000, seed=0, **QUIET)
+    cold, warm = (estimate(built, budget=6_000, seed=1, warm_start=start, **QUIET) for start in (None, first))
+    assert warm.ledger[-1].method == "combined"
+    assert warm.log_prob != cold.log_prob

@@ -145,14 +145,12 @@ class Importance:
         """
         meter = Meter(event, budget)
         own = child_seed(seed, Stream.SAMPLE)
-        program = self.guide if isinstance(self.guide, ProgramGuide) else None
-        if self.guide is not None and not isinstance(self.guide, ProgramGuide):
-            fitted = Fitted(self.guide, "given", None, 1)
+        guide = self.guide
+        if guide is not None and not isinstance(guide, ProgramGuide):
+            fitted = Fitted(guide, "given", None, 1)
             return Run.of(importance_sample(self, event, None, None, budget=budget, seed=own, fitted=fitted))
-        bound = None if program is None else Fitted(program.bind(event), "program", None, 1)
-        share = budget // 2 if budget >= 1000 else budget
-        if program is not None:
-            share = max(1, budget // 2)
+        program = None if guide is None else Fitted(guide.bind(event), "program", None, 1)
+        share = max(1, budget // 2) if program is not None or budget >= 1000 else budget
         found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
         if found.calls >= budget or (found.population is None and program is None):
             # nothing to sample from, or nothing left to sample with: what the search says is the conclusion
@@ -164,7 +162,7 @@ class Importance:
             found.prior_population,
             budget=budget - found.calls,
             seed=own,
-            fitted=bound,
+            fitted=program,
         )
         if program is not None:
             evidence = _checked(evidence, found)

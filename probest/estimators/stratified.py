@@ -159,12 +159,13 @@ class Stratified:
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """The strata's evidence and their sum; that of ``inner`` alone where the event has no strata."""
-        strata = None
+        strata, left = None, budget
         if isinstance(event, Event) and (budget >= _LEAST or not event.composition.closed_loop):
+            before = event.model_calls
             strata = strata_of(event, self.max_strata)
-        left = budget - (0 if strata is None else strata.calls)
+            left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
         if strata is None or len(strata) < 2 or left < len(strata):
-            run = self.inner.run(event, budget=max(left, 1), seed=seed)
+            run = self.inner.run(event, budget=left, seed=seed)
             return replace(run, calls=run.calls + budget - left)
         return _Campaign(self, strata, seed, left=left, budget=budget).run()
 
@@ -179,7 +180,6 @@ class _Campaign:
     left: int
     budget: int
     parts: list[_Part] = field(default_factory=list)
-    looked: int = 0
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -206,6 +206,7 @@ class _Campaign:
         each = 1
         if dim:
             each = int(np.clip(self.tuning.look_share * self.budget / len(strata), 3, self.tuning.looks))
+            each = min(each, self.left)
         count = min(len(strata), max(1, self.left // (2 * each)) if dim else self.left)
         z = generator(child_seed(self.seed, Stream.LOOK)).standard_normal((each, dim))
         far = max(0, min(each // 3, 4)) if dim else 0
@@ -222,8 +223,7 @@ class _Campaign:
         """Of these strata at all of these points ``(n, free)``, in one batch: ``(members, n)``."""
         n = len(z)
         held = {name: np.repeat(value[members], n, axis=0) for name, value in self.strata.values.items()}
-        full = np.zeros((len(members) * n, self.strata.event.dim))
-        full[:, self.strata.free] = np.tile(z, (len(members), 1))
+        full = self.strata.full(np.tile(z, (len(members), 1)))
         self.left -= FORWARD_CALLS * len(full)
         return self.strata.event.evaluate(full, held=held).severity.reshape(len(members), n)
 
@@ -448,9 +448,8 @@ class _Campaign:
         for part, share in zip(known, shares, strict=True):
             if share < 1e-6:
                 continue
-            stratum = StratumEvent(self.strata, part.k)
             if part.evidence is None:
-                found = Particles(np.zeros((1, stratum.dim)), np.zeros(1), np.array([part.severity]))
+                found = Particles(np.zeros((1, len(self.strata.free))), np.zeros(1), np.array([part.severity]))
             elif part.evidence.particles is None:
                 continue
             else:
@@ -459,7 +458,7 @@ class _Campaign:
             if len(found.z) > most:
                 at = diagnostics.systematic_resample(found.log_weight, most, rng)
                 found = Particles(found.z[at], np.full(most, -math.log(most)), found.severity[at])
-            z.append(stratum.full(found.z))
+            z.append(self.strata.full(found.z))
             log_w.append(found.log_weight + math.log(share))
             severity.append(found.severity)
             log_p = self.strata.log_prob[part.members]

@@ -183,8 +183,8 @@ class _Decoder:
 
 
 @dataclass(frozen=True)
-class _Discrete:
-    """The values of the discrete sites of an open loop, as one array; neither model nor checker runs."""
+class _OpenLoop:
+    """What the adversary of an open loop says in each case; neither model nor checker runs."""
 
     composition: Composition
 
@@ -198,6 +198,13 @@ class _Discrete:
         return across(self._case, parts, z, held)
 
     def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        raise NotImplementedError
+
+
+class _Discrete(_OpenLoop):
+    """The values of the discrete sites, as one array."""
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
         whole = self.composition
         xp = whole.frontend.backend.special.xp
         with whole.frontend.recording(whole._source(z), held, parts.params) as recording:
@@ -207,20 +214,8 @@ class _Discrete:
         return xp.concat([xp.astype(value, z.dtype) for value in values])
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """The log-weight of an open loop with sites held: their log-density and that of observed sites; no model runs."""
-
-    composition: Composition
-
-    @property
-    def compiled(self) -> bool:
-        return self.composition.compiled
-
-    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
-        backend = self.composition.frontend.backend
-        across = backend.loop if self.composition.batching == "loop" else backend.rows
-        return across(self._case, parts, z, held)
+class _Weight(_OpenLoop):
+    """The log-weight: the log-density of held sites, and that of observed ones."""
 
     def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
         return self.composition._observe(parts, z, held)[1]
@@ -391,17 +386,17 @@ class Event:
         if self.composition.closed_loop:
             found = self.site_values(z, self.discrete_sites)
             return np.concatenate([found[name].reshape(len(z), -1) for name in self.discrete_sites], axis=1)
-        values = _Discrete(self.composition)
-        pieces = [self.backend.on_host(values, self.parts, z[rows], {})[0] for rows in chunks(len(z), self.chunk_size)]
-        return np.asarray(np.concatenate(pieces), dtype=np.float64)
+        return self._of_adversary(_Discrete(self.composition), z, {})
 
     def log_density(self, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:
         """The log-weight with sites held ``(n, ...)``, ``(n,)``: at no model call, but in a closed loop."""
         if self.composition.closed_loop:
             return self.evaluate(z, held=held).log_weight
-        weight = _Weight(self.composition)
+        return self._of_adversary(_Weight(self.composition), z, held)
+
+    def _of_adversary(self, fn: _OpenLoop, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:
         pieces = [
-            self.backend.on_host(weight, self.parts, z[rows], {name: value[rows] for name, value in held.items()})[0]
+            self.backend.on_host(fn, self.parts, z[rows], {name: value[rows] for name, value in held.items()})[0]
             for rows in chunks(len(z), self.chunk_size)
         ]
         return np.asarray(np.concatenate(pieces), dtype=np.float64)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from probest.budget import FORWARD_CALLS
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
@@ -46,8 +45,7 @@ class Strata:
     """The strata of an event, the most probable first.
 
     sites: those that are held. values: ``(m, ...)`` of each. log_prob: ``(m,)`` log p_k. left_out: log of the
-    probability that no stratum holds, at most (counts beyond their lists). calls: of the model, that listing them took
-    (a closed loop cannot be run without it).
+    probability that no stratum holds, at most (counts beyond their lists).
     """
 
     event: Event
@@ -55,7 +53,6 @@ class Strata:
     values: Mapping[str, np.ndarray]
     log_prob: Floats
     left_out: float
-    calls: int = 0
 
     def __len__(self) -> int:
         return len(self.log_prob)
@@ -69,6 +66,12 @@ class Strata:
         taken = {site.name for site in self.sites}
         owned = np.repeat([site.name in taken for site in self.event.sites], [site.size for site in self.event.sites])
         return np.flatnonzero(~owned)
+
+    def full(self, z: Floats) -> Floats:
+        """The coordinates of the whole program; those of held sites are 0, and say nothing."""
+        out = np.zeros((len(z), self.event.dim))
+        out[:, self.free] = z
+        return out
 
     def label(self, k: int) -> str:
         """The values of a stratum in words, such as ``s=1, kind=[0 2]``."""
@@ -108,15 +111,9 @@ class StratumEvent:
         return False
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        found = self.strata.event.evaluate(self.full(z), gradient=gradient, held=_rows(self.held, len(z)))
+        found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=_rows(self.held, len(z)))
         slope = found.severity_grad
         return Evaluation(found.severity, np.zeros(len(z)), None if slope is None else slope[:, self.free])
-
-    def full(self, z: Floats) -> Floats:
-        """The coordinates of the whole program; those of held sites are 0, and say nothing."""
-        out = np.zeros((len(z), self.strata.event.dim))
-        out[:, self.free] = z
-        return out
 
 
 def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
@@ -126,21 +123,19 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     """
     if event.weighted:
         return None
-    closed = event.composition.closed_loop
-    sites = _held(event.sites, min(most, _MOST_CLOSED) if closed else most)
+    sites = _held(event.sites, min(most, _MOST_CLOSED) if event.composition.closed_loop else most)
     if not sites:
         return None
     types = event.site_values(np.zeros((1, event.dim)), tuple(site.name for site in sites))
     values = _combinations(sites, types)
     rng = np.random.Generator(np.random.Philox(seed))
     log_p = _log_density(event, values, rng.standard_normal((_PROBES, event.dim)))
-    calls = FORWARD_CALLS * log_p.size if closed else 0
     order = np.argsort(-log_p[:, 0], kind="stable")
     order = order[log_p[order].max(axis=1) > -math.inf]
     if not np.all(np.ptp(log_p[order], axis=1) < _EQUAL):
         return None
     values, mean = {name: value[order] for name, value in values.items()}, log_p[order, 0]
-    return Strata(event, sites, values, mean, _tail(sites, values, mean), calls)
+    return Strata(event, sites, values, mean, _tail(sites, values, mean))
 
 
 def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
