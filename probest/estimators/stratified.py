@@ -14,10 +14,14 @@ looked at, whatever its probability (:mod:`probest.programs.strata`).
 2. *Estimate*: the strata that look likeliest first, each by ``inner``, to the precision that its share of P asks for:
    with shares r_k and errors e_k the error of log P is √Σ (r_k e_k)², and at equal cost e_k = precision / √r_k.
    A stratum is never worth more than p_k: once those that are left sum to a negligible part, they are left.
+   A stratum where nothing is found is searched by draws at several scales, up to six standard deviations; where these
+   find nothing either it counts as empty. No number of draws could rule out more than the rule of three does, so this is
+   a search like that for modes anywhere else, and no bound: what sampling alone leaves is in the stratum's own line.
 3. *Refine*: shares are known now; strata whose error is too large for theirs are estimated again, afresh, once: to go
    on until an error looks small would favour estimates that are precise by chance, which are high where P_k is near 1.
 
-What was not estimated is in the interval with its p_k, and strata where nothing was found with p_k times their bound.
+What was neither estimated nor searched is in the interval with its p_k, and strata where nothing was found, but which
+the budget did not allow to search, with p_k times their bound.
 
 It fails where there are many more strata than the budget has estimates for: then it says so. What ``inner`` misses
 within a stratum is missed here.
@@ -59,6 +63,7 @@ class Stream(IntEnum):
     ESTIMATE = 1
     REFINE = 2
     PLACE = 3
+    SEARCH = 4
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,17 @@ class StratifiedTuning:
 
     looks: int = tuned(16, "draws of each stratum in the first look, at most", _PROGRAMS)
     far: float = tuned(4.0, "scale of a third of them, in standard deviations", _PROGRAMS)
-    apart: float = tuned(0.5, "of the budget, for which all strata would be estimated apart", _PROGRAMS)
+    apart: float = tuned(0.2, "of the budget, for which all strata would be estimated apart", _PROGRAMS)
     price: int = tuned(200, "calls that a smooth stratum takes", _PROGRAMS)
+    boolean_price: int = tuned(1500, "calls that it takes where answers are only yes or no", _PROGRAMS)
+    halvings: int = tuned(5, "of the way to a catastrophe, to ask next to the boundary", _PROGRAMS)
     asked: int = tuned(4, "catastrophes of a part at which its members are asked whether they are alike", _PROGRAMS)
+    boolean_asked: int = tuned(12, "as many where answers are only yes or no", _PROGRAMS)
     look_share: float = tuned(0.1, "of the budget, at most, for looking (but three draws each)", _PROGRAMS)
+    scales: tuple[float, ...] = tuned((1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "standard deviations of a search", _PROGRAMS)
+    searched: int = tuned(2_000, "draws that have to find nothing before a stratum counts as empty", _PROGRAMS)
+    searched_least: int = tuned(64, "of them, at least, for each of those that count as one", _PROGRAMS)
+    search_share: float = tuned(0.1, "of what is left, at most, for each such search", _PROGRAMS)
     least_calls: int = tuned(60, "calls below which no stratum is estimated", _PROGRAMS)
     first_pass: float = tuned(
         0.6, "of an equal part of the budget, for each stratum before shares are known", _PROGRAMS
@@ -88,7 +100,8 @@ class StratifiedTuning:
 class _Part:
     """Strata that look like one: their places in the list, and what is known of P_k.
 
-    exact: log P_k where there is no other randomness; severity: then.
+    exact: log P_k where there is no other randomness; severity: then. flat: no draw of the look differed from another.
+    empty: nothing was found, near or far out.
     """
 
     members: np.ndarray
@@ -100,6 +113,8 @@ class _Part:
     calls: int = 0
     asked: bool = False
     refined: bool = False
+    flat: bool = False
+    empty: bool = False
 
     @property
     def k(self) -> int:
@@ -125,7 +140,7 @@ class _Part:
 
     @property
     def upper(self) -> float:
-        """log of what p_k P_k is below."""
+        """log of what p_k P_k is below; of an empty stratum this is what was not looked at, and not counted."""
         if self.exact is not None:
             return self.joint
         return self.log_p if self.evidence is None else self.log_p + self.evidence.interval[1]
@@ -216,20 +231,27 @@ class _Campaign:
         if not dim:
             self.parts = [self._settled_part(k, float(severity[k, 0])) for k in range(count)]
         else:
-            self.parts = [self._part(rows, _guess(near[rows[0]])) for rows in self._alike(severity)]
+            for rows in self._alike(severity):
+                part = self._part(rows, _guess(near[rows[0]]))
+                part.flat = bool(np.all(severity[rows[0]] == severity[rows[0], 0]))
+                self.parts.append(part)
         self.parts += [self._part(np.array([k]), 0.0) for k in range(count, len(strata))]
 
     def _severities(self, members: np.ndarray, z: Floats) -> Floats:
         """Of these strata at all of these points ``(n, free)``, in one batch: ``(members, n)``."""
-        n = len(z)
-        held = {name: np.repeat(value[members], n, axis=0) for name, value in self.strata.values.items()}
-        full = self.strata.full(np.tile(z, (len(members), 1)))
-        self.left -= FORWARD_CALLS * len(full)
-        return self.strata.event.evaluate(full, held=held).severity.reshape(len(members), n)
+        severity = self._values(np.repeat(members, len(z)), np.tile(z, (len(members), 1)))
+        return severity.reshape(len(members), len(z))
+
+    def _values(self, members: np.ndarray, z: Floats) -> Floats:
+        """Of one stratum at each point: ``(n,)``."""
+        held = {name: value[members] for name, value in self.strata.values.items()}
+        self.left -= FORWARD_CALLS * len(z)
+        return self.strata.event.evaluate(self.strata.full(z), held=held).severity
 
     def _alike(self, severity: Floats) -> list[np.ndarray]:
-        """Rows with equal severities; every row alone where they can be estimated apart, or are only yes or no."""
-        if self.strata.event.boolean or len(self.strata) * self.tuning.price <= self.tuning.apart * self.budget:
+        """Rows with equal severities; every row alone where they can be estimated apart."""
+        price = self.tuning.boolean_price if self.strata.event.boolean else self.tuning.price
+        if len(self.strata) * price <= self.tuning.apart * self.budget:
             return [np.array([k]) for k in range(len(severity))]
         _, inverse = np.unique(severity, axis=0, return_inverse=True)
         inverse = inverse.ravel()
@@ -246,23 +268,38 @@ class _Campaign:
         return part
 
     def _ask(self, part: _Part) -> None:
-        """Ask all members of a part at some of its catastrophes; those that answer otherwise become other parts."""
+        """Ask all members of a part at some of its catastrophes; those that answer otherwise become other parts.
+
+        Where answers are only yes or no, this is next to its boundary, on both sides.
+        """
         part.asked = True
         found = None if part.evidence is None else part.evidence.particles
         if len(part.members) < 2 or found is None:
             return
-        at = np.linspace(0, len(found.z) - 1, min(len(found.z), self.tuning.asked)).astype(np.intp)
-        if self.left < len(part.members) * len(at):
+        most = self.tuning.boolean_asked if self.strata.event.boolean else self.tuning.asked
+        at = np.linspace(0, len(found.z) - 1, min(len(found.z), most)).astype(np.intp)
+        z = found.z[at]
+        if self.strata.event.boolean:
+            if self.left < self.tuning.halvings * len(z):
+                part.asked = False
+                return
+            z = self._astride(part.k, z)
+        if self.left < len(part.members) * len(z):
             part.asked = False
             return
-        severity = self._severities(part.members, found.z[at])
-        same = (severity == severity[0]).all(axis=1)
-        if same.all():
-            return
-        others, part.members = part.members[~same], part.members[same]
-        part.log_p = diagnostics.log_sum_exp(self.strata.log_prob[part.members])
-        for rows in self._alike(severity[~same]):
-            self.parts.append(self._part(others[rows], part.score - part.log_p))
+        severity = self._severities(part.members, z)
+        differ = (severity != severity[0]).any(axis=1)
+        if differ.any():
+            self._split(part, differ, z)
+
+    def _astride(self, k: int, z: Floats) -> Floats:
+        """Points just within and just outside a stratum's event, on the rays through catastrophes."""
+        low, high = np.zeros(len(z)), np.ones(len(z))
+        for _ in range(self.tuning.halvings):
+            middle = 0.5 * (low + high)
+            hit = self._severities(np.array([k]), z * middle[:, None])[0] >= 0.0
+            low, high = np.where(hit, low, middle), np.where(hit, middle, high)
+        return np.concatenate([z * high[:, None], z * low[:, None]])
 
     # --- estimating ------------------------------------------------------------------------------------------------
 
@@ -274,14 +311,76 @@ class _Campaign:
             rest = diagnostics.log_sum_exp(np.array([other.log_p for other in waiting]))
             if rest <= self._joint() + math.log(self.tuning.negligible):
                 return
+            if part.flat and part.score < part.log_p and not self._reached(part):
+                continue
             share = math.exp(min(part.score - total, 0.0))
-            budget = int(self.left * self.tuning.first_pass / len(waiting))
-            if budget < self.tuning.least_calls:
-                budget = min(self.left, self.tuning.least_calls)
+            budget = int(self.left * self.tuning.first_pass / self._needed(waiting))
+            if budget < self._least:
+                budget = min(self.left, self._least)
             if budget < self.tuning.least_calls:
                 return
             self._run(part, self._precision(max(share, 0.02)), budget, Stream.ESTIMATE)
             self._ask(part)
+            if not math.isfinite(part.log_prob):
+                self._reached(part)
+
+    @property
+    def _least(self) -> int:
+        """Calls without which a stratum's estimate is worth little, as far as the whole budget goes."""
+        price = self.tuning.boolean_price if self.strata.event.boolean else self.tuning.price
+        return max(self.tuning.least_calls, min(2 * price, self.budget // 20))
+
+    def _needed(self, waiting: list[_Part]) -> int:
+        """How many of the parts that wait will be estimated, as the look has it: until the rest is negligible."""
+        log_p, score = (np.array([getattr(part, name) for part in waiting]) for name in ("log_p", "score"))
+        total = np.logaddexp(diagnostics.log_sum_exp(score), self._joint())
+        rest = np.logaddexp.accumulate(log_p[::-1])[::-1]
+        return max(1, int(np.count_nonzero(rest > total + math.log(self.tuning.negligible))))
+
+    def _reached(self, part: _Part) -> bool:
+        """Whether wider and wider draws reach anything in a stratum; where they do not, it counts as empty.
+
+        Every other coordinate of half of the draws is wide: a limit on one need not go with large values of the others.
+        All members are searched, the likeliest most; those in which something turns up become other parts.
+        """
+        tuning, rng = self.tuning, generator(child_seed(self.seed, Stream.SEARCH, part.k))
+        log_p = self.strata.log_prob[part.members]
+        wanted = np.maximum(tuning.searched * np.exp(log_p - log_p[0]), tuning.searched_least)
+        afford = min(1.0, tuning.search_share * self.left / float(wanted.sum()))
+        counts = np.ceil(afford * wanted).astype(np.intp)
+        if part.empty or counts[0] < tuning.searched // 4 or int(counts.sum()) > self.left:
+            return not part.empty
+        z, wide = self._wide(int(counts.sum()), rng)
+        severity = self._values(np.repeat(part.members, counts), z)
+        part.calls += len(z)
+        ends = np.cumsum(counts)[:-1]
+        rows = np.split(severity, ends)
+        found = np.array([np.any(row >= 0.0) or (part.evidence is None and np.ptp(row) > 0.0) for row in rows])
+        if found[0]:
+            part.flat = False
+            return True
+        if found.any():
+            self._split(part, found, z[np.argsort(-severity, kind="stable")[: tuning.looks]])
+        part.empty = True
+        if part.evidence is None:
+            bound = diagnostics.binomial_interval(0, int(np.count_nonzero(wide[: counts[0]] == 1.0)))[1]
+            note = Note(Code.FLAT, f"no catastrophe in {len(z)} draws near and far out.")
+            part.evidence = Evidence.nothing("search", note, calls=len(z), seconds=0.0, upper=bound)
+        return False
+
+    def _wide(self, n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """Draws of several scales, and the largest scale of each."""
+        scale = np.resize(self.tuning.scales, n)
+        wide = np.repeat(scale[:, None], len(self.strata.free), axis=1)
+        wide[(rng.random(wide.shape) < 0.5) & (np.arange(n) // len(self.tuning.scales) % 2 == 1)[:, None]] = 1.0
+        return wide * rng.standard_normal(wide.shape), scale
+
+    def _split(self, part: _Part, others: np.ndarray, z: Floats) -> None:
+        """Take members out of a part; among themselves they are grouped by their severities at z."""
+        leaving, part.members = part.members[others], part.members[~others]
+        part.log_p = diagnostics.log_sum_exp(self.strata.log_prob[part.members])
+        severity = self._severities(leaving, z)
+        self.parts += [self._part(leaving[rows], _guess(severity[rows[0]])) for rows in self._alike(severity)]
 
     def _refine(self) -> None:
         """Strata again, afresh, once: those whose error is too large for their share, and those that may hold more."""
@@ -306,6 +405,8 @@ class _Campaign:
     def _worth(self, part: _Part, total: float) -> float:
         """What another estimate of the stratum may change in P, relative to it; 0 where its own will do."""
         assert part.evidence is not None
+        if part.empty:
+            return 0.0
         share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(total) else 0.0
         most = 1.0 if not math.isfinite(total) else math.exp(min(part.upper - total, 0.0))
         if not part.evidence.converged and most > self.tuning.negligible:
@@ -317,7 +418,10 @@ class _Campaign:
         """Whether every stratum that counts is converged."""
         total = self._joint()
         return all(
-            part.evidence is None or part.evidence.converged or part.upper < total + math.log(self.tuning.negligible)
+            part.evidence is None
+            or part.empty
+            or part.evidence.converged
+            or part.upper < total + math.log(self.tuning.negligible)
             for part in self.parts
         )
 
@@ -349,7 +453,7 @@ class _Campaign:
         known = [part for part in self.parts if part.known and math.isfinite(part.joint)]
         shares = np.array([math.exp(part.joint - total) for part in known])
         error = float(np.sqrt(np.sum((shares * np.minimum([part.error for part in known], 1e3)) ** 2)))
-        missing = [part.upper for part in self.parts if not (part.known and math.isfinite(part.joint))]
+        missing = [part.upper for part in self.parts if not (part.empty or (part.known and math.isfinite(part.joint)))]
         missing = [bound for bound in (*missing, self.strata.left_out) if bound > -math.inf]
         beyond = diagnostics.log_sum_exp(np.array(missing)) - total if missing else -math.inf
         lower, upper = self._interval(known, shares, total, beyond)
@@ -364,7 +468,11 @@ class _Campaign:
             seconds=time.perf_counter() - self.started,
             converged=not notes and bool(known),
             particles=self._particles(known, shares),
-            diagnostics={"strata": float(len(self.parts)), "estimated": float(sum(p.known for p in self.parts))},
+            diagnostics={
+                "strata": float(len(self.parts)),
+                "estimated": float(sum(p.known for p in self.parts)),
+                "empty": float(sum(p.empty for p in self.parts)),
+            },
             notes=notes,
         )
         return Run((*self._rows(known), line), self.budget - self.left)
