@@ -15,8 +15,8 @@ looked at, whatever its probability (:mod:`probest.programs.strata`).
    with shares r_k and errors e_k the error of log P is √Σ (r_k e_k)², and at equal cost e_k = precision / √r_k.
    A stratum is never worth more than p_k: once those that are left sum to a negligible part, they are left.
    A stratum where nothing is found is searched by draws at several scales, up to six standard deviations; where these
-   find nothing either it counts as empty. No number of draws could rule out more than the rule of three does, so this is
-   a search like that for modes anywhere else, and no bound: what sampling alone leaves is in the stratum's own line.
+   find nothing either it counts as empty. No number of draws could rule out more than the rule of three does, so this
+   is a search like that for modes anywhere else, and no bound: what sampling alone leaves is in the stratum's own line.
 3. *Refine*: shares are known now; strata whose error is too large for theirs are estimated again, afresh, once: to go
    on until an error looks small would favour estimates that are precise by chance, which are high where P_k is near 1.
 
