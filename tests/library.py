@@ -6,6 +6,8 @@ import importlib
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from models._libraries import library as of_models
 
 
@@ -27,16 +29,14 @@ def parameters(part: Any) -> dict[str, Any]:
     return dict(part.params.items()) if hasattr(part, "params") else part.args[0]
 
 
-def gradient(
-    backend: str, estimate: Any, *, model: Any = None, adversary: Any = None
-) -> tuple[float, dict[str, float]]:
+def gradient(backend: str, estimate: Any, *, model: Any = None, adversary: Any = None) -> tuple[float, dict[str, Any]]:
     """log P at the given part of an estimate and its gradient in the part's parameters, by the library's autograd."""
     part = adversary if model is None else model
     if backend == "pyro":
         part.zero_grad()
         value = estimate.log_prob_at(model=model, adversary=adversary)
         value.backward()
-        grads = {k: v.grad.item() if v.grad is not None else 0.0 for k, v in parameters(part).items()}
+        grads = {k: _number(v.grad) if v.grad is not None else 0.0 for k, v in parameters(part).items()}
         return value.item(), grads
     import jax
 
@@ -44,4 +44,9 @@ def gradient(
         return estimate.log_prob_at(model=part) if adversary is None else estimate.log_prob_at(adversary=part)
 
     value, slopes = jax.value_and_grad(at)(part)
-    return float(value), {k: float(v) for k, v in parameters(slopes).items()}
+    return float(value), {k: _number(v) for k, v in parameters(slopes).items()}
+
+
+def _number(value: Any) -> Any:
+    """A float, or an array where there are several."""
+    return np.asarray(value) if value.ndim else float(value)

@@ -64,6 +64,7 @@ class Stream(IntEnum):
     REFINE = 2
     PLACE = 3
     SEARCH = 4
+    PRIOR = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class StratifiedTuning:
     far: float = tuned(4.0, "scale of a third of them, in standard deviations", _PROGRAMS)
     apart: float = tuned(0.2, "of the budget, for which all strata would be estimated apart", _PROGRAMS)
     price: int = tuned(200, "calls that a smooth stratum takes", _PROGRAMS)
-    boolean_price: int = tuned(1500, "calls that it takes where answers are only yes or no", _PROGRAMS)
+    dear_price: int = tuned(
+        1500, "calls that it takes where answers are yes or no, or where it is conditioned", _PROGRAMS
+    )
     halvings: int = tuned(5, "of the way to a catastrophe, to ask next to the boundary", _PROGRAMS)
     asked: int = tuned(4, "catastrophes of a part at which its members are asked whether they are alike", _PROGRAMS)
     boolean_asked: int = tuned(12, "as many where answers are only yes or no", _PROGRAMS)
@@ -93,6 +96,8 @@ class StratifiedTuning:
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
     rows: int = tuned(12, "strata with a row of their own in the ledger", "reading")
+    prior_particles: int = tuned(400, "of the conditioned adversary", "memory")
+    prior_draws: int = tuned(32, "draws that each of them is chosen from", "acceptance.py")
     particles: int = tuned(4000, "that are kept over all strata", "memory")
 
 
@@ -111,6 +116,7 @@ class _Part:
     exact: float | None = None
     severity: float = math.nan
     calls: int = 0
+    log_p_error: float = 0.0
     asked: bool = False
     refined: bool = False
     flat: bool = False
@@ -136,7 +142,8 @@ class _Part:
 
     @property
     def error(self) -> float:
-        return 0.0 if self.exact is not None else math.inf if self.evidence is None else self.evidence.std_error
+        own = 0.0 if self.exact is not None else math.inf if self.evidence is None else self.evidence.std_error
+        return math.hypot(own, self.log_p_error)
 
     @property
     def upper(self) -> float:
@@ -250,8 +257,7 @@ class _Campaign:
 
     def _alike(self, severity: Floats) -> list[np.ndarray]:
         """Rows with equal severities; every row alone where they can be estimated apart."""
-        price = self.tuning.boolean_price if self.strata.event.boolean else self.tuning.price
-        if len(self.strata) * price <= self.tuning.apart * self.budget:
+        if self.strata.varies or len(self.strata) * self._price <= self.tuning.apart * self.budget:
             return [np.array([k]) for k in range(len(severity))]
         _, inverse = np.unique(severity, axis=0, return_inverse=True)
         inverse = inverse.ravel()
@@ -260,7 +266,8 @@ class _Campaign:
 
     def _part(self, members: np.ndarray, guess: float) -> _Part:
         log_p = diagnostics.log_sum_exp(self.strata.log_prob[members])
-        return _Part(members, log_p, log_p + guess)
+        error = float(self.strata.std_error[members].max())
+        return _Part(members, log_p, log_p + guess, log_p_error=error)
 
     def _settled_part(self, k: int, severity: float) -> _Part:
         part = self._part(np.array([k]), 0.0)
@@ -327,8 +334,13 @@ class _Campaign:
     @property
     def _least(self) -> int:
         """Calls without which a stratum's estimate is worth little, as far as the whole budget goes."""
-        price = self.tuning.boolean_price if self.strata.event.boolean else self.tuning.price
-        return max(self.tuning.least_calls, min(2 * price, self.budget // 20))
+        return max(self.tuning.least_calls, min(2 * self._price, self.budget // 20))
+
+    @property
+    def _price(self) -> int:
+        """Calls that a stratum takes."""
+        dear = self.strata.varies or self.strata.event.boolean
+        return self.tuning.dear_price if dear else self.tuning.price
 
     def _needed(self, waiting: list[_Part]) -> int:
         """How many of the parts that wait will be estimated, as the look has it: until the rest is negligible."""
@@ -464,10 +476,12 @@ class _Campaign:
             std_error=error if known else math.inf,
             interval=(lower, upper),
             claim="consistent" if known else "upper",
-            calls=self.budget - self.left,
+            calls=0,
             seconds=time.perf_counter() - self.started,
             converged=not notes and bool(known),
             particles=self._particles(known, shares),
+            prior_particles=self._prior() if self.strata.event.weighted else None,
+            log_evidence=self.strata.log_evidence,
             diagnostics={
                 "strata": float(len(self.parts)),
                 "estimated": float(sum(p.known for p in self.parts)),
@@ -475,7 +489,37 @@ class _Campaign:
             },
             notes=notes,
         )
-        return Run((*self._rows(known), line), self.budget - self.left)
+        line = replace(line, calls=self.budget - self.left)  # the prior's particles are paid for too
+        return Run((*self._rows(known), line), line.calls)
+
+    def _prior(self) -> Particles | None:
+        """A sample of the conditioned adversary: draws within each stratum by its probability, resampled by weight."""
+        strata, tuning = self.strata, self.tuning
+        n = min(tuning.prior_particles, self.left)
+        if n < 2:
+            return None
+        rng = generator(child_seed(self.seed, Stream.PRIOR))
+        k = diagnostics.systematic_resample(strata.log_prob, n, rng)
+        at = rng.standard_normal((n * tuning.prior_draws if strata.varies else n, len(strata.free)))
+        if strata.varies:
+            owner = np.repeat(k, tuning.prior_draws)
+            held = {name: value[owner] for name, value in strata.values.items()}
+            log_w = strata.event.log_density(strata.full(at), held)
+            groups = np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1)
+            chosen = [
+                rows[diagnostics.systematic_resample(log_w[rows], len(rows) // tuning.prior_draws, rng)]
+                for rows in groups
+                if np.isfinite(log_w[rows]).any()
+            ]
+            rows = np.concatenate(chosen)
+            at, k = at[rows], owner[rows]
+        placed, kept = _placed(strata, strata.full(at), k, rng)
+        placed = placed[kept]
+        if not len(placed):
+            return None
+        severity = strata.event.evaluate(placed).severity
+        self.left -= FORWARD_CALLS * len(placed)
+        return Particles(placed, np.full(len(placed), -math.log(len(placed))), severity)
 
     def _interval(self, known: list[_Part], shares: Floats, total: float, beyond: float) -> tuple[float, float]:
         if not known:  # all that is not excluded
@@ -484,8 +528,9 @@ class _Campaign:
         down, up = [], []
         for part in known:
             low, high = (part.log_prob, part.log_prob) if part.evidence is None else part.evidence.interval
-            down.append(-math.expm1(min(low - part.log_prob, 0.0)))
-            up.append(math.expm1(min(max(high - part.log_prob, 0.0), 50.0)))
+            wide = 1.96 * part.log_p_error
+            down.append(-math.expm1(-math.hypot(max(part.log_prob - low, 0.0), wide)))
+            up.append(math.expm1(min(math.hypot(max(high - part.log_prob, 0.0), wide), 50.0)))
         below = float(np.sqrt(np.sum((shares * down) ** 2)))
         above = float(np.sqrt(np.sum((shares * up) ** 2))) + math.exp(min(beyond, 700.0))
         log_prob = min(total, 0.0)
@@ -596,12 +641,16 @@ def _guess(severity: Floats) -> float:
 def _placed(strata: Strata, z: Floats, k: np.ndarray, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
     """z with coordinates at which the held sites have the values of stratum k ``(n,)``, and which rows have them.
 
-    Values rise with their coordinate, so the interval of each is found by bisection, site after site, once a stratum.
+    Values rise with their coordinate, so the interval of each is found by bisection, site after site: once a stratum,
+    or at every row where probabilities depend on the other coordinates.
     """
     event = strata.event
-    used, row = np.unique(k, return_inverse=True)
-    centre = np.zeros((len(used), event.dim))
     z = z.copy()
+    if strata.varies:
+        used, row, centre = k, np.arange(len(k)), z.copy()
+    else:
+        used, row = np.unique(k, return_inverse=True)
+        centre = np.zeros((len(used), event.dim))
     starts = np.cumsum([0, *(site.size for site in event.sites)])
     listed = [site for site in event.sites if site.discrete]
     columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate, where there is a list

@@ -6,8 +6,13 @@ component sites of mixtures; Poisson and Geometric up to a tail that is bounded)
 them for inference; ``infer={"enumerate": False}`` at a site leaves it out. Where the listed combinations are more than
 ``most``, the sites with the fewest values are held and the others stay random.
 
-p_k is what the program says with the values held, exactly. Where it depends on other draws, or where sites are
-observed, it is no number: such programs have no strata yet.
+p_k is what the program says with the values held. Where it depends on other draws, or where observations do, a stratum
+is a conditioned event, whose log-weight is log p_k(z); with the evidence E_k = ∫ φ p_k of each,
+
+.. math:: P = \sum_k \pi_k P_k, \qquad \pi_k = E_k / \sum_j E_j ,
+
+P_k the probability under the adversary given the observations and the values k. E_k takes draws of the adversary alone,
+no calls of the model, and has an error; where p_k is the same at every draw it is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from probest.diagnostics import effective_sample_size, log_mean_exp, log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
@@ -30,11 +36,14 @@ MOST = 4096
 
 _PROBES = 4  # draws of each stratum that tell whether its probability depends on them
 _MOST_CLOSED = 256  # strata of a closed loop, whose listing runs the model
+_DRAWS = (64, 16_384)  # of each stratum that integrate a probability that does depend on them
+_MOST_DRAWS = 1_000_000  # over all strata
+_WORTH = 100.0  # equally weighted draws, that these have to be worth
 _EQUAL = 1e-4  # nats: float32 rounds the sum of the log-densities of some dozens of sites by less
 
 
 class Stratum(NamedTuple):
-    """Values of the held sites, by name, and the log of their probability."""
+    """Values of the held sites, by name, and the log of their probability given the observations."""
 
     values: dict[str, np.ndarray]
     log_prob: float
@@ -44,8 +53,10 @@ class Stratum(NamedTuple):
 class Strata:
     """The strata of an event, the most probable first.
 
-    sites: those that are held. values: ``(m, ...)`` of each. log_prob: ``(m,)`` log p_k. left_out: log of the
-    probability that no stratum holds, at most (counts beyond their lists).
+    sites: those that are held. values: ``(m, ...)`` of each. log_prob: ``(m,)`` log p_k, given the observations where
+    there are any. left_out: log of the probability that no stratum holds, at most (counts beyond their lists).
+    std_error: ``(m,)`` of log_prob; zeros where it is exact. varies: whether p_k depends on the other draws.
+    log_evidence: log of the adversary's evidence, 0 without observations.
     """
 
     event: Event
@@ -53,6 +64,9 @@ class Strata:
     values: Mapping[str, np.ndarray]
     log_prob: Floats
     left_out: float
+    std_error: Floats
+    varies: bool = False
+    log_evidence: float = 0.0
 
     def __len__(self) -> int:
         return len(self.log_prob)
@@ -108,21 +122,23 @@ class StratumEvent:
 
     @property
     def weighted(self) -> bool:
-        return False
+        return self.strata.varies
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
         found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=_rows(self.held, len(z)))
-        slope = found.severity_grad
-        return Evaluation(found.severity, np.zeros(len(z)), None if slope is None else slope[:, self.free])
+        slope = None if found.severity_grad is None else found.severity_grad[:, self.free]
+        if not self.weighted:
+            return Evaluation(found.severity, np.zeros(len(z)), slope)
+        rise = None if found.log_weight_grad is None else found.log_weight_grad[:, self.free]
+        return Evaluation(found.severity, found.log_weight, slope, rise)
 
 
 def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     """The strata of an event, or None where there is nothing to hold.
 
-    That is: no discrete site with a list, observed sites, or probabilities that depend on other draws.
+    That is: no discrete site with a list; a closed loop whose probabilities depend on other draws; observations that
+    leave few draws of weight; counts without an end whose observations favour large ones.
     """
-    if event.weighted:
-        return None
     sites = _held(event.sites, min(most, _MOST_CLOSED) if event.composition.closed_loop else most)
     if not sites:
         return None
@@ -130,12 +146,47 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     values = _combinations(sites, types)
     rng = np.random.Generator(np.random.Philox(seed))
     log_p = _log_density(event, values, rng.standard_normal((_PROBES, event.dim)))
-    order = np.argsort(-log_p[:, 0], kind="stable")
-    order = order[log_p[order].max(axis=1) > -math.inf]
-    if not np.all(np.ptp(log_p[order], axis=1) < _EQUAL):
+    varies = not bool(np.all((log_p.max(axis=1) == -math.inf) | (_spread(log_p) < _EQUAL)))
+    if varies and event.composition.closed_loop:
         return None
-    values, mean = {name: value[order] for name, value in values.items()}, log_p[order, 0]
-    return Strata(event, sites, values, mean, _tail(sites, values, mean))
+    mean, error = log_p[:, 0], np.zeros(len(log_p))
+    if varies:
+        integrated = _integrated(event, values, rng)
+        if integrated is None:
+            return None
+        mean, error = integrated
+    order = np.argsort(-mean, kind="stable")
+    order = order[mean[order] > -math.inf]
+    if not len(order):
+        return None
+    values, mean = {name: value[order] for name, value in values.items()}, mean[order]
+    evidence = log_sum_exp(mean) if event.weighted or varies else 0.0
+    mean = mean - evidence
+    left_out = _tail(sites, values, mean)
+    if event.weighted and left_out > math.log(_EQUAL):
+        return None
+    log_evidence = evidence if event.weighted else 0.0
+    return Strata(event, sites, values, mean, left_out, error[order], varies, log_evidence)
+
+
+def _spread(log_p: Floats) -> Floats:
+    with np.errstate(invalid="ignore"):
+        spread = np.ptp(log_p, axis=1)
+    return np.where(np.isnan(spread), math.inf, spread)
+
+
+def _integrated(
+    event: Event, values: Mapping[str, np.ndarray], rng: np.random.Generator
+) -> tuple[Floats, Floats] | None:
+    """log E_k and its standard error, by the same draws for all; None where too few of the draws have weight."""
+    count = len(next(iter(values.values())))
+    n = int(np.clip(_MOST_DRAWS // count, *_DRAWS))
+    log_p = _log_density(event, values, rng.standard_normal((n, event.dim)))
+    worth = effective_sample_size(np.logaddexp.reduce(log_p, axis=0))
+    if worth < min(_WORTH, 0.5 * n):
+        return None
+    means = [log_mean_exp(row) if np.isfinite(row).any() else (-math.inf, 0.0) for row in log_p]
+    return np.array([mean for mean, _ in means]), np.array([error for _, error in means])
 
 
 def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
