@@ -28,7 +28,8 @@ class Problem:
             from a function of NumPy arrays, with :mod:`probest.checkers`.
         backend: ``"torch"`` or ``"jax"``; by default it follows from the library whose sites the adversary executes.
         batching: ``"vmap"`` batches everything; ``"model"`` batches adversary and checker and calls the model on the
-            whole batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time.
+            whole batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time. None is ``"vmap"``, or
+            ``"model"`` where only that works (torch's LSTM and GRU) and gives the numbers of single runs.
         chunk_size: how many cases are alive at once; the default keeps memory under 2 GB for models whose activations
             are not much larger than their input.
 
@@ -43,13 +44,13 @@ class Problem:
         checker: Callable[..., Any],
         *,
         backend: str | None = None,
-        batching: Batching = "vmap",
+        batching: Batching | None = None,
         chunk_size: int | None = None,
     ) -> None:
         for name, part in (("adversary", adversary), ("model", model), ("checker", checker)):
             if not callable(part):
                 raise ProblemError(f"{name} is a {type(part).__name__}: it must be callable")
-        if batching not in ("vmap", "model", "loop"):
+        if batching not in (None, "vmap", "model", "loop"):
             raise ProblemError(f"batching={batching!r} is not known: choose 'vmap', 'model' or 'loop'")
         if chunk_size is not None and chunk_size < 1:
             raise ProblemError(f"chunk_size={chunk_size} must be at least 1")
@@ -57,7 +58,7 @@ class Problem:
         self.model = model
         self.checker = checker
         self.backend = backend
-        self.batching: Batching = batching
+        self.batching: Batching | None = batching
         self.chunk_size = chunk_size
 
     @cached_property
@@ -76,8 +77,8 @@ class Problem:
     def strata(self) -> Strata | None:
         """The combinations of values of discrete sites that ``estimate`` holds, the most probable first.
 
-        None where there are none: no discrete site whose values can be listed, observed sites, probabilities that
-        depend on other draws, or an adversary that runs the closed loop itself.
+        None where there are none: no discrete site whose values can be listed, observations that leave few draws of
+        weight, or a closed loop in which the values' probabilities depend on other draws.
         """
         return strata_of(self.event)
 

@@ -13,6 +13,7 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import Problem, ProblemError, Tempering, estimate
+from probest.backends.base import BatchingError
 from probest.testing import FAILURE_RATE
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -336,3 +337,35 @@ def test_observations_without_the_model(backend: str) -> None:
     event = Problem(closed_loop, lambda x: x.sum(), lambda x, y: y - 3.0).event
     with pytest.raises(ProblemError, match=r"closed loop.*decode"):
         event.observe(z)
+
+
+@pytest.mark.parametrize("layer", ["LSTM", "GRU"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_models_without_a_batching_rule_are_called_on_whole_batches(layer: str, batch_first: bool) -> None:
+    """If that gives the numbers of single runs: where the batch is not first, stacked cases are another case."""
+    lib = library("pyro")
+    torch = pytest.importorskip("torch")
+
+    class Recurrent(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.recurrent = getattr(torch.nn, layer)(3, 8, batch_first=batch_first)
+
+        def forward(self, x: Any) -> Any:
+            return self.recurrent(x)[0][..., -1, 0]
+
+    model = Recurrent()
+    built = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros((5, 3)), 1.0).to_event(2)), model, lambda x, y: y - 0.4
+    )
+    if not batch_first:
+        with pytest.raises(BatchingError, match="batching='loop'"):
+            _ = built.event
+        return
+    assert built.event.composition.batching == "model"
+    z = np.random.default_rng(0).standard_normal((6, 15))
+    x = lib.array(built.event.site_values(z, ("x",))["x"].astype(np.float32))
+    single = [model(one).item() - 0.4 for one in x]
+    assert built.event.severity(z) == pytest.approx(single, abs=1e-5)

@@ -60,7 +60,7 @@ class TorchBackend:
         try:
             return torch.func.vmap(lambda row, kept: fn(parts, row, kept))(z, held)
         except RuntimeError as error:
-            if "vmap" not in str(error) and "functorch" not in str(error):
+            if not any(word in str(error) for word in ("vmap", "functorch", "Batching rule")):
                 raise
             raise BatchingError(
                 "the program, model or checker cannot be batched by torch.func.vmap (BatchNorm in training mode, "

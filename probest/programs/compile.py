@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from probest.backends.base import Array, Backend, Parts, PyTree
+from probest.backends.base import Array, Backend, BatchingError, Parts, PyTree
 from probest.checkers import BlackBox, SeverityError, leaves, modules
 from probest.programs.base import BaseSource, Frontend, Recording, Run, Site
 from probest.programs.event import Batching, Composition, Event, ProblemError
@@ -43,7 +43,7 @@ def compile_event(
     checker: Any,
     *,
     backend: str | None = None,
-    batching: Batching = "vmap",
+    batching: Batching | None = None,
     chunk_size: int | None = None,
 ) -> Event:
     """Run the program a few times, check everything that can be checked, and compile it to an :class:`Event`.
@@ -57,7 +57,7 @@ def compile_event(
         frontend.adopt(part)
     rng = np.random.default_rng(0)
     parts = Parts(adversary, model, {})
-    composition = Composition(frontend, checker, closed_loop, batching, ())
+    composition = Composition(frontend, checker, closed_loop, batching or "vmap", ())
     with frontend.backend.evaluating(adversary, model, *modules(checker)), frontend.backend.no_gradient():
         first = _rehearse(composition, parts, rng)
         if frontend.name == "numpyro":
@@ -80,7 +80,14 @@ def compile_event(
         and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
     )
-    _check_repeatable(event, rng)
+    try:
+        _check_repeatable(event, rng)
+    except BatchingError:
+        other = None if batching or closed_loop else _model_batched(event, rng)
+        if other is None:
+            raise
+        event = other
+        _check_repeatable(event, rng)
     event.differentiable = event.differentiable and _has_gradient(event, rng)
     return event
 
@@ -319,6 +326,19 @@ def _check_repeatable(event: Event, rng: np.random.Generator) -> None:
             "own (dropout, a random generator, a key). Put it into evaluation mode, or draw it at a sample site"
         )
     event.model_calls = event.checker_calls = 0
+
+
+def _model_batched(event: Event, rng: np.random.Generator) -> Event | None:
+    """The event with its model called on whole batches, if single runs give the same numbers; else None."""
+    z = rng.standard_normal((3, event.dim))
+    batched, single = (
+        replace(event, composition=replace(event.composition, batching=how)) for how in ("model", "loop")
+    )
+    try:
+        one, two = batched.evaluate(z), single.evaluate(z)
+    except Exception:  # the model's own, whatever it makes of a batch
+        return None
+    return batched if np.allclose(one.severity, two.severity, rtol=1e-3, atol=1e-5) else None
 
 
 def _has_gradient(event: Event, rng: np.random.Generator) -> bool:
