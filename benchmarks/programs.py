@@ -5,7 +5,8 @@
     python benchmarks/programs.py --digits --seeds 3
 
 Families: rare switches; mixtures of half-spaces; chains of dependent sites; compound counts; nested and dependent
-switches; observed discrete sites; discrete sites with a checker that says only yes or no. `covered`: share of 95 %
+switches; observed discrete sites; discrete sites with a checker that says only yes or no; more combinations than can
+be listed. `covered`: share of 95 %
 intervals that hold the truth. `wrong`: runs that are converged and yet off by more than 0.1 and 3 standard errors.
 `--digits` estimates models/digits.py as it stands, its class drawn.
 """
@@ -193,6 +194,47 @@ def boolean(t: Tools, rng: np.random.Generator) -> Case:
     return Case(_problem(adversary, checker), math.log(some + between))
 
 
+def many(t: Tools, rng: np.random.Generator) -> Case:
+    """More combinations than can be listed: a long chain, or many rare failures, beside a normal sum."""
+    if rng.integers(2):
+        return _long_chain(t, rng)
+    n, p = int(rng.integers(20, 201)), 10.0 ** rng.uniform(-5, -2)
+    limit, each = rng.uniform(4.0, 6.5), rng.uniform(0.7, 2.0)
+
+    def adversary() -> Any:
+        failed = t.sample("failed", t.dist.Bernoulli(t.array(np.full(n, p))).to_event(1))
+        return (1.0 * failed).sum(), t.normals(4)
+
+    k = np.arange(n + 1)
+    truth = special.logsumexp(stats.binom.logpmf(k, n, p) + stats.norm.logsf(limit - each * k))
+    return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(each) * y[0]), float(truth))
+
+
+def _long_chain(t: Tools, rng: np.random.Generator) -> Case:
+    length = int(rng.integers(10, 15))
+    move, start = rng.dirichlet([6.0, 2.0, 0.3], 3), rng.dirichlet([6.0, 2.0, 0.3])
+    limit, drop = rng.uniform(5.0, 7.0), rng.uniform(0.5, 1.2)
+
+    def adversary() -> Any:
+        state = t.sample("k0", t.dist.Categorical(t.array(start)))
+        visits = 1.0 * (state == 2)
+        for i in range(1, length):
+            state = t.sample(f"k{i}", t.dist.Categorical(t.array(move)[t.index(state)]))
+            visits = visits + 1.0 * (state == 2)
+        return visits, t.normals(4)
+
+    law = np.zeros((3, length + 1))  # of the state and the visits so far
+    law[[0, 1, 2], [0, 0, 1]] = start
+    for _ in range(1, length):
+        moved = move.T @ law
+        moved[2] = np.concatenate([[0.0], moved[2, :-1]])
+        law = moved
+    visits = np.arange(length + 1)
+    with np.errstate(divide="ignore"):
+        truth = special.logsumexp(np.log(law.sum(axis=0)) + stats.norm.logsf(limit - drop * visits))
+    return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(drop) * y[0]), float(truth))
+
+
 FAMILIES: dict[str, Callable[[Tools, np.random.Generator], Case]] = {
     "switches": switches,
     "half_spaces": half_spaces,
@@ -201,6 +243,7 @@ FAMILIES: dict[str, Callable[[Tools, np.random.Generator], Case]] = {
     "nested": nested,
     "observed": observed,
     "boolean": boolean,
+    "many": many,
 }
 
 

@@ -4,6 +4,7 @@ from probest import checkers
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
 from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
+from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
@@ -20,6 +21,7 @@ from probest.train import TrainingRun, train
 __all__ = [
     "Catastrophes",
     "Combined",
+    "CrossEntropy",
     "Estimate",
     "Evidence",
     "GradientError",

@@ -11,7 +11,7 @@ import pytest
 from library import gradient, library, parameters
 from scipy import integrate, special, stats
 
-from probest import Combined, Problem, Stratified, Tempering, estimate
+from probest import Combined, CrossEntropy, Problem, Stratified, Tempering, estimate
 from probest.evidence import Code
 from probest.testing import check_run
 
@@ -210,6 +210,59 @@ def measured(lib: Any) -> tuple[Problem, float]:
     return problem(adversary, lambda y: y[1][0] - y[0]), math.log(
         evidence @ stats.norm.sf((limits - mean) / sd) / evidence.sum()
     )
+
+
+def many_failures(lib: Any, *, n: int = 200, rate: float = 1e-5) -> tuple[Problem, float]:
+    """Far more combinations than can be listed, none of which shows in any first look."""
+
+    def adversary() -> Any:
+        return lib.sample("b", lib.dist.Bernoulli(floats(lib, np.full(n, rate))).to_event(1))
+
+    return problem(adversary, lambda y: (1.0 * y).sum() - 1.5), float(stats.binom.logsf(1, n, rate))
+
+
+def long_chain(lib: Any, length: int = 12) -> tuple[Problem, float]:
+    """Each state depends on the one before; each visit of the last brings the limit nearer."""
+    move, start = np.array([[0.9, 0.09, 0.01], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]]), np.array([0.9, 0.09, 0.01])
+
+    def adversary() -> Any:
+        state = lib.sample("k0", lib.dist.Categorical(floats(lib, start)))
+        visits = 1.0 * (state == 2)
+        for i in range(1, length):
+            state = lib.sample(f"k{i}", lib.dist.Categorical(floats(lib, move)[state]))
+            visits = visits + 1.0 * (state == 2)
+        return visits, normals(lib, 3)
+
+    law = np.zeros((3, length + 1))  # of the state and the visits so far
+    law[[0, 1, 2], [0, 0, 1]] = start
+    for _ in range(1, length):
+        law = move.T @ law
+        law[2] = np.concatenate([[0.0], law[2, :-1]])
+    truth = math.log(law.sum(axis=0) @ stats.norm.sf(7.0 - 0.8 * np.arange(length + 1)))
+    return problem(adversary, lambda y: y[1][0] - 7.0 + 0.8 * y[0]), truth
+
+
+@pytest.mark.parametrize("family", [many_failures, long_chain])
+def test_combinations_too_many_to_list_are_guided(backend: str, family: Any) -> None:
+    built, truth = family(named(backend))
+    result = estimate(built, budget=30_000, seed=1, **QUIET)
+    assert result.ledger[-1].method == "cross-entropy"
+    assert result.converged, result.advice
+    assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error
+    check_run(CrossEntropy().run(built.event, budget=20_000, seed=seed(2)), built.event, 20_000)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 700, 3_000])
+def test_the_guides_budget_is_a_ceiling(backend: str, budget: int) -> None:
+    event = many_failures(named(backend))[0].event.replaced()
+    run = CrossEntropy().run(event, budget=budget, seed=seed(0))
+    assert run.calls == event.model_calls <= budget
+
+
+def test_a_guide_over_discrete_sites_needs_some(backend: str) -> None:
+    lib = named(backend)
+    with pytest.raises(ValueError, match="CrossEntropy needs a program with discrete sites"):
+        CrossEntropy().run(problem(lambda: normals(lib, 2), lambda y: y[0] - 3.0).event, budget=1_000, seed=seed(0))
 
 
 FAMILIES = {

@@ -6,6 +6,7 @@ Each is a small frozen object with ``run(event, budget=..., seed=...)``, which r
 from probest.budget import Meter
 from probest.estimators.base import Estimator, Need, UnmetNeedError
 from probest.estimators.combined import Combined
+from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.monte_carlo import MonteCarlo
@@ -32,6 +33,7 @@ __all__ = [
     "Code",
     "Combined",
     "Counts",
+    "CrossEntropy",
     "Estimator",
     "Evaluation",
     "EventLike",

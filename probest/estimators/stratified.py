@@ -23,6 +23,9 @@ looked at, whatever its probability (:mod:`probest.programs.strata`).
 What was neither estimated nor searched is in the interval with its p_k, and strata where nothing was found, but which
 the budget did not allow to search, with p_k times their bound.
 
+Where the sites' combinations are more than ``max_strata``, a guide over all of them comes first
+(:mod:`probest.estimators.cross_entropy`), and strata of the few that can be held where it does not converge.
+
 It fails where there are many more strata than the budget has estimates for: then it says so. What ``inner`` misses
 within a stratum is missed here.
 
@@ -43,12 +46,13 @@ from probest import diagnostics
 from probest.budget import FORWARD_CALLS
 from probest.estimators.base import check_precision
 from probest.estimators.combined import Combined
+from probest.estimators.cross_entropy import CrossEntropy, listed_sites
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
-from probest.lines.along import Normal, between
 from probest.programs.event import Event
-from probest.programs.strata import MOST, Strata, StratumEvent, strata_of
+from probest.programs.strata import MOST, Strata, StratumEvent, placed, strata_of
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
+from probest.verdict import agree, settle
 
 __all__ = ["Stratified", "StratifiedTuning"]
 
@@ -65,6 +69,7 @@ class Stream(IntEnum):
     PLACE = 3
     SEARCH = 4
     PRIOR = 5
+    GUIDED = 6
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class StratifiedTuning:
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
     rows: int = tuned(12, "strata with a row of their own in the ledger", "reading")
+    guided: float = tuned(0.7, "of the budget, for a guide over discrete sites that are too many to list", _PROGRAMS)
+    least_guided: int = tuned(2000, "calls below which it is not tried", _PROGRAMS)
     prior_particles: int = tuned(400, "of the conditioned adversary", "memory")
     prior_draws: int = tuned(32, "draws that each of them is chosen from", "acceptance.py")
     particles: int = tuned(4000, "that are kept over all strata", "memory")
@@ -186,10 +193,26 @@ class Stratified:
             before = event.model_calls
             strata = strata_of(event, self.max_strata)
             left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
+        guided = self._guided(event, strata, left, seed)
+        if guided is not None:
+            left -= guided.calls
+            if guided.conclusion.converged or left < 1:
+                return replace(guided, calls=budget - left)
         if strata is None or len(strata) < 2 or left < len(strata):
             run = self.inner.run(event, budget=left, seed=seed)
-            return replace(run, calls=run.calls + budget - left)
-        return _Campaign(self, strata, seed, left=left, budget=budget).run()
+        else:
+            run = _Campaign(self, strata, seed, left=left, budget=left).run()
+        return _with_guided(run, guided, budget - left)
+
+    def _guided(self, event: EventLike, strata: Strata | None, left: int, seed: np.random.SeedSequence) -> Run | None:
+        """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
+        if not isinstance(event, Event) or event.weighted or left < self.tuning.least_guided:
+            return None
+        combinations = sum(site.size * math.log(len(site.choices)) for site in listed_sites(event))
+        if combinations <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
+            return None
+        method = CrossEntropy(precision=self.precision)
+        return method.run(event, budget=int(self.tuning.guided * left), seed=child_seed(seed, Stream.GUIDED))
 
 
 @dataclass
@@ -251,7 +274,7 @@ class _Campaign:
 
     def _values(self, members: np.ndarray, z: Floats) -> Floats:
         """Of one stratum at each point: ``(n,)``."""
-        held = {name: value[members] for name, value in self.strata.values.items()}
+        held = self.strata.held(members)
         self.left -= FORWARD_CALLS * len(z)
         return self.strata.event.evaluate(self.strata.full(z), held=held).severity
 
@@ -503,8 +526,7 @@ class _Campaign:
         at = rng.standard_normal((n * tuning.prior_draws if strata.varies else n, len(strata.free)))
         if strata.varies:
             owner = np.repeat(k, tuning.prior_draws)
-            held = {name: value[owner] for name, value in strata.values.items()}
-            log_w = strata.event.log_density(strata.full(at), held)
+            log_w = strata.event.log_density(strata.full(at), strata.held(owner))
             groups = np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1)
             chosen = [
                 rows[diagnostics.systematic_resample(log_w[rows], len(rows) // tuning.prior_draws, rng)]
@@ -513,13 +535,13 @@ class _Campaign:
             ]
             rows = np.concatenate(chosen)
             at, k = at[rows], owner[rows]
-        placed, kept = _placed(strata, strata.full(at), k, rng)
-        placed = placed[kept]
-        if not len(placed):
+        z, kept = placed(strata.event, strata.sites, strata.held(k), strata.full(at), rng)
+        z = z[kept]
+        if not len(z):
             return None
-        severity = strata.event.evaluate(placed).severity
-        self.left -= FORWARD_CALLS * len(placed)
-        return Particles(placed, np.full(len(placed), -math.log(len(placed))), severity)
+        severity = strata.event.evaluate(z).severity
+        self.left -= FORWARD_CALLS * len(z)
+        return Particles(z, np.full(len(z), -math.log(len(z))), severity)
 
     def _interval(self, known: list[_Part], shares: Floats, total: float, beyond: float) -> tuple[float, float]:
         if not known:  # all that is not excluded
@@ -619,11 +641,30 @@ class _Campaign:
             values.append(part.members[rng.permutation(members)])
         if not z:
             return None
-        placed, kept = _placed(self.strata, np.concatenate(z), np.concatenate(values), rng)
+        held = self.strata.held(np.concatenate(values))
+        where, kept = placed(self.strata.event, self.strata.sites, held, np.concatenate(z), rng)
         log_weight = np.concatenate(log_w)[kept]
         if not len(log_weight):
             return None
-        return Particles(placed[kept], log_weight - diagnostics.log_sum_exp(log_weight), np.concatenate(severity)[kept])
+        return Particles(where[kept], log_weight - diagnostics.log_sum_exp(log_weight), np.concatenate(severity)[kept])
+
+
+def _with_guided(run: Run, guided: Run | None, before: int) -> Run:
+    """A run after one of the cross-entropy method that did not converge. before: calls before the run.
+
+    That one errs low, seldom high: it does not conclude, but refutes a lower conclusion.
+    """
+    if guided is None:
+        return replace(run, calls=run.calls + before)
+    calls = run.calls + before
+    first, last = guided.conclusion, replace(run.conclusion, calls=calls)
+    higher = math.isfinite(first.log_prob) and first.log_prob > last.log_prob and not agree(first, last)
+    if higher:
+        note = Note(Code.DISAGREE, "the cross-entropy method found more: raise the budget.")
+        last = replace(last, converged=False, notes=(*last.notes, note))
+    last = settle(last, first)
+    last = replace(last, method=run.conclusion.method, calls=calls)
+    return replace(run, ledger=(*guided.ledger, *run.ledger[:-1], last), calls=calls)
 
 
 def _guess(severity: Floats) -> float:
@@ -636,40 +677,3 @@ def _guess(severity: Floats) -> float:
         return -1.0
     spread = float(np.std(severity, ddof=1))
     return float(log_ndtr(float(np.mean(severity)) / spread)) if spread > 0.0 else -30.0
-
-
-def _placed(strata: Strata, z: Floats, k: np.ndarray, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
-    """z with coordinates at which the held sites have the values of stratum k ``(n,)``, and which rows have them.
-
-    Values rise with their coordinate, so the interval of each is found by bisection, site after site: once a stratum,
-    or at every row where probabilities depend on the other coordinates.
-    """
-    event = strata.event
-    z = z.copy()
-    if strata.varies:
-        used, row, centre = k, np.arange(len(k)), z.copy()
-    else:
-        used, row = np.unique(k, return_inverse=True)
-        centre = np.zeros((len(used), event.dim))
-    starts = np.cumsum([0, *(site.size for site in event.sites)])
-    listed = [site for site in event.sites if site.discrete]
-    columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate, where there is a list
-    kept = np.ones(len(used), dtype=np.bool_)
-    for site in strata.sites:
-        at = slice(*(int(starts[event.sites.index(site) + j]) for j in (0, 1)))
-        column = slice(*(int(columns[listed.index(site) + j]) for j in (0, 1)))
-        wanted = strata.values[site.name][used].reshape(len(used), -1).astype(np.float64)
-        edges = []
-        for strict in (False, True):
-            low, high = np.full(wanted.shape, -12.0), np.full(wanted.shape, 12.0)
-            for _ in range(40):
-                centre[:, at] = 0.5 * (low + high)
-                value = event.discrete_draws(centre)[:, column]
-                above = value > wanted if strict else value >= wanted
-                low, high = np.where(above, low, centre[:, at]), np.where(above, centre[:, at], high)
-            edges.append(high)
-        centre[:, at] = between(Normal(), edges[0], edges[1], np.full(wanted.shape, 0.5))
-        kept &= (event.discrete_draws(centre)[:, column] == wanted).all(axis=1)
-        share = rng.uniform(0.02, 0.98, (len(z), wanted.shape[1]))
-        z[:, at] = between(Normal(), edges[0][row], edges[1][row], share)
-    return z, kept[row]

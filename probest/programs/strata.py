@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_ndtr, ndtri_exp
 
 from probest.diagnostics import effective_sample_size, log_mean_exp, log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
 
-__all__ = ["MOST", "Strata", "StratumEvent", "strata_of"]
+__all__ = ["MOST", "Strata", "StratumEvent", "placed", "strata_of"]
 
 MOST = 4096
 """Strata that are listed, at most, unless said otherwise."""
@@ -39,6 +40,7 @@ _MOST_CLOSED = 256  # strata of a closed loop, whose listing runs the model
 _DRAWS = (64, 16_384)  # of each stratum that integrate a probability that does depend on them
 _MOST_DRAWS = 1_000_000  # over all strata
 _WORTH = 100.0  # equally weighted draws, that these have to be worth
+_FURTHEST, _HALVINGS = 12.0, 28  # of the bisection of a coordinate
 _EQUAL = 1e-4  # nats: float32 rounds the sum of the log-densities of some dozens of sites by less
 
 
@@ -86,6 +88,10 @@ class Strata:
         out = np.zeros((len(z), self.event.dim))
         out[:, self.free] = z
         return out
+
+    def held(self, k: np.ndarray) -> dict[str, np.ndarray]:
+        """Values of the held sites ``(n, ...)`` in the strata k ``(n,)``."""
+        return {name: value[k] for name, value in self.values.items()}
 
     def label(self, k: int) -> str:
         """The values of a stratum in words, such as ``s=1, kind=[0 2]``."""
@@ -237,3 +243,62 @@ def _tail(sites: tuple[Site, ...], values: Mapping[str, np.ndarray], log_p: Floa
 
 def _rows(held: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
     return {name: np.broadcast_to(value, (n, *np.shape(value))).copy() for name, value in held.items()}
+
+
+def placed(
+    event: Event, sites: tuple[Site, ...], held: Mapping[str, np.ndarray], z: Floats, rng: np.random.Generator
+) -> tuple[Floats, np.ndarray]:
+    """z ``(n, dim)`` with coordinates at which the sites have the held values, and which rows have them.
+
+    Values rise with their coordinates, so the interval of each is found by bisection. Elements are bisected together,
+    which is right where they do not depend on each other; rows that do not come out right once more, site after site.
+    """
+    z = z.copy()
+    starts = np.cumsum([0, *(site.size for site in event.sites)])
+    listed = [site for site in event.sites if site.discrete]
+    columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate
+
+    def places(site: Site) -> tuple[np.ndarray, np.ndarray]:
+        at = starts[event.sites.index(site)]
+        column = columns[listed.index(site)]
+        return np.arange(at, at + site.size), np.arange(column, column + site.size)
+
+    found = [places(site) for site in sites]
+    wanted = np.concatenate([held[site.name].reshape(len(z), -1) for site in sites], axis=1).astype(np.float64)
+    _bisect(
+        event, z, np.concatenate([at for at, _ in found]), np.concatenate([column for _, column in found]), wanted, rng
+    )
+    all_columns = np.concatenate([column for _, column in found])
+    right = (event.discrete_draws(z)[:, all_columns] == wanted).all(axis=1)
+    wrong = np.flatnonzero(~right)
+    if len(wrong) and len(sites) > 1:
+        ends = np.cumsum([0, *(site.size for site in sites)])
+        again = z[wrong]
+        for (at, column), a, b in zip(found, ends, ends[1:], strict=False):
+            _bisect(event, again, at, column, wanted[wrong, a:b], rng)
+        z[wrong] = again
+        right[wrong] = (event.discrete_draws(again)[:, all_columns] == wanted[wrong]).all(axis=1)
+    return z, right
+
+
+def _bisect(
+    event: Event, z: Floats, at: np.ndarray, column: np.ndarray, wanted: Floats, rng: np.random.Generator
+) -> None:
+    """Put coordinates ``at`` of z, in place, somewhere in the intervals in which the values are those wanted."""
+    n = len(z)
+    low, high = np.full((2, *wanted.shape), -_FURTHEST), np.full((2, *wanted.shape), _FURTHEST)
+    both = np.concatenate([z, z])
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        both[:, at] = middle.reshape(2 * n, -1)
+        value = event.discrete_draws(both)[:, column].reshape(2, *wanted.shape)
+        above = np.stack([value[0] >= wanted, value[1] > wanted])
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    # between the first coordinate with the value and the first beyond it, by the normal law
+    lower, upper = high
+    side = np.where(lower + upper > 0.0, -1.0, 1.0)
+    ends = log_ndtr(np.stack([side * lower, side * upper]))
+    share = rng.uniform(0.02, 0.98, wanted.shape)
+    with np.errstate(divide="ignore"):
+        mixed = np.logaddexp(ends[0] + np.log1p(-share), ends[1] + np.log(share))
+    z[:, at] = side * ndtri_exp(mixed)

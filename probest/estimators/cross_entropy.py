@@ -1,0 +1,453 @@
+r"""The cross-entropy method over discrete sites: for programs with more combinations of values than can be listed.
+
+With v the values of the discrete sites, u the coordinates that are left, and q(v, u) a guide,
+
+.. math:: P = E_q\!\left[\mathbf 1_C \, \frac{p(v \mid u)\, \varphi(u)}{q(v, u)}\right],
+
+where p(v | u) is what the program says with the values held. The guide is a chain over the elements of the discrete
+sites in the order of the program, each given the one before, with a shift and a scale for each other coordinate.
+
+1. *Explore*: draws in which each element, with a chance that differs between groups of draws, is chosen among all its
+   values alike: one element in all, or up to half of them. So each value of each element is held, whatever its
+   probability.
+2. *Learn*: fit the guide to what was drawn so far, weighted by p φ / q of all rounds as one mixture, where the severity
+   is among the highest. Weights are tempered where too few of them would count, and the level rises to 0.
+3. *Weigh*: fresh draws of the fitted guide, with a share of a wider one, estimate P. Their number is fixed by the last
+   round of learning. All rounds as one mixture estimate P a second time, with a fresh exploration among them: what the
+   guide misses is in there with large weights, and the two have to agree.
+
+It fails where elements depend on each other in ways that a chain does not show, or where modes are many: few weights
+count then, and it says so.
+
+References: Rubinstein & Kroese (2004), The cross-entropy method; Veach & Guibas (1995), Optimally combining sampling
+techniques (the mixture of all rounds); Stein (1945).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from probest import diagnostics
+from probest.budget import Meter, UndefinedError
+from probest.estimators.base import Need, check_least, check_needs, check_precision
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
+from probest.programs.base import Site
+from probest.programs.event import Event
+from probest.programs.strata import placed
+from probest.seeds import child_seed, generator
+from probest.tuning import tuned
+from probest.verdict import reach
+
+__all__ = ["CrossEntropy", "listed_sites"]
+
+_PROGRAMS = "programs.py"
+Indices = np.ndarray
+
+
+def listed_sites(event: Event) -> tuple[Site, ...]:
+    """The sites whose values are all listed."""
+    return tuple(site for site in event.sites if site.choices and site.complete)
+
+
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    LEARN = 0
+    WEIGH = 1
+    PLACE = 2
+
+
+@dataclass(frozen=True)
+class CrossEntropyTuning:
+    """How the guide is learned. Set by hand on chains and counts of benchmarks/programs.py."""
+
+    explored: int = tuned(300, "draws of each group that explores", _PROGRAMS)
+    scales: tuple[float, ...] = tuned((1.0, 1.5, 2.5), "standard deviations of the other coordinates then", _PROGRAMS)
+    batch: int = tuned(1000, "draws of a round of learning", _PROGRAMS)
+    share: float = tuned(0.6, "of the budget, at most, for exploring and learning", _PROGRAMS)
+    elite: float = tuned(0.15, "of a round, whose severities make the next level", _PROGRAMS)
+    effective: float = tuned(150.0, "weights that have to count; else they are tempered", _PROGRAMS)
+    prior: float = tuned(20.0, "weights' worth of pull of a conditional probability to the marginal one", _PROGRAMS)
+    chained: int = tuned(8, "values of an element up to which the next one is learned for each", _PROGRAMS)
+    chance: float = tuned(1e-3, "probability by chance of a dependence that is learned", _PROGRAMS)
+    spurious: float = tuned(0.2, "elements, on average, that take a value never seen in a catastrophe", _PROGRAMS)
+    telling: float = tuned(3.0, "standard errors by which a mean has to differ to be followed", _PROGRAMS)
+    wide: float = tuned(0.15, "of the concluding draws that come from a wider guide", _PROGRAMS)
+    good: float = tuned(0.15, "effective share of a round's draws at which it has learned enough", _PROGRAMS)
+    heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
+    largest: float = tuned(
+        0.02, "share of one weight below which their shape, as of few distinct ones, tells nothing", _PROGRAMS
+    )
+    few: float = tuned(50.0, "effective draws that are too few to conclude from", _PROGRAMS)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Importance sampling from a guide over discrete sites.
+
+    precision: wanted standard error of log P; None spends the budget. rounds: of learning, at most.
+    """
+
+    precision: float | None = 0.05
+    rounds: int = 14
+    tuning: CrossEntropyTuning = field(default_factory=CrossEntropyTuning, repr=False)
+    needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_least(self, rounds=1)
+
+    @property
+    def name(self) -> str:
+        return "cross-entropy"
+
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Explore, learn, weigh. Raises ValueError where the event has no discrete site whose values are listed."""
+        check_needs(self, event)
+        meter = Meter(event, budget)
+        if not isinstance(event, Event) or not listed_sites(event):
+            raise ValueError(
+                "CrossEntropy needs a program with discrete sites whose values can be listed: use the default estimator"
+            )
+        return Run.of(_Campaign(self, event, meter, seed).run())
+
+
+class _Drawn(NamedTuple):
+    """Draws of a guide, judged. v: ``(n, elements)`` places in the lists; log_p: log of p φ."""
+
+    v: Indices
+    u: Floats
+    severity: Floats
+    log_p: Floats
+
+    def plus(self, other: _Drawn) -> _Drawn:
+        return _Drawn(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+
+
+@dataclass
+class _Chain:
+    """A law of the elements, each given the one before, and of the other coordinates.
+
+    step: ``(elements, K, K)`` probability of each value (last axis) given the place of the element before.
+    """
+
+    step: Floats
+    mean: Floats
+    scale: Floats
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[Indices, Floats]:
+        v = np.zeros((n, len(self.step)), dtype=np.intp)
+        before = np.zeros(n, dtype=np.intp)
+        uniform = rng.random((n, len(self.step)))
+        for e, law in enumerate(np.cumsum(self.step, axis=2)):
+            before = np.minimum((uniform[:, e, None] > law[before]).sum(axis=1), law.shape[1] - 1)
+            v[:, e] = before
+        return v, self.mean + self.scale * rng.standard_normal((n, len(self.mean)))
+
+    def log_density(self, v: Indices, u: Floats) -> Floats:
+        before = np.concatenate([np.zeros((len(v), 1), dtype=np.intp), v[:, :-1]], axis=1)
+        with np.errstate(divide="ignore"):
+            discrete = np.log(self.step[np.arange(len(self.step)), before, v]).sum(axis=1)
+        return np.asarray(discrete + _log_normal((u - self.mean) / self.scale) - np.log(self.scale).sum())
+
+
+class _Mixture(NamedTuple):
+    """Guides with the numbers of draws that they gave."""
+
+    guides: list[_Chain]
+    counts: list[int]
+
+    def log_density(self, v: Indices, u: Floats) -> Floats:
+        parts = [math.log(n) + guide.log_density(v, u) for guide, n in zip(self.guides, self.counts, strict=True)]
+        return np.asarray(np.logaddexp.reduce(parts, axis=0) - math.log(sum(self.counts)))
+
+
+@dataclass
+class _Campaign:
+    """One run."""
+
+    method: CrossEntropy
+    event: Event
+    meter: Meter
+    seed: np.random.SeedSequence
+
+    def __post_init__(self) -> None:
+        self.sites = listed_sites(self.event)
+        self.elements = [site for site in self.sites for _ in range(site.size)]
+        self.counts = np.array([len(site.choices) for site in self.elements])
+        most = int(self.counts.max())
+        self.possible = np.arange(most) < self.counts[:, None]
+        taken = {site.name for site in self.sites}
+        sizes = [site.size for site in self.event.sites]
+        self.free = np.flatnonzero(np.repeat([site.name not in taken for site in self.event.sites], sizes))
+        types = self.event.site_values(np.zeros((1, self.event.dim)), tuple(taken))
+        self.types = {name: value.dtype for name, value in types.items()}
+        self.mixture = _Mixture([], [])
+
+    def run(self) -> Evidence:
+        rng = generator(child_seed(self.seed, Stream.LEARN))
+        pool = self._explore(rng)
+        if pool is None:
+            note = Note(Code.BUDGET_SPENT, "the budget does not reach to explore the discrete sites: raise it.")
+            return self._nothing(note)
+        guide, share = None, 0.0
+        floor = (1.0 - self.method.tuning.share) * self.meter.budget
+        for _ in range(self.method.rounds):
+            if self.meter.left - self.method.tuning.batch < floor and guide is not None:
+                break
+            guide, reached = self._learn(pool)
+            fresh = self._draw(guide, min(self.method.tuning.batch, self.meter.left // 2), rng)
+            log_w = np.where(fresh.severity >= 0.0, fresh.log_p - guide.log_density(fresh.v, fresh.u), -np.inf)
+            share = diagnostics.effective_sample_size(log_w) / len(log_w)
+            self._remember(guide, len(fresh.v))
+            pool = pool.plus(fresh)
+            steady = diagnostics.pareto_khat(log_w) < self.method.tuning.heavy
+            if reached and steady and share > self.method.tuning.good:
+                break
+        assert guide is not None
+        if not np.any(pool.severity >= 0.0):
+            return self._nothing(Note(Code.NO_HITS, "no catastrophe was found: raise the budget."))
+        return self._weigh(pool, self._learn(pool)[0], share)
+
+    # --- draws -----------------------------------------------------------------------------------------------------
+
+    def _draw(self, guide: _Chain, n: int, rng: np.random.Generator) -> _Drawn:
+        return self._judged(*guide.sample(n, rng))
+
+    def _judged(self, v: Indices, u: Floats) -> _Drawn:
+        z = np.zeros((len(v), self.event.dim))
+        z[:, self.free] = u
+        self.meter.charge(len(v))
+        found = self.event.evaluate(z, held=self._held(v))
+        if np.isnan(found.log_weight).any():
+            raise UndefinedError("the log-density of the discrete sites is NaN")
+        return _Drawn(v, u, found.severity, found.log_weight + _log_normal(u))
+
+    def _held(self, v: Indices) -> dict[str, np.ndarray]:
+        ends = np.cumsum([0, *(site.size for site in self.sites)])
+        return {
+            site.name: np.asarray(site.choices)[v[:, a:b]].reshape(-1, *site.base_shape).astype(self.types[site.name])
+            for site, a, b in zip(self.sites, ends, ends[1:], strict=False)
+        }
+
+    def _remember(self, guide: _Chain, n: int) -> None:
+        self.mixture.guides.append(guide)
+        self.mixture.counts.append(n)
+
+    # --- exploring -------------------------------------------------------------------------------------------------
+
+    def _usual(self, rng: np.random.Generator) -> Floats:
+        """``(elements, K)`` how often each value comes up in draws of the program, which are not judged."""
+        z = rng.standard_normal((1000 if not self.event.composition.closed_loop else 1, self.event.dim))
+        if self.event.composition.closed_loop:
+            self.meter.charge(len(z))
+        drawn = self.event.discrete_draws(z)
+        listed = [site for site in self.event.sites if site.discrete]
+        ends = np.cumsum([0, *(site.size for site in listed)])
+        chosen = np.concatenate(
+            [np.arange(a, b) for site, a, b in zip(listed, ends, ends[1:], strict=False) if site in self.sites]
+        )
+        out = np.zeros(self.possible.shape)
+        for e, (column, site) in enumerate(zip(chosen, self.elements, strict=True)):
+            out[e, : len(site.choices)] = (drawn[:, column, None] == np.asarray(site.choices)).mean(axis=0)
+        return np.asarray(out / out.sum(axis=1, keepdims=True))
+
+    def _explore(self, rng: np.random.Generator) -> _Drawn | None:
+        tuning, count = self.method.tuning, len(self.elements)
+        usual, alike = self._usual(rng), self.possible / self.counts[:, None]
+        shares = [0.0] + [min(1.0, flips / count) for flips in 2.0 ** np.arange(0, max(1, math.ceil(math.log2(count))))]
+        n = int(min(tuning.explored, 0.5 * tuning.share * self.meter.left / len(shares)))
+        if n < 30:
+            return None
+        pool = None
+        for i, share in enumerate(shares):
+            law = np.maximum((1.0 - share) * usual + share * alike, 1e-3 / count * self.possible)
+            scale = tuning.scales[i % len(tuning.scales)] * np.ones(len(self.free))
+            guide = self._chain(law / law.sum(axis=1, keepdims=True), scale)
+            drawn = self._draw(guide, n, rng)
+            self._remember(guide, n)
+            pool = drawn if pool is None else pool.plus(drawn)
+        return pool
+
+    def _chain(self, law: Floats, scale: Floats) -> _Chain:
+        """Independent elements."""
+        return _Chain(np.repeat(law[:, None], law.shape[1], axis=1), np.zeros(len(scale)), scale)
+
+    # --- learning --------------------------------------------------------------------------------------------------
+
+    def _log_w(self, pool: _Drawn) -> Floats:
+        return pool.log_p - self.mixture.log_density(pool.v, pool.u)
+
+    def _learn(self, pool: _Drawn) -> tuple[_Chain, bool]:
+        """A guide for the highest of what was drawn, and whether that is the event with its own weights."""
+        tuning, log_w = self.method.tuning, self._log_w(pool)
+        recent = pool.severity[-self.mixture.counts[-1] :]
+        level = min(0.0, float(np.quantile(recent, 1.0 - tuning.elite)))
+        least = min(tuning.effective, 0.3 * len(recent))
+        if np.count_nonzero(pool.severity >= 0.0) >= 0.2 * least:
+            level = 0.0
+        inside = np.flatnonzero((pool.severity >= level) & np.isfinite(log_w))
+        if not len(inside):
+            inside = np.flatnonzero(np.isfinite(log_w))
+        high = log_w[inside]
+        least = min(least, 0.5 * len(inside))
+        power = 1.0 if diagnostics.effective_sample_size(high) >= least else _power(high, least)
+        weight = np.exp(power * high - diagnostics.log_sum_exp(power * high))
+        return self._fit(pool.v[inside], pool.u[inside], weight), level >= 0.0 and power == 1.0
+
+    def _fit(self, v: Indices, u: Floats, weight: Floats) -> _Chain:
+        tuning, count, most = self.method.tuning, len(self.elements), self.possible.shape[1]
+        effective = 1.0 / float(weight @ weight)
+        rare = tuning.spurious / count * self.possible / self.counts[:, None]
+        hot = (v[:, :, None] == np.arange(most)).astype(np.float64)
+        marginal = self._evened(np.einsum("n,nek->ek", weight, hot), effective)
+        marginal = (1.0 - tuning.spurious / count) * marginal + rare
+        step = np.repeat(marginal[:, None], most, axis=1)
+        if most <= tuning.chained and count > 1:
+            pair = np.einsum("n,nej,nek->ejk", weight, hot[:, :-1], hot[:, 1:], optimize=True) * effective
+            pull = tuning.prior * marginal[1:, None]
+            joint = (pair + pull) / (pair.sum(axis=2, keepdims=True) + tuning.prior)
+            joint = (1.0 - tuning.spurious / count) * joint + rare[1:, None]
+            step[1:] = np.where(self._dependent(pair)[:, None, None], joint, step[1:])
+        step = step / step.sum(axis=2, keepdims=True)
+        mean = weight @ u
+        deviation = np.sqrt(np.maximum(weight @ (u - mean) ** 2, 1e-6))
+        noise = math.sqrt(1.0 / effective)
+        mean = np.where(np.abs(mean) > tuning.telling * noise * deviation, mean, 0.0)
+        moved = np.abs(np.log(deviation)) > tuning.telling * noise / math.sqrt(2.0)
+        return _Chain(step, mean, np.where(moved, np.clip(1.1 * deviation, 0.2, 3.0), 1.0))
+
+    def _evened(self, marginal: Floats, effective: float) -> Floats:
+        """The mean over a site's elements for each one's own, where a likelihood-ratio test sees no difference."""
+        ends = np.cumsum([0, *(site.size for site in self.sites)])
+        out = marginal.copy()
+        for a, b in itertools.pairwise(ends.tolist()):
+            mean = marginal[a:b].mean(axis=0)
+            ratio = 2.0 * effective * float(special.rel_entr(marginal[a:b], mean).sum())
+            freedom = (b - a - 1) * max(int(np.count_nonzero(mean)) - 1, 1)
+            if freedom and special.chdtrc(freedom, ratio) > self.method.tuning.chance:
+                out[a:b] = mean
+        return out
+
+    def _dependent(self, pair: Floats) -> np.ndarray:
+        """Which elements depend on the one before, by a likelihood-ratio test on counts ``(elements, K, K)``."""
+        total = pair.sum(axis=(1, 2), keepdims=True)
+        apart = pair.sum(axis=2, keepdims=True) * pair.sum(axis=1, keepdims=True) / total
+        ratio = 2.0 * special.rel_entr(pair, apart).sum(axis=(1, 2))
+        seen = [np.maximum((pair.sum(axis=axis) > 0.0).sum(axis=1) - 1, 1) for axis in (1, 2)]
+        return np.asarray(special.chdtrc(seen[0] * seen[1], ratio) < self.method.tuning.chance)
+
+    # --- weighing --------------------------------------------------------------------------------------------------
+
+    def _weigh(self, pool: _Drawn, guide: _Chain, share: float) -> Evidence:
+        tuning = self.method.tuning
+        rng = generator(child_seed(self.seed, Stream.WEIGH))
+        n = self.meter.left
+        if self.method.precision is not None and share > 0.0:
+            n = min(n, max(tuning.batch, int(1.3 / (share * self.method.precision**2))))
+        if n < 2:
+            return self._nothing(Note(Code.BUDGET_SPENT, "the budget was spent on learning: raise it."))
+        wide = _Chain(_wider(guide.step, self.possible, self.counts), 0.7 * guide.mean, 1.3 * guide.scale)
+        few = max(1, int(tuning.wide * n))
+        both = _Mixture([guide, wide], [n - few, few])
+        fresh = self._draw(guide, n - few, rng).plus(self._draw(wide, few, rng))
+        log_w = np.where(fresh.severity >= 0.0, fresh.log_p - both.log_density(fresh.v, fresh.u), -np.inf)
+        log_prob, error = diagnostics.log_mean_exp(log_w)
+        ess, khat = diagnostics.effective_sample_size(log_w), diagnostics.pareto_khat(log_w)
+        for member, size in zip(*both, strict=True):
+            self._remember(member, size)
+        pool = pool.plus(fresh)
+        pooled = np.where(pool.severity >= 0.0, self._log_w(pool), -np.inf)
+        second, second_error = diagnostics.log_mean_exp(pooled)
+        notes = self._complaints(log_prob, error, ess, khat, second, second_error, log_w)
+        if not math.isfinite(log_prob):
+            return self._nothing(notes[0])
+        lower, upper = diagnostics.mean_interval(log_w)
+        if second > log_prob + reach(error, second_error):
+            upper = max(upper, second + 2.0 * min(second_error, 1.0))
+        return Evidence(
+            method=self.method.name,
+            log_prob=min(log_prob, 0.0),
+            std_error=error,
+            interval=(lower, min(upper, 0.0)),
+            claim="consistent",
+            calls=self.meter.calls,
+            seconds=self.meter.seconds,
+            converged=not notes,
+            particles=self._particles(pool, pooled),
+            diagnostics={
+                "ess": ess,
+                "khat": khat,
+                "pooled": second,
+                "samples": float(n),
+                "elements": float(len(self.elements)),
+            },
+            notes=tuple(notes),
+        )
+
+    def _complaints(
+        self, log_prob: float, error: float, ess: float, khat: float, second: float, second_error: float, log_w: Floats
+    ) -> list[Note]:
+        notes, tuning = [], self.method.tuning
+        hits = int(np.count_nonzero(np.isfinite(log_w)))
+        if not hits:
+            return [Note(Code.NO_HITS, "no fresh draw of the guide was a catastrophe: raise the budget.")]
+        largest = float(np.exp(np.max(log_w) - diagnostics.log_sum_exp(log_w)))
+        if khat > tuning.heavy and largest > tuning.largest and ess < 0.4 * hits:
+            notes.append(Note(Code.HEAVY_TAILS, f"the weights are heavy-tailed (k̂ = {khat:.2f}): raise the budget."))
+        if ess < tuning.few:
+            notes.append(Note(Code.FEW_COUNT, f"only {ess:.0f} effective samples: raise the budget."))
+        if abs(second - log_prob) > reach(error, second_error):
+            sentence = "fresh draws and all draws as one disagree: the guide misses catastrophes; raise the budget."
+            notes.append(Note(Code.DISAGREE, sentence))
+        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
+        if error > wanted:
+            notes.append(
+                Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
+            )
+        return notes
+
+    def _particles(self, pool: _Drawn, log_w: Floats) -> Particles | None:
+        rng = generator(child_seed(self.seed, Stream.PLACE))
+        rows = np.flatnonzero(np.isfinite(log_w))
+        if len(rows) > 400:
+            rows = np.unique(rows[diagnostics.systematic_resample(log_w[rows], 400, rng)])
+        z = np.zeros((len(rows), self.event.dim))
+        z[:, self.free] = pool.u[rows]
+        z, kept = placed(self.event, self.sites, self._held(pool.v[rows]), z, rng)
+        if not kept.any():
+            return None
+        equal = np.full(int(kept.sum()), -math.log(int(kept.sum())))
+        return Particles(z[kept], equal, pool.severity[rows][kept])
+
+    def _nothing(self, note: Note) -> Evidence:
+        return Evidence.nothing(self.method.name, note, calls=self.meter.calls, seconds=self.meter.seconds)
+
+
+def _log_normal(u: Floats) -> Floats:
+    return np.asarray(-0.5 * np.einsum("ij,ij->i", u, u) - 0.5 * u.shape[1] * math.log(2.0 * math.pi))
+
+
+def _power(log_w: Floats, least: float) -> float:
+    """The largest power of the weights of which as many count."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        enough = diagnostics.effective_sample_size(middle * log_w) >= least
+        low, high = (middle, high) if enough else (low, middle)
+    return float(low)
+
+
+def _wider(step: Floats, possible: np.ndarray, counts: Sequence[int] | np.ndarray) -> Floats:
+    """A tenth of each element's choice left to chance, or about one element in all where there are many."""
+    loose = min(0.1, 1.5 / len(step))
+    alike = possible / np.asarray(counts)[:, None]
+    return np.asarray((1.0 - loose) * step + loose * alike[:, None])
