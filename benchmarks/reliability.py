@@ -300,10 +300,12 @@ def variants(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def exact(options: argparse.Namespace) -> Iterator[Case]:
-    from probest.testing.events import EXACT_EVENTS
+    from probest.testing.events import EXACT_EVENTS, HIDDEN_EVENTS
 
-    names = chosen([event.name for event in EXACT_EVENTS], options)
-    yield from (of_exact_event(event, options) for event in EXACT_EVENTS if event.name in names)
+    events = (*EXACT_EVENTS, *HIDDEN_EVENTS)
+
+    names = chosen([event.name for event in events], options)
+    yield from (of_exact_event(event, options) for event in events if event.name in names)
 
 
 UNIFORM_DRAWS = 10_000_000

@@ -25,7 +25,6 @@ class Rules:
     left_out: float = tuned(0.1, "nats beside them, for what errors leave out", "reliability.py")
     vaguest: float = tuned(1.0, "nats: an error beyond this agrees with no more", "reliability.py --exact")
     seldom: float = tuned(40.0, "times too high, an estimate with mean P is once in so many (Markov)", "by its meaning")
-    precise: float = tuned(0.3, "standard error of tempering that may conclude by itself", "reliability.py --exact")
 
 
 RULES = Rules()
@@ -57,8 +56,11 @@ def judge(
     failed: Sequence[Evidence],
     weighed: Sequence[Evidence],
     lined: Evidence | None,
+    wanted: float,
 ) -> Evidence:
     """The conclusion where no importance sample passed its checks.
+
+    wanted: standard error that a converged answer may have.
 
     tempered: all tempering runs that reached the event, as one; failed: those that did not. weighed: importance
     samples. All tempering runs as one conclude, if nothing speaks against it; without any, lines or the crude sample
@@ -91,9 +93,10 @@ def judge(
     if found and agreed:
         sentence = "the guide did not pass its checks (see the ledger): this is tempering's own estimate."
         advice.append(Note(Code.SECOND_CHOICE, sentence))
-    precise = tempered.std_error <= RULES.precise
+    precise = tempered.std_error <= wanted
     if tempered.converged and not precise:
-        advice.append(Note(Code.IMPRECISE, f"the standard error is {tempered.std_error:.2f}: raise the budget."))
+        sentence = f"the standard error {tempered.std_error:.2f} is above {wanted:.2f}: raise the budget."
+        advice.append(Note(Code.IMPRECISE, sentence))
     return replace(
         tempered,
         interval=(lower, top),

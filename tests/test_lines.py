@@ -22,6 +22,7 @@ from probest.lines.tuning import LineTuning
 from probest.seeds import generator
 from probest.smc.resample_move import cost, thicken
 from probest.testing.events import (
+    HIDDEN_EVENTS,
     ExactEvent,
     ball,
     band,
@@ -438,3 +439,14 @@ def _mean_excess(event: ExactEvent) -> float:
         tail = stats.chi.sf(9.0, 20)
         return float(integrate.quad(lambda r: (r - 9.0) * stats.chi.pdf(r, 20), 9.0, 20.0)[0] / tail)
     return math.exp(stats.norm.logpdf(4.0) - special.log_ndtr(-4.0)) - 4.0
+
+
+@pytest.mark.parametrize("event", HIDDEN_EVENTS, ids=lambda event: event.name)
+def test_a_few_lines_that_agree_do_not_conclude(event: ExactEvent) -> None:
+    """Where they see only a part of the event, the default finds the rest, or says that it has not converged."""
+    for s in range(3):
+        found = Combined().run(event, budget=20_000, seed=np.random.SeedSequence([s, 77])).conclusion
+        error = abs(found.log_prob - event.log_prob)
+        assert error < 0.1 + 4.5 * found.std_error or not found.converged
+        assert found.interval[0] - 0.2 <= event.log_prob <= found.interval[1] + 0.2
+        assert found.converged or event.name.startswith("gate")

@@ -70,18 +70,19 @@ def test_only_what_is_converged_contradicts() -> None:
     assert not contradicts(None, line(-12.0))
 
 
+WANTED = 0.3
 CRUDE = line(-INF, INF, converged=False, claim="unbiased", notes=("no hits",))
 
 
 def test_tempering_alone_concludes_if_it_is_precise() -> None:
-    assert judge(CRUDE, line(-10.0, 0.2), [], [], None).converged
-    vague = judge(CRUDE, line(-10.0, 0.4), [], [], None)
+    assert judge(CRUDE, line(-10.0, 0.2), [], [], None, WANTED).converged
+    vague = judge(CRUDE, line(-10.0, 0.4), [], [], None, WANTED)
     assert not vague.converged
     assert vague.codes == {Code.IMPRECISE}
 
 
 def test_a_sample_that_passed_and_disagrees_is_reported_not_averaged() -> None:
-    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-10.0)], None)
+    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-10.0)], None, WANTED)
     assert not judged.converged
     assert Code.DISAGREE in judged.codes
     assert judged.interval[0] <= -12.2
@@ -89,31 +90,31 @@ def test_a_sample_that_passed_and_disagrees_is_reported_not_averaged() -> None:
 
 
 def test_a_sample_that_did_not_pass_leaves_tempering_as_second_choice() -> None:
-    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-14.0, converged=False)], None)
+    judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-14.0, converged=False)], None, WANTED)
     assert judged.log_prob == -12.0
     assert Code.SECOND_CHOICE in judged.codes
 
 
 def test_lines_that_agree_and_are_sharper_conclude() -> None:
     lined = line(-10.0, 0.05)
-    assert judge(CRUDE, line(-10.1, 0.2), [], [], lined) is lined
-    against = judge(CRUDE, line(-12.0, 0.1), [], [], lined)
+    assert judge(CRUDE, line(-10.1, 0.2), [], [], lined, WANTED) is lined
+    against = judge(CRUDE, line(-12.0, 0.1), [], [], lined, WANTED)
     assert not against.converged
     assert Code.DISAGREE in against.codes
 
 
 def test_without_tempering_lines_bound_from_below_by_markov() -> None:
-    judged = judge(CRUDE, None, [], [], line(-10.0, 0.05, converged=False))
+    judged = judge(CRUDE, None, [], [], line(-10.0, 0.05, converged=False), WANTED)
     assert not judged.converged
     assert judged.interval == (pytest.approx(-10.0 - math.log(40.0)), -7.0)
 
 
 def test_without_anything_there_is_an_upper_bound_and_the_reason() -> None:
     failed = line(-INF, INF, converged=False, notes=(Note(Code.UNREACHED, "not reached."),))
-    judged = judge(CRUDE, None, [failed], [], None)
+    judged = judge(CRUDE, None, [failed], [], None, WANTED)
     assert (judged.log_prob, judged.claim, judged.interval) == (-INF, "upper", (-INF, -7.0))
     assert judged.codes == {Code.UNREACHED}
-    hits = judge(line(-5.0, 0.5, converged=False), None, [failed], [], None)
+    hits = judge(line(-5.0, 0.5, converged=False), None, [failed], [], None, WANTED)
     assert hits.log_prob == -5.0
     assert not hits.converged
     assert Code.UNREACHED in hits.codes

@@ -234,7 +234,8 @@ class _Campaign:
                 break
         self._fall_back(runs)
         failed = [run.conclusion for run in self.tempered if run.population is None]
-        judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined)
+        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
+        judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
         return or_learned(settle(judged, lined, aimed), learned)
 
     def _seed(self, *key: int) -> np.random.SeedSequence:

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from scipy.special import chdtri
+from scipy.special import chdtri, log_ndtr
 
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
@@ -110,6 +110,8 @@ class _Campaign:
     meter: Meter
     rng: np.random.Generator
     spent: int = 0
+    audited: int = 0
+    demanded: int = 0
 
     def __post_init__(self) -> None:
         self.modes = Modes(self.meter, self.rng, self.method.first, self.method.tuning)
@@ -141,7 +143,7 @@ class _Campaign:
             for k, count in enumerate(counts):
                 self.modes.measure(k, models[k], count)
             chosen = self._all_chosen()
-            if self._precise(chosen):
+            if self._precise(chosen) and self._audit(models):
                 break
             counts = self._further_counts(chosen)
             if not sum(counts):
@@ -152,7 +154,8 @@ class _Campaign:
                 self.modes.relearn(models, size)
                 counts = self._further_counts(self._all_chosen())
             models = self.modes.models()
-        return [*ledger, self._conclude(points, search)]
+        outside = math.inf if around else self._outside(search, models)
+        return [*ledger, self._conclude(points, search, outside)]
 
     # --- finding modes ---------------------------------------------------------------------------------------------
 
@@ -221,11 +224,8 @@ class _Campaign:
         means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in chosen])
         share = means / max(float(means.sum()), 1e-300)
         poor = np.array([self.modes.misfit(k) > self.method.tuning.poor for k in range(len(self.modes))])
-        return np.where(
-            poor,
-            np.maximum(self.method.tuning.many * np.sqrt(np.maximum(share, 0.0)), self.method.tuning.least),
-            self.method.tuning.least,
-        )
+        many = np.where(poor, self.method.tuning.many * np.sqrt(np.maximum(share, 0.0)), 0.0)
+        return np.maximum(np.maximum(many, np.ceil(self.demanded * share)), self.method.tuning.least)
 
     def _precise(self, chosen: list[_Values]) -> bool:
         mean, error = self._spread(chosen)
@@ -236,6 +236,34 @@ class _Campaign:
         # the error of few lines may be small by chance: its upper confidence limit counts
         dof = max(int(done.sum()) - len(done), 1)
         return error * math.sqrt(dof / float(chdtri(dof, 0.8))) <= precision * mean
+
+    def _audit(self, models: list[Model | None]) -> bool:
+        """Whether points in what lines claim are catastrophes; where some are not, so many more lines have to say so.
+
+        Lines that agree leave room for a share of about 3 in their number of others that do not (rule of three).
+        """
+        total = sum(len(c.values) for c in self._all_chosen())
+        if self.method.precision is not None and not self.audited and not self.demanded:
+            wanted = math.ceil(self.method.tuning.audited / self.method.precision) - total
+            z = self.modes.claimed(models, max(0, min(wanted, self.meter.left // 2)))
+            missed = int(np.count_nonzero(self.meter.evaluate(z).severity < 0.0)) if len(z) else 0
+            if not missed:
+                self.audited = len(z)
+            else:
+                share = missed / len(z)
+                self.demanded = math.ceil(1.5 * share / max(1.0 - share, 0.1) / self.method.precision**2)
+        return total >= self.demanded
+
+    def _outside(self, search: Search, models: list[Model | None]) -> float:
+        """Distance from the origin of the nearest catastrophe seen that no mode explains; inf without any."""
+        nearest = math.inf
+        search.floor = 0  # what it was given may be spent, and this is worth it
+        suspects = np.array(search.suspects)[:16] if search.suspects else np.empty((0, self.meter.event.dim))
+        for z in suspects[~self.modes.explained(suspects, models)][: self.method.tuning.suspects]:
+            near = search.nearer(z)
+            if not self.modes.explained(near[None], models)[0]:
+                nearest = min(nearest, float(np.linalg.norm(near)))
+        return nearest
 
     def _first_counts(self, models: list[Model | None]) -> list[int]:
         """Fresh lines for each mode, shared out by what the models say of the modes."""
@@ -249,7 +277,7 @@ class _Campaign:
         """Fresh lines for each mode to reach the precision; zeros where the calls that are left do not suffice."""
         mean, _ = self._spread(chosen)
         spread, done = np.array([c.spread for c in chosen]), np.array([len(c.values) for c in chosen])
-        if not mean > 0.0 or not np.sum(spread) > 0.0:
+        if not mean > 0.0 or not (np.sum(spread) > 0.0 or self.demanded):
             return [0 for _ in chosen]
         aim = (self.method.precision or 1e-9) * mean * 0.9
         wanted = 1.1 * np.sum(spread) * spread / aim**2
@@ -287,7 +315,7 @@ class _Campaign:
         note = Note(code, sentence)
         return Evidence.nothing(self.method.name, note, calls=self._calls(), seconds=self.meter.seconds)
 
-    def _conclude(self, points: DesignPoints, search: Search) -> Evidence:
+    def _conclude(self, points: DesignPoints, search: Search, outside: float) -> Evidence:
         chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
         mean, _ = self._spread(chosen)
@@ -300,14 +328,20 @@ class _Campaign:
         log_prob = self.modes.scale + math.log(mean)
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
+        unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
         systematic = math.hypot(
-            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out
+            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out, unlooked
         )
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
         lower = log_prob - math.hypot(log_prob - lower, 1.96 * systematic)
         upper = log_prob + math.hypot(upper - log_prob, 1.96 * systematic)
         notes = self._complaints(error, deviation, log_prob, search)
+        if float(log_ndtr(-outside)) > log_prob + math.log(self.method.tuning.weighty):
+            sentence = (
+                f"a catastrophe at {outside:.1f} standard deviations lies outside of what lines found; use tempering."
+            )
+            notes = (*notes, Note(Code.UNSEEN, sentence))
         return Evidence(
             method=self.method.name,
             log_prob=min(log_prob, 0.0),
@@ -323,6 +357,8 @@ class _Campaign:
                 "lines": float(total),
                 "starts": float(search.begun),
                 "strayed": float(search.lost),
+                "beta": min(mode.beta for mode in self.modes),
+                "audited": float(self.audited),
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
             notes=notes,

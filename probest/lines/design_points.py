@@ -47,6 +47,9 @@ from probest.lines.tuning import LineTuning
 __all__ = ["DesignPoints", "Search", "even_normals", "linearised"]
 
 
+_FURTHEST = 100.0  # no limit is looked for further out: log P there is below -5000
+
+
 class DesignPoints(NamedTuple):
     """Distinct modes, the most likely first.
 
@@ -155,7 +158,8 @@ class _Walk:
 
 
 def _telling(severity: float, grad: Floats) -> bool:
-    norm = float(np.linalg.norm(grad))
+    with np.errstate(over="ignore"):
+        norm = float(np.linalg.norm(grad))
     return math.isfinite(severity) and math.isfinite(norm) and norm > 1e-12 * abs(severity)
 
 
@@ -169,7 +173,7 @@ class _Plane(NamedTuple):
 
 def _plane(u: Floats, severity: float, grad: Floats) -> _Plane:
     normal, offset = linearised(u[None], np.array([severity]), grad[None])
-    return _Plane(normal[0], float(offset[0]), u)
+    return _Plane(normal[0], float(np.clip(offset[0], -_FURTHEST, _FURTHEST)), u)
 
 
 def linearised(z: Floats, severity: Floats, grad: Floats) -> tuple[Floats, Floats]:
@@ -202,7 +206,8 @@ Room = Callable[[int], bool]
 class Search:
     """A search that can be resumed with more starts, once other evidence suggests where a mode may be.
 
-    each: starts for each mode, where there are several.
+    each: starts for each mode, where there are several. suspects: where catastrophes that no known mode explained at
+    the time enter the event. slopes: unit gradients where walks began.
     """
 
     meter: Meter
@@ -212,6 +217,8 @@ class Search:
     lost: int = 0
     each: int = 8
     origin: float = math.nan
+    suspects: list[Floats] = field(default_factory=list)
+    slopes: list[Floats] = field(default_factory=list)
     tuning: LineTuning = field(default_factory=LineTuning, repr=False)
 
     def __post_init__(self) -> None:
@@ -238,10 +245,23 @@ class Search:
             with contextlib.suppress(UndefinedError):  # so far out the model need not be defined
                 self.start_from(self.tuning.wide * z[1::2])
             self.begun = wanted
-            if wanted >= starts and not self.arrived:
+            if wanted >= starts and not self.arrived and not self._from_far():
                 return False
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
+
+    def _from_far(self) -> bool:
+        """Walks that failed, once more from the other side: from where rays along their gradients enter the event.
+
+        Where the severity grows like exp(z²/2), as with heavy tails, steps from near the origin lead beyond all bounds.
+        """
+        if not self.slopes or not self._room(2 * len(self.slopes)):
+            return False
+        far = self.tuning.far_out * np.array(self.slopes)
+        with contextlib.suppress(UndefinedError):
+            caught = far[self.meter.evaluate(far).severity >= 0.0]
+            return len(caught) > 0 and self.start_from(self._entries(caught)) > 0 and bool(self.arrived)
+        return False
 
     def look_around(self, rng: np.random.Generator, points: int) -> bool:
         """Ask ``points`` points far out (in few dimensions also around the modes) for modes; True if one turned up."""
@@ -262,11 +282,36 @@ class Search:
             out = rng.choice([-1.0, 1.0], (points, dim)) * rng.uniform(
                 self.tuning.far_out - 2.0, self.tuning.far_out, (points, dim)
             )
-            out = _aside(out, np.array([side[0] for side in sides]))
+            out = _aside(out, sides, rng.uniform(0.0, self.tuning.before, points))
         with contextlib.suppress(UndefinedError):
             found = np.concatenate([found, self._unexplained(out)])
-        before = len(self.arrived)
-        return len(found) > 0 and self.start_from(self._entries(found)) > 0 and len(self.arrived) > before
+        if not len(found):
+            return False
+        before, entries = len(self.arrived), self._entries(found)
+        self.suspects.extend(entries)
+        return self.start_from(entries) > 0 and len(self.arrived) > before
+
+    def nearer(self, z: Floats) -> Floats:
+        """A catastrophe nearer to the origin: coordinates that it does not need are 0, the rest as short as it allows.
+
+        Half of the coordinates are tried first, then half of these, and so on (delta debugging, Zeller 1999).
+        """
+        parts = [np.arange(len(z))[half] for half in np.array_split(np.arange(len(z)), 2)]
+        while parts and self._room(len(parts)):
+            tried = np.repeat(z[None], len(parts), axis=0)
+            for row, part in zip(tried, parts, strict=True):
+                row[part] = 0.0
+            needed = self.meter.evaluate(tried).severity < 0.0
+            # each alone may not be needed, and yet both together: they go one after the other
+            for row, part in zip(needed.tolist(), parts, strict=True):
+                if not row and self._room(1):
+                    without = z.copy()
+                    without[part] = 0.0
+                    if self.meter.evaluate(without[None]).severity[0] >= 0.0:
+                        z = without
+            halves = [np.array_split(part, 2) for part in parts if len(part) > 1 and np.any(z[part])]
+            parts = [half for pair in halves for half in pair]
+        return np.asarray(self._entries(z[None])[0])
 
     def _unexplained(self, z: Floats) -> Floats:
         """Catastrophes among the rays through z that come earlier than any known mode has it; at most a few of them.
@@ -313,6 +358,7 @@ class Search:
         cases = zip(z, result.severity.tolist(), result.severity_grad, strict=True)
         walks = [_Walk.at(self.tuning, *case) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
+        self.slopes.extend(walk.grad / float(np.linalg.norm(walk.grad)) for walk in walks)
         ended = _follow(self.meter, walks, self.arrived, self._room, self.tuning)
         self.lost += len(z) - sum(walk.weight for walk in ended)
         self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
@@ -360,15 +406,19 @@ class Search:
         )
 
 
-def _aside(z: Floats, normals: Floats) -> Floats:
-    """The points mirrored to the safe side of known modes, which would explain whatever is found beyond them.
+def _aside(z: Floats, sides: list[tuple[Floats, float]], part: Floats) -> Floats:
+    """The points moved to the safe side of known modes, which would explain whatever is found beyond them.
 
+    Every other one is mirrored; the rest go a part of the way to the mode, where another limit may hold than beyond.
     Between opposite modes there is no safe side: there the component along their normals is removed.
     """
+    normals = np.array([normal for normal, _ in sides])
     opposite = np.any(normals @ normals.T < -0.5, axis=1).tolist()
-    for normal, pressed in zip(normals, opposite, strict=True):
+    mirrored = np.arange(len(z)) % 2 == 0
+    for (normal, offset), pressed in zip(sides, opposite, strict=True):
         along = z @ normal
-        z = z - (along if pressed else 2.0 * np.maximum(along, 0.0))[:, None] * normal
+        short = np.where(mirrored, -np.abs(along), part * max(offset, 0.0))
+        z = z + (np.where(along > 0.0, short, along) * (not pressed) - along)[:, None] * normal
     return np.asarray(z)
 
 

@@ -315,6 +315,56 @@ class Modes:
         assert own is not None
         return self._modelled(k, r.model.boundaries, r.lines.offset @ own.basis)
 
+    def claimed(self, models: list[Model | None], n: int) -> Floats:
+        """``n`` points from what the models say of the event, a little inside; none where a mode has no model.
+
+        On rays the intervals that were found are the model: each should be met in any direction.
+        """
+        if any(mode.direction is None for mode in self.members):
+            return self._claimed_around(self.members[0], n)
+        if any(model is None for model in models):
+            return np.empty((0, self.meter.event.dim))
+        log_mean = np.array([model.proposal.log_mean for model in models if model is not None])
+        counts = np.bincount(diagnostics.systematic_resample(log_mean, n, self.rng), minlength=len(models))
+        found = [np.empty((0, self.meter.event.dim))]
+        for k, (model, count) in enumerate(zip(models, counts.tolist(), strict=True)):
+            if model is None or not count:
+                continue
+            own, mode = model.boundaries[k], self.members[k]
+            assert own is not None
+            lines, log_w = self._lines(k, model.proposal.guide, 16 * count)
+            u = lines.offset @ own.basis
+            rows = diagnostics.systematic_resample(log_w + self._modelled(k, model.boundaries, u), count, self.rng)
+            entry = self._entry(k, model.boundaries, u[rows])
+            level = mode.law.log_sf(entry) - self.tuning.inside - 2.0 * self.misfit(k)
+            r = mode.law.isf(level + np.log(self.rng.random(count)))
+            found.append(lines.offset[rows] + r[:, None] * _along(mode))
+        return np.concatenate(found)
+
+    def _claimed_around(self, mode: Mode, n: int) -> Floats:
+        low, high = (np.concatenate([r.crossings.intervals[end] for r in mode.rounds]) for end in (1, 2))
+        mass = log_mass(mode.law, low, high)
+        if not n or not np.isfinite(mass).any():
+            return np.empty((0, self.meter.event.dim))
+        rows = diagnostics.systematic_resample(mass, n, self.rng)
+        r = between(mode.law, low[rows], high[rows], self.rng.uniform(self.tuning.inside, 1.0 - self.tuning.inside, n))
+        z = self.rng.standard_normal((n, self.meter.event.dim))
+        return np.asarray(z * (r / np.linalg.norm(z, axis=1))[:, None])
+
+    def explained(self, z: Floats, models: list[Model | None]) -> np.ndarray:
+        """Which catastrophes the models have, nearly: those that no mode's line enters later."""
+        out = np.zeros(len(z), dtype=np.bool_)
+        for k, (model, mode) in enumerate(zip(models, self.members, strict=True)):
+            if mode.direction is None:
+                return np.ones(len(z), dtype=np.bool_)
+            along = z @ mode.direction
+            entry = np.full(len(z), mode.beta)
+            if model is not None and (own := model.boundaries[k]) is not None:
+                entry = own.root((z - along[:, None] * mode.direction) @ own.basis)
+            out |= entry <= along + self.tuning.nearly
+            out |= np.linalg.norm(z - mode.beta * mode.direction, axis=1) < 2.0 * self.tuning.nearly
+        return out
+
     # --- what lines say -----------------------------------------------------------------------------------------
 
     def values(self, k: int, learning: bool) -> tuple[Floats, Floats, float]:

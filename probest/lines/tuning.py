@@ -40,6 +40,9 @@ class LineTuning:
     earlier: float = tuned(
         0.9, "a catastrophe at this share of the way to the expected entry is unexplained", _VARIANTS
     )
+    before: float = tuned(0.9, "of the way to a mode, at most, where every other point far out is put", "gates")
+    nearly: float = tuned(0.3, "units by which a model may have a catastrophe enter late", "reliability.py")
+    weighty: float = tuned(0.05, "share of P that a catastrophe outside may stand for by its distance", "gates")
     opposite: float = tuned(1.08, "as far beyond a mode's mirror image the opposite one is looked for", _VARIANTS)
     halvings: int = tuned(4, "bisections of the way to a catastrophe, to start from its boundary", _VARIANTS)
     most_modes: int = tuned(12, "directions; where there are more modes, rays from the origin replace them", _VARIANTS)
@@ -69,6 +72,12 @@ class LineTuning:
     # how many lines, and when to stop
     rounds: int = tuned(20, "of fresh lines, at most", _SMOOTH)
     lessons: int = tuned(4, "of the models, each with twice as many lines as the one before", _SMOOTH)
+    audited: float = tuned(
+        3.0,
+        "over the precision: points that have to lie in the event before lines agree (rule of three)",
+        "by its meaning",
+    )
+    inside: float = tuned(0.1, "nats inside the event's model, where these points begin", "reliability.py")
     least: int = tuned(5, "fresh lines a mode", _SMOOTH)
     curved: float = tuned(1.5, "times as many fresh lines where a boundary bends", _SMOOTH)
     poor: float = tuned(0.2, "misfit of a model, in nats, at which more lines measure it", _SMOOTH)

@@ -232,6 +232,69 @@ def cliff(dim: int, beta: float) -> ExactEvent:
     )
 
 
+def wedge(slope: float) -> ExactEvent:
+    """slope · z₁ − |z₂| in the plane: the limit passes through the median, and most lines along it see nothing."""
+
+    def gradient(z: Floats) -> Floats:
+        return np.column_stack([np.full(len(z), slope), -np.sign(z[:, 1])])
+
+    log_prob = math.log(math.atan(slope) / math.pi)
+    return ExactEvent(f"wedge_{slope:g}", 2, log_prob, lambda z: slope * z[:, 0] - np.abs(z[:, 1]), gradient)
+
+
+def side_condition(dim: int, beta: float, side: float) -> ExactEvent:
+    """min(z₁ − β, z₂ + side): a share of the half-space is no catastrophe."""
+
+    def gradient(z: Floats) -> Floats:
+        out = np.zeros_like(z)
+        first = z[:, 0] - beta < z[:, 1] + side
+        out[:, 0], out[:, 1] = first, ~first
+        return out
+
+    return ExactEvent(
+        f"side_d{dim}",
+        dim,
+        float(special.log_ndtr(-beta) + special.log_ndtr(side)),
+        lambda z: np.minimum(z[:, 0] - beta, z[:, 1] + side),
+        gradient,
+    )
+
+
+def gate(dim: int, opens: float, inside: float, outside: float) -> ExactEvent:
+    """z₁ − limit, where the limit is lower once z₂ is beyond ``opens``: a step that no gradient shows."""
+
+    def gradient(z: Floats) -> Floats:
+        out = np.zeros_like(z)
+        out[:, 0] = 1.0
+        return out
+
+    through = stats.norm.sf(opens) * stats.norm.sf(inside) + stats.norm.cdf(opens) * stats.norm.sf(outside)
+    return ExactEvent(
+        f"gate_d{dim}",
+        dim,
+        math.log(through),
+        lambda z: z[:, 0] - np.where(z[:, 1] > opens, inside, outside),
+        gradient,
+    )
+
+
+def cauchy(limit: float) -> ExactEvent:
+    """A Cauchy variable against a limit: the severity grows like exp(z²/2)."""
+
+    def value(z: Floats) -> Floats:
+        tail = np.maximum(stats.norm.sf(np.abs(z[:, 0])), 1e-300)
+        return np.asarray(np.sign(z[:, 0]) / np.tan(math.pi * tail))
+
+    def gradient(z: Floats) -> Floats:
+        density = math.pi * stats.norm.pdf(z[:, 0])
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(np.nan_to_num(density * (1.0 + value(z) ** 2)))[:, None]
+
+    return ExactEvent(
+        f"cauchy_{limit:g}", 1, math.log(math.atan(1.0 / limit) / math.pi), lambda z: value(z) - limit, gradient
+    )
+
+
 def gradient_free(event: ExactEvent) -> ExactEvent:
     """The same event without its gradient."""
     return ExactEvent(f"{event.name}_nograd", event.dim, event.log_prob, event.severity)
@@ -291,6 +354,17 @@ def constant(dim: int) -> ExactEvent:
     """Severity −1 everywhere."""
     return ExactEvent(f"constant_d{dim}", dim, -math.inf, lambda z: np.full(len(z), -1.0), np.zeros_like)
 
+
+HIDDEN_EVENTS: tuple[ExactEvent, ...] = (
+    wedge(0.1),
+    side_condition(2, 4.5, 1.3),
+    side_condition(30, 4.5, 0.5),
+    gate(3, 2.0, 0.5, 6.5),
+    gate(15, 2.0, 0.5, 6.5),
+    cauchy(1e4),
+    cauchy(1e7),
+)
+"""Events of which a few lines that agree see only a part, or which gradients overshoot."""
 
 EXACT_EVENTS: tuple[ExactEvent, ...] = (
     half_space(2, 0.0),
