@@ -106,11 +106,17 @@ def judge(
 
 
 def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
-    """Where nothing passed: the evidence with the least error, and an interval that spans all of them."""
+    """Where nothing passed: the evidence with the least error that none refutes, and an interval that spans all.
+
+    What is missing makes an estimate too low, and its error too small: so a higher one refutes a lower one that it does
+    not agree with, however precise that says it is; only a vague one does not.
+    """
     found = [line for line in (judged, *others) if line is not None and math.isfinite(line.log_prob)]
     if judged.converged or len(found) < 2:
         return judged
-    best = min(found, key=lambda line: line.std_error)
+    sharp = [line for line in found if line.std_error <= RULES.vaguest]
+    refuted = [any(o.log_prob > line.log_prob and not agree(o, line) for o in sharp) for line in found]
+    best = min((line for line, out in zip(found, refuted, strict=True) if not out), key=lambda line: line.std_error)
     lower, upper = min(line.interval[0] for line in found), max(line.interval[1] for line in found)
     notes = tuple(dict.fromkeys((*judged.notes, *best.notes)))
     return replace(best, converged=False, interval=(lower, upper), notes=notes)

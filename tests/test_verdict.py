@@ -130,6 +130,13 @@ def test_where_nothing_passed_the_interval_spans_all() -> None:
     assert settle(passed, better) is passed
 
 
+def test_a_higher_estimate_refutes_a_lower_one_however_precise_that_says_it_is() -> None:
+    precise, higher = line(-24.0, 0.01, converged=False), line(-5.0, 0.2, converged=False)
+    assert settle(precise, higher).log_prob == -5.0
+    assert settle(precise, line(-5.0, 3.0, converged=False)).log_prob == -24.0
+    assert settle(precise, line(-24.1, 0.005, converged=False)).log_prob == -24.1
+
+
 def test_a_learned_severity_speaks_where_there_is_only_a_bound() -> None:
     learned = line(-10.0, 0.3, converged=False)
     assert or_learned(line(-9.0), learned).log_prob == -9.0

@@ -336,10 +336,17 @@ class Modes:
             u = lines.offset @ own.basis
             rows = diagnostics.systematic_resample(log_w + self._modelled(k, model.boundaries, u), count, self.rng)
             entry = self._entry(k, model.boundaries, u[rows])
-            level = mode.law.log_sf(entry) - self.tuning.inside - 2.0 * self.misfit(k)
-            r = mode.law.isf(level + np.log(self.rng.random(count)))
+            begins = mode.law.isf(mode.law.log_sf(entry) - self.tuning.inside - 2.0 * self.misfit(k))
+            ends = np.maximum(entry + 0.9 * self._thickness(mode), begins)
+            r = between(mode.law, begins, ends, self.rng.random(count))
             found.append(lines.offset[rows] + r[:, None] * _along(mode))
         return np.concatenate(found)
+
+    def _thickness(self, mode: Mode) -> float:
+        """How far the event reaches along the mode's lines; mostly without end."""
+        through = [r.crossings.intervals[2] - r.crossings.intervals[1] for r in mode.rounds]
+        found = np.concatenate(through)
+        return float(np.median(found)) if len(found) else math.inf
 
     def _claimed_around(self, mode: Mode, n: int) -> Floats:
         low, high = (np.concatenate([r.crossings.intervals[end] for r in mode.rounds]) for end in (1, 2))
