@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
-__all__ = ["agree", "contradicts", "judge", "or_learned", "reach", "settle"]
+__all__ = ["agree", "confirmed", "contradicts", "judge", "or_learned", "reach", "settle"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ def reach(*errors: float) -> float:
 def contradicts(one: Evidence | None, other: Evidence) -> bool:
     """Whether one is converged and disagrees with the other."""
     return one is not None and one.converged and not agree(one, other)
+
+
+def confirmed(one: Evidence, others: Sequence[Evidence]) -> bool:
+    """Whether one of the others, found independently, agrees, and none that disagrees is higher."""
+    agreeing = [agree(one, other) for other in others]
+    higher = any(not same and other.log_prob > one.log_prob for same, other in zip(agreeing, others, strict=True))
+    return any(agreeing) and not higher
 
 
 def judge(

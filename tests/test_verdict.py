@@ -12,7 +12,7 @@ import pytest
 
 from probest.evidence import Code, Evidence, Note, Run
 from probest.seeds import child_seed, generator
-from probest.verdict import agree, contradicts, judge, or_learned, settle
+from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle
 
 INF = math.inf
 
@@ -135,6 +135,14 @@ def test_a_higher_estimate_refutes_a_lower_one_however_precise_that_says_it_is()
     assert settle(precise, higher).log_prob == -5.0
     assert settle(precise, line(-5.0, 3.0, converged=False)).log_prob == -24.0
     assert settle(precise, line(-24.1, 0.005, converged=False)).log_prob == -24.1
+
+
+def test_a_second_look_confirms_unless_another_found_more() -> None:
+    assert confirmed(line(-10.0), [line(-10.1)])
+    assert not confirmed(line(-10.0), [])
+    assert not confirmed(line(-10.0), [line(-12.0)])
+    assert confirmed(line(-10.0), [line(-10.1), line(-12.0)])
+    assert not confirmed(line(-10.0), [line(-10.1), line(-8.0)])
 
 
 def test_a_learned_severity_speaks_where_there_is_only_a_bound() -> None:

@@ -9,7 +9,8 @@
    replaces it: those are exact).
 4. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
 5. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
-   where the guide samples. If not, more particles and a new guide. A guide that is hopeless already on its trial
+   where the guide samples. A vague tempering agrees with anything: then a second one, with a guide of its own, has to
+   agree. If not, more particles and a new guide. A guide that is hopeless already on its trial
    (many curved modes, as of deep networks) is left at once.
 6. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
    (:mod:`probest.smc.families`). If methods disagree, the answer is "not converged". Disagreement is never
@@ -48,7 +49,7 @@ from probest.seeds import child_seed
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
-from probest.verdict import agree, contradicts, judge, or_learned, settle
+from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle
 
 __all__ = ["Combined"]
 
@@ -99,7 +100,9 @@ class CombinedTuning:
     sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
     vague: float = tuned(1.5, "standard error of lines whose particles say nothing", _NETWORKS)
     # tempering and guides
-    first_share: float = tuned(0.8, "of the budget that is left, for the first tempering", _EXACT)
+    first_share: float = tuned(0.5, "of the budget that is left, for the first tempering", _EXACT)
+    attempts: int = tuned(4, "temperings with a guide each, at most", _NETWORKS)
+    telling: float = tuned(0.35, "standard error of tempering that can confirm a guide's sample", _NETWORKS)
     second_share: float = tuned(0.95, "for the second", _EXACT)
     growth: int = tuned(4, "times as many particles in the second, at most", _EXACT)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
@@ -219,24 +222,31 @@ class _Campaign:
                 return weighed
         runs: list[Run] = []
         share, particles = self.tuning.first_share, self.method.particles
-        for attempt in range(2):
+        passed: list[Evidence] = []
+        for attempt in range(self.tuning.attempts):
             run = self._temper(self._seed(Stream.TEMPER, attempt), particles, share)
             if run.population is None:
                 break
             runs.append(run)
             weighed = self._sample_guide(self._seed(Stream.GUIDE, attempt), run.population, run.prior_population)
             found = pool(runs)
-            if weighed.converged and agree(weighed, found) and not contradicts(lined, weighed):
-                return _with_particles(weighed, found)
-            share = self.tuning.second_share
-            particles = min(self.tuning.growth * self.method.particles, int(0.8 * self.left / _price(run)))
+            if weighed.converged and not contradicts(lined, weighed):
+                if confirmed(weighed, [*([] if not self._tells(found) else [found]), *passed]):
+                    return _with_particles(weighed, found)
+                passed.append(weighed)
+            share, again = self.tuning.second_share, int(0.8 * self.left / _price(run))
+            particles = min((1 if passed else self.tuning.growth) * self.method.particles, again)
             if Code.GIVEN_UP in weighed.codes or particles < self.method.particles:
                 break
         self._fall_back(runs)
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
         judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
-        return or_learned(settle(judged, lined, aimed), learned)
+        return or_learned(settle(judged, lined, aimed, *passed), learned)
+
+    def _tells(self, found: Evidence) -> bool:
+        """Whether agreement with tempering says something: what agrees with nearly anything confirms nothing."""
+        return self.method.precision is None or found.std_error <= self.tuning.telling
 
     def _seed(self, *key: int) -> np.random.SeedSequence:
         return child_seed(self.seed, *key)
