@@ -252,6 +252,10 @@ def run(name: str, backend: str, options: argparse.Namespace) -> dict[str, Any]:
     errors, covered, converged, wrong, calls, seconds = [], [], [], [], [], []
     tools = Tools(backend)
     for number in range(options.programs):
+        if backend == "numpyro":  # else hundreds of compiled programs exhaust the memory maps of one process
+            import jax
+
+            jax.clear_caches()
         case = FAMILIES[name](tools, np.random.default_rng([options.draw, number]))
         for seed in range(options.seeds):
             started = time.perf_counter()
