@@ -74,7 +74,6 @@ CHECKS: dict[str, Callable[[Any], Any]] = {}
 ADVICE: dict[str, str] = {
     "ImproperUniform": "it is not a probability distribution; give the site a proper prior",
     "Empirical": "index the samples with a Categorical site instead",
-    "VonMises": "use ProjectedNormal, or an angle that is a function of normals",
     "Stable": "write it as a function of Uniform and Exponential sites (Chambers, Mallows and Stuck)",
     "MaskedMixture": "sample both components and choose with where(mask, ...)",
 }

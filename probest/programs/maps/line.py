@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from probest.backends import special as shared
 from probest.programs.maps.base import CHECKS, QUANTILES, Array, UnsupportedDistribution, find_rule
 from probest.programs.maps.pieces import (
@@ -122,6 +124,56 @@ def _weibull(fn: Any, s: Any, z: Array) -> Array:
     return fn.scale * s.xp.exp(shared.log_neg_log_ndtr(s, -z) / fn.concentration)
 
 
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(48)
+
+
+def _von_mises(fn: Any, s: Any, z: Array) -> Array:
+    """loc ± (π - η), wrapped, where ∫ e^(κ (cos t - 1)) dt over the η next to ±π has the share of the smaller tail.
+
+    Bisection, then Newton's steps in log η on the log of the integral; the last of them carries the derivatives.
+    """
+    xp, kappa = s.xp, s.array(fn.concentration, z) + s.xp.zeros_like(z)
+    log_tail = s.log_ndtr(xp.where(z < 0, z, -z))
+    nodes, weights = s.array(_NODES, z), s.array(_NODE_WEIGHTS, z)
+
+    def log_mass(eta: Array) -> tuple[Array, Array]:
+        """log of the integral, and log of the integrand at its inner end."""
+        theta = math.pi - eta
+        reach = xp.sqrt(theta**2 + 20.0 * math.pi**2 / kappa) - theta  # by there the integrand has fallen by e^40
+        width = s.stop_gradient(xp.where(reach < eta, reach, eta))[..., None]
+        step = 0.5 * width * (nodes + 1.0)
+        fall = -2.0 * xp.sin(eta[..., None] - 0.5 * step) * xp.sin(0.5 * step)
+        top = -2.0 * kappa * xp.cos(0.5 * eta) ** 2
+        inside = xp.sum(0.5 * width * weights * xp.exp(kappa[..., None] * fall), axis=-1)
+        return top + xp.log(inside), top
+
+    whole = log_mass(xp.zeros_like(kappa) + math.pi)[0]
+
+    def excess(eta: Array) -> tuple[Array, Array]:
+        """By how much the log of the integral is too large, and how fast it rises with log η."""
+        mass, top = log_mass(eta)
+        return mass - whole - LOG_2 - log_tail, eta * xp.exp(top - mass)
+
+    def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        much = excess(middle)[0] > 0
+        return xp.where(much, low, middle), xp.where(much, middle, high)
+
+    def newton(eta: Array) -> Array:
+        gap, rate = excess(eta)
+        return s.clip(eta * xp.exp(s.clip(-gap / rate, -12.0, 0.7)), None, math.pi)
+
+    least = s.clip(math.pi - 14.0 / xp.sqrt(kappa), 0.0, None)
+    low, high = s.repeat(12, halve, (least, xp.zeros_like(kappa) + math.pi))
+    eta = s.stop_gradient(s.repeat(6, newton, 0.5 * (low + high)))
+    gap, rate = excess(eta)
+    eta = eta * (1.0 - gap / s.stop_gradient(rate))
+    angle = fn.loc + xp.where(z < 0, eta - math.pi, math.pi - eta)
+    turns = xp.floor((s.stop_gradient(angle) + math.pi) / (2.0 * math.pi))
+    return angle - 2.0 * math.pi * xp.where(abs(angle) < math.pi * (1.0 + 1e-6), 0.0, turns)  # ±π, rounded, stay
+
+
 def _lower_power_law(fn: Any, s: Any, z: Array) -> Array:
     return fn.low * s.xp.exp(s.log_ndtr(-z) / (1 + fn.alpha))
 
@@ -187,6 +239,7 @@ QUANTILES |= {
     "SoftLaplace": lambda fn, s, z: fn.loc + fn.scale * _soft_laplace_score(s, z),
     "TwoSidedTruncatedDistribution": _truncated,
     "Uniform": _uniform,
+    "VonMises": _von_mises,
     "Weibull": _weibull,
 }
 
