@@ -396,3 +396,15 @@ def test_settings_are_checked(make: object, name: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=name):
         make()
+
+
+def test_a_budget_that_finds_nothing_is_spent_on_the_bound() -> None:
+    budget = 20_000
+    for event in (impossible(3), constant(3)):
+        run = Combined().run(event, budget=budget, seed=seed(0))
+        assert run.calls == budget
+        assert run.conclusion.log_prob == -math.inf
+        assert run.conclusion.interval[1] < math.log(2.0 * 3.0 / budget)
+        early = Combined(bound=False).run(event, budget=budget, seed=seed(0))
+        assert early.calls < budget
+        assert early.conclusion.interval[1] > run.conclusion.interval[1]

@@ -129,7 +129,7 @@ def test_discrete_sites_are_decoded(backend: str) -> None:
 def test_discrete_sites_are_learned_from() -> None:
     """Fifty Bernoulli sites: the severity is linear in their values, far from it in z."""
     pytest.importorskip("pyro")
-    result = estimate(discrete.problem("pyro"), budget=BUDGET, progress=False, seed=1)
+    result = estimate(discrete.problem("pyro"), estimator=Combined(), budget=BUDGET, progress=False, seed=1)
     assert result.calls <= BUDGET
     (learned,) = (line for line in result.ledger if line.method == "surrogate")
     # tempering's error of log P: Student t, with half the freedom of its 16 families
@@ -144,7 +144,7 @@ def test_a_learned_severity_that_lacks_a_part_does_not_conclude() -> None:
     """Fifty rare failures, three of them a catastrophe: particles that climb a learned severity see a tenth of P."""
     pytest.importorskip("pyro")
     built, truth = (part(parts=50, rate=1e-3, limit=3) for part in (discrete.problem, discrete.log_prob))
-    result = estimate(built, budget=BUDGET, progress=False, seed=0)
+    result = estimate(built, estimator=Combined(), budget=BUDGET, progress=False, seed=0)
     assert not (result.converged and abs(result.log_prob - truth) > 0.1 + 3 * result.std_error)
     assert result.upper >= truth
 

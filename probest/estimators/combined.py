@@ -69,6 +69,7 @@ class Stream(IntEnum):
     LINES = 9
     AIM = 10
     LEARN = 11
+    BOUND = 12
 
 
 class Aim(IntEnum):
@@ -123,6 +124,7 @@ class Combined:
     precision: wanted standard error of log P; stops there. None spends the budget.
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    bound: where nothing is found, spend what is left of the budget on plain draws, which bound P by 3 in their number.
     tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
     """
@@ -131,6 +133,7 @@ class Combined:
     look: int = 12
     pilot: int = 500
     particles: int = 256
+    bound: bool = True
     tuning: CombinedTuning = field(default_factory=CombinedTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
 
@@ -151,7 +154,7 @@ class Combined:
         started = time.perf_counter()
         campaign = _Campaign(self, event, seed, left=budget)
         try:
-            conclusion = campaign.conclude()
+            conclusion = campaign.bounded(campaign.conclude())
         except KeyboardInterrupt:
             if not campaign.lines:
                 raise
@@ -247,6 +250,15 @@ class _Campaign:
     def _tells(self, found: Evidence) -> bool:
         """Whether agreement with tempering says something: what agrees with nearly anything confirms nothing."""
         return self.method.precision is None or found.std_error <= self.tuning.telling
+
+    def bounded(self, conclusion: Evidence) -> Evidence:
+        """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""
+        if not self.method.bound or math.isfinite(conclusion.log_prob) or self.event.weighted or self.left < 1:
+            return conclusion
+        rest = self._crude(Stream.BOUND, MonteCarlo(precision=self.method.precision), self.left).evidence
+        if math.isfinite(rest.log_prob):
+            return rest
+        return replace(conclusion, interval=(-math.inf, min(conclusion.interval[1], rest.interval[1])))
 
     def _seed(self, *key: int) -> np.random.SeedSequence:
         return child_seed(self.seed, *key)

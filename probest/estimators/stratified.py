@@ -467,7 +467,7 @@ class _Campaign:
         """An estimate of one stratum; a later one replaces an earlier one where it is converged or sharper."""
         before = part.evidence
         warm = before.particles if before is not None and not before.converged else None
-        inner = replace(self.method.inner, precision=precision, warm_start=warm)
+        inner = replace(self.method.inner, precision=precision, warm_start=warm, bound=False)
         seed = child_seed(self.seed, stream, part.k, part.calls)
         run = inner.run(StratumEvent(self.strata, part.k), budget=budget, seed=seed)
         self.left -= run.calls
