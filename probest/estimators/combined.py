@@ -101,7 +101,7 @@ class CombinedTuning:
     sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
     vague: float = tuned(1.5, "standard error of lines whose particles say nothing", _NETWORKS)
     # tempering and guides
-    first_share: float = tuned(0.5, "of the budget that is left, for the first tempering", _EXACT)
+    first_share: float = tuned(0.8, "of the budget that is left, for the first tempering", _EXACT)
     attempts: int = tuned(4, "temperings with a guide each, at most", _NETWORKS)
     telling: float = tuned(0.35, "standard error of tempering that can confirm a guide's sample", _NETWORKS)
     second_share: float = tuned(0.95, "for the second", _EXACT)

@@ -57,6 +57,7 @@ from probest.verdict import agree, settle
 __all__ = ["Stratified", "StratifiedTuning"]
 
 _PROGRAMS = "programs.py"
+_AT_ONCE = 10_000  # plain draws
 _LEAST = 2_000  # calls, below which a closed loop's strata would take most of the budget to list
 
 
@@ -70,6 +71,7 @@ class Stream(IntEnum):
     SEARCH = 4
     PRIOR = 5
     GUIDED = 6
+    BOUND = 7
 
 
 @dataclass(frozen=True)
@@ -546,7 +548,7 @@ class _Campaign:
     def _interval(self, known: list[_Part], shares: Floats, total: float, beyond: float) -> tuple[float, float]:
         if not known:  # all that is not excluded
             bounds = np.array([*(part.upper for part in self.parts), self.strata.left_out])
-            return -math.inf, min(diagnostics.log_sum_exp(bounds), 0.0)
+            return -math.inf, min(diagnostics.log_sum_exp(bounds), self._bound(), 0.0)
         down, up = [], []
         for part in known:
             low, high = (part.log_prob, part.log_prob) if part.evidence is None else part.evidence.interval
@@ -557,6 +559,19 @@ class _Campaign:
         above = float(np.sqrt(np.sum((shares * up) ** 2))) + math.exp(min(beyond, 700.0))
         log_prob = min(total, 0.0)
         return log_prob + math.log1p(-below) if below < 1.0 else -math.inf, min(log_prob + math.log1p(above), 0.0)
+
+    def _bound(self) -> float:
+        """log of what plain draws of the whole program, for what is left of the budget, bound P by (95 %)."""
+        n = 0 if self.strata.event.weighted else self.left
+        if n < 1:
+            return 0.0
+        rng = generator(child_seed(self.seed, Stream.BOUND))
+        hits = 0
+        for start in range(0, n, _AT_ONCE):
+            z = rng.standard_normal((min(_AT_ONCE, n - start), self.strata.event.dim))
+            hits += int(np.count_nonzero(self.strata.event.evaluate(z).severity >= 0.0))
+            self.left -= FORWARD_CALLS * len(z)
+        return diagnostics.binomial_interval(hits, n)[1]
 
     def _notes(
         self, known: list[_Part], shares: Floats, error: float, beyond: float, total: float, interrupted: bool
