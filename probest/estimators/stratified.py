@@ -393,11 +393,15 @@ class _Campaign:
         ends = np.cumsum(counts)[:-1]
         rows = np.split(severity, ends)
         found = np.array([np.any(row >= 0.0) or (part.evidence is None and np.ptp(row) > 0.0) for row in rows])
+        worst = z[np.argsort(-severity, kind="stable")[: tuning.looks]]
+        quiet = np.flatnonzero(~found)
+        if found.any() and len(quiet) and self.left >= len(quiet) * len(worst):  # where others found something
+            found[quiet] = (self._severities(part.members[quiet], worst) >= 0.0).any(axis=1)
         if found[0]:
             part.flat = False
             return True
         if found.any():
-            self._split(part, found, z[np.argsort(-severity, kind="stable")[: tuning.looks]])
+            self._split(part, found, worst)
         part.empty = True
         if part.evidence is None:
             bound = diagnostics.binomial_interval(0, int(np.count_nonzero(wide[: counts[0]] == 1.0)))[1]
