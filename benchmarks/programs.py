@@ -108,7 +108,10 @@ def half_spaces(t: Tools, rng: np.random.Generator) -> Case:
 
 def chains(t: Tools, rng: np.random.Generator) -> Case:
     """A Markov chain of three-way sites; each visit of the last state lowers the limit."""
-    length = int(rng.integers(3, 8))
+    return _chain(t, rng, int(rng.integers(3, 8)))
+
+
+def _chain(t: Tools, rng: np.random.Generator, length: int) -> Case:
     move, start = rng.dirichlet([6.0, 2.0, 0.3], 3), rng.dirichlet([6.0, 2.0, 0.3])
     limit, drop = rng.uniform(5.0, 7.0), rng.uniform(0.5, 1.2)
 
@@ -120,12 +123,16 @@ def chains(t: Tools, rng: np.random.Generator) -> Case:
             visits = visits + 1.0 * (state == 2)
         return visits, t.normals(4)
 
-    terms = []
-    for states in itertools.product(range(3), repeat=length):
-        log_p = math.log(start[states[0]]) + sum(math.log(move[a, b]) for a, b in itertools.pairwise(states))
-        terms.append(log_p + stats.norm.logsf(limit - drop * states.count(2)))
-    checker = lambda y: y[1][0] - t.array(limit) + t.array(drop) * y[0]  # noqa: E731
-    return Case(_problem(adversary, checker), float(special.logsumexp(terms)))
+    law = np.zeros((3, length + 1))  # of the state and the visits so far
+    law[[0, 1, 2], [0, 0, 1]] = start
+    for _ in range(1, length):
+        moved = move.T @ law
+        moved[2] = np.concatenate([[0.0], moved[2, :-1]])
+        law = moved
+    visits = np.arange(length + 1)
+    with np.errstate(divide="ignore"):
+        truth = special.logsumexp(np.log(law.sum(axis=0)) + stats.norm.logsf(limit - drop * visits))
+    return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(drop) * y[0]), float(truth))
 
 
 def counts(t: Tools, rng: np.random.Generator) -> Case:
@@ -197,7 +204,7 @@ def boolean(t: Tools, rng: np.random.Generator) -> Case:
 def many(t: Tools, rng: np.random.Generator) -> Case:
     """More combinations than can be listed: a long chain, or many rare failures, beside a normal sum."""
     if rng.integers(2):
-        return _long_chain(t, rng)
+        return _chain(t, rng, int(rng.integers(10, 15)))
     n, p = int(rng.integers(20, 201)), 10.0 ** rng.uniform(-5, -2)
     limit, each = rng.uniform(4.0, 6.5), rng.uniform(0.7, 2.0)
 
@@ -208,31 +215,6 @@ def many(t: Tools, rng: np.random.Generator) -> Case:
     k = np.arange(n + 1)
     truth = special.logsumexp(stats.binom.logpmf(k, n, p) + stats.norm.logsf(limit - each * k))
     return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(each) * y[0]), float(truth))
-
-
-def _long_chain(t: Tools, rng: np.random.Generator) -> Case:
-    length = int(rng.integers(10, 15))
-    move, start = rng.dirichlet([6.0, 2.0, 0.3], 3), rng.dirichlet([6.0, 2.0, 0.3])
-    limit, drop = rng.uniform(5.0, 7.0), rng.uniform(0.5, 1.2)
-
-    def adversary() -> Any:
-        state = t.sample("k0", t.dist.Categorical(t.array(start)))
-        visits = 1.0 * (state == 2)
-        for i in range(1, length):
-            state = t.sample(f"k{i}", t.dist.Categorical(t.array(move)[t.index(state)]))
-            visits = visits + 1.0 * (state == 2)
-        return visits, t.normals(4)
-
-    law = np.zeros((3, length + 1))  # of the state and the visits so far
-    law[[0, 1, 2], [0, 0, 1]] = start
-    for _ in range(1, length):
-        moved = move.T @ law
-        moved[2] = np.concatenate([[0.0], moved[2, :-1]])
-        law = moved
-    visits = np.arange(length + 1)
-    with np.errstate(divide="ignore"):
-        truth = special.logsumexp(np.log(law.sum(axis=0)) + stats.norm.logsf(limit - drop * visits))
-    return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(drop) * y[0]), float(truth))
 
 
 FAMILIES: dict[str, Callable[[Tools, np.random.Generator], Case]] = {

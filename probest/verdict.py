@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
-__all__ = ["agree", "confirmed", "contradicts", "judge", "or_learned", "reach", "settle"]
+__all__ = [
+    "agree",
+    "confirmed",
+    "contradicts",
+    "imprecise",
+    "judge",
+    "or_learned",
+    "reach",
+    "settle",
+    "wanted_error",
+]
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,11 @@ class Rules:
     errors: float = tuned(3.0, "standard errors of a difference within which estimates agree", "reliability.py")
     left_out: float = tuned(0.1, "nats beside them, for what errors leave out", "reliability.py")
     vaguest: float = tuned(1.0, "nats: an error beyond this agrees with no more", "reliability.py --exact")
+    lenient: float = tuned(
+        2.0, "times the precision asked for, that a converged answer may be off by", "by its meaning"
+    )
+    least: float = tuned(0.1, "nats that it may in any case", "by its meaning")
+    unasked: float = tuned(0.05, "precision where none was asked for", "by its meaning")
     seldom: float = tuned(40.0, "times too high, an estimate with mean P is once in so many (Markov)", "by its meaning")
 
 
@@ -48,6 +63,18 @@ def reach(*errors: float) -> float:
 def contradicts(one: Evidence | None, other: Evidence) -> bool:
     """Whether one is converged and disagrees with the other."""
     return one is not None and one.converged and not agree(one, other)
+
+
+def wanted_error(precision: float | None) -> float:
+    """Standard error that a converged answer may have, where this precision was asked for."""
+    return max(RULES.least, RULES.lenient * (precision or RULES.unasked))
+
+
+def imprecise(error: float, wanted: float) -> tuple[Note, ...]:
+    """What there is to say of a standard error, given the one that a converged answer may have."""
+    if error <= wanted:
+        return ()
+    return (Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."),)
 
 
 def confirmed(one: Evidence, others: Sequence[Evidence]) -> bool:
@@ -100,14 +127,12 @@ def judge(
     if found and agreed:
         sentence = "the guide did not pass its checks (see the ledger): this is tempering's own estimate."
         advice.append(Note(Code.SECOND_CHOICE, sentence))
-    precise = tempered.std_error <= wanted
-    if tempered.converged and not precise:
-        sentence = f"the standard error {tempered.std_error:.2f} is above {wanted:.2f}: raise the budget."
-        advice.append(Note(Code.IMPRECISE, sentence))
+    vague = imprecise(tempered.std_error, wanted) if tempered.converged else ()
+    advice += vague
     return replace(
         tempered,
         interval=(lower, top),
-        converged=tempered.converged and agreed and precise,
+        converged=tempered.converged and agreed and not vague,
         notes=tuple(advice),
     )
 

@@ -49,7 +49,7 @@ from probest.seeds import child_seed
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
-from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle
+from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle, wanted_error
 
 __all__ = ["Combined"]
 
@@ -243,7 +243,7 @@ class _Campaign:
                 break
         self._fall_back(runs)
         failed = [run.conclusion for run in self.tempered if run.population is None]
-        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
+        wanted = wanted_error(self.method.precision)
         judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
         return or_learned(settle(judged, lined, aimed, *passed), learned)
 

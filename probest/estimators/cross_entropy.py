@@ -13,8 +13,8 @@ sites in the order of the program, each given the one before, with a shift and a
 2. *Learn*: fit the guide to what was drawn so far, weighted by p φ / q of all rounds as one mixture, where the severity
    is among the highest. Weights are tempered where too few of them would count, and the level rises to 0.
 3. *Weigh*: fresh draws of the fitted guide, with a share of a wider one, estimate P. Their number is fixed by the last
-   round of learning. All rounds as one mixture estimate P a second time, with a fresh exploration among them: what the
-   guide misses is in there with large weights, and the two have to agree.
+   round of learning. All rounds as one mixture, the exploration among them, estimate P a second time: what was seen and
+   the guide misses is in there with large weights, and the two have to agree.
 
 It fails where elements depend on each other in ways that a chain does not show, or where modes are many: few weights
 count then, and it says so.
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, NamedTuple
@@ -41,10 +40,10 @@ from probest.estimators.base import Need, check_least, check_needs, check_precis
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.base import Site
 from probest.programs.event import Event
-from probest.programs.strata import placed
+from probest.programs.strata import columns_of, free_of, placed
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import reach
+from probest.verdict import imprecise, reach, wanted_error
 
 __all__ = ["CrossEntropy", "listed_sites"]
 
@@ -185,10 +184,9 @@ class _Campaign:
         self.counts = np.array([len(site.choices) for site in self.elements])
         most = int(self.counts.max())
         self.possible = np.arange(most) < self.counts[:, None]
-        taken = {site.name for site in self.sites}
-        sizes = [site.size for site in self.event.sites]
-        self.free = np.flatnonzero(np.repeat([site.name not in taken for site in self.event.sites], sizes))
-        types = self.event.site_values(np.zeros((1, self.event.dim)), tuple(taken))
+        self.alike = self.possible / self.counts[:, None]
+        self.free = free_of(self.event, self.sites)
+        types = self.event.site_values(np.zeros((1, self.event.dim)), tuple(site.name for site in self.sites))
         self.types = {name: value.dtype for name, value in types.items()}
         self.mixture = _Mixture([], [])
 
@@ -250,11 +248,7 @@ class _Campaign:
         if self.event.composition.closed_loop:
             self.meter.charge(len(z))
         drawn = self.event.discrete_draws(z)
-        listed = [site for site in self.event.sites if site.discrete]
-        ends = np.cumsum([0, *(site.size for site in listed)])
-        chosen = np.concatenate(
-            [np.arange(a, b) for site, a, b in zip(listed, ends, ends[1:], strict=False) if site in self.sites]
-        )
+        chosen = np.concatenate(columns_of(self.event, self.sites))
         out = np.zeros(self.possible.shape)
         for e, (column, site) in enumerate(zip(chosen, self.elements, strict=True)):
             out[e, : len(site.choices)] = (drawn[:, column, None] == np.asarray(site.choices)).mean(axis=0)
@@ -262,7 +256,7 @@ class _Campaign:
 
     def _explore(self, rng: np.random.Generator) -> _Drawn | None:
         tuning, count = self.method.tuning, len(self.elements)
-        usual, alike = self._usual(rng), self.possible / self.counts[:, None]
+        usual, alike = self._usual(rng), self.alike
         shares = [0.0] + [min(1.0, flips / count) for flips in 2.0 ** np.arange(0, max(1, math.ceil(math.log2(count))))]
         n = int(min(tuning.explored, 0.5 * tuning.share * self.meter.left / len(shares)))
         if n < 30:
@@ -299,14 +293,15 @@ class _Campaign:
             inside = np.flatnonzero(np.isfinite(log_w))
         high = log_w[inside]
         least = min(least, 0.5 * len(inside))
-        power = 1.0 if diagnostics.effective_sample_size(high) >= least else _power(high, least)
+        equal, share = np.zeros(len(high)), least / len(high)
+        power = diagnostics.next_temperature(equal, lambda power: power * high, easy=0.0, hard=1.0, target=share)
         weight = np.exp(power * high - diagnostics.log_sum_exp(power * high))
         return self._fit(pool.v[inside], pool.u[inside], weight), level >= 0.0 and power == 1.0
 
     def _fit(self, v: Indices, u: Floats, weight: Floats) -> _Chain:
         tuning, count, most = self.method.tuning, len(self.elements), self.possible.shape[1]
         effective = 1.0 / float(weight @ weight)
-        rare = tuning.spurious / count * self.possible / self.counts[:, None]
+        rare = tuning.spurious / count * self.alike
         hot = (v[:, :, None] == np.arange(most)).astype(np.float64)
         marginal = self._evened(np.einsum("n,nek->ek", weight, hot), effective)
         marginal = (1.0 - tuning.spurious / count) * marginal + rare
@@ -355,7 +350,7 @@ class _Campaign:
             n = min(n, max(tuning.batch, int(1.3 / (share * self.method.precision**2))))
         if n < 2:
             return self._nothing(Note(Code.BUDGET_SPENT, "the budget was spent on learning: raise it."))
-        wide = _Chain(_wider(guide.step, self.possible, self.counts), 0.7 * guide.mean, 1.3 * guide.scale)
+        wide = _Chain(_wider(guide.step, self.alike), 0.7 * guide.mean, 1.3 * guide.scale)
         few = max(1, int(tuning.wide * n))
         both = _Mixture([guide, wide], [n - few, few])
         fresh = self._draw(guide, n - few, rng).plus(self._draw(wide, few, rng))
@@ -408,12 +403,7 @@ class _Campaign:
         if abs(second - log_prob) > reach(error, second_error):
             sentence = "fresh draws and all draws as one disagree: the guide misses catastrophes; raise the budget."
             notes.append(Note(Code.DISAGREE, sentence))
-        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
-        if error > wanted:
-            notes.append(
-                Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
-            )
-        return notes
+        return [*notes, *imprecise(error, wanted_error(self.method.precision))]
 
     def _particles(self, pool: _Drawn, log_w: Floats) -> Particles | None:
         rng = generator(child_seed(self.seed, Stream.PLACE))
@@ -436,18 +426,7 @@ def _log_normal(u: Floats) -> Floats:
     return np.asarray(-0.5 * np.einsum("ij,ij->i", u, u) - 0.5 * u.shape[1] * math.log(2.0 * math.pi))
 
 
-def _power(log_w: Floats, least: float) -> float:
-    """The largest power of the weights of which as many count."""
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        enough = diagnostics.effective_sample_size(middle * log_w) >= least
-        low, high = (middle, high) if enough else (low, middle)
-    return float(low)
-
-
-def _wider(step: Floats, possible: np.ndarray, counts: Sequence[int] | np.ndarray) -> Floats:
+def _wider(step: Floats, alike: Floats) -> Floats:
     """A tenth of each element's choice left to chance, or about one element in all where there are many."""
     loose = min(0.1, 1.5 / len(step))
-    alike = possible / np.asarray(counts)[:, None]
     return np.asarray((1.0 - loose) * step + loose * alike[:, None])

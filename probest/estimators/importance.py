@@ -43,7 +43,7 @@ from probest.guides.program import BoundProgram, ProgramGuide
 from probest.guides.sample import Batch, above, draw, join, kept_weights, second_moment, seen
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import agree
+from probest.verdict import agree, imprecise, wanted_error
 
 __all__ = ["Importance", "importance_sample"]
 
@@ -404,12 +404,11 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
     if unseen > tuning.unseen or coverage < tuning.coverage:
         sentence = "the particles show catastrophes where the guide does not sample: the estimate is likely too low."
         notes.append(Note(Code.UNSEEN, sentence))
-    wanted = max(0.1, 2.0 * (method.precision or 0.05))
     if any(t.hopeless for t in targets):
         sentence = "the guide was given up after its trial: too few of its samples would count."
         notes.append(Note(Code.GIVEN_UP, sentence))
-    elif error > wanted and hits:
-        notes.append(Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."))
+    elif hits:
+        notes += imprecise(error, wanted_error(method.precision))
     fixed = method.precision is None and method.give_up is None  # else samples are added, or given up, by what they say
     particles = None
     if len(joint.hits.z):

@@ -48,6 +48,7 @@ from probest.lines.design_points import DesignPoints, Search
 from probest.lines.modes import Mode, Model, Modes
 from probest.lines.tuning import LineTuning
 from probest.seeds import generator
+from probest.verdict import imprecise, wanted_error
 
 __all__ = ["LineSampling"]
 
@@ -357,7 +358,6 @@ class _Campaign:
                 "lines": float(total),
                 "starts": float(search.begun),
                 "strayed": float(search.lost),
-                "beta": min(mode.beta for mode in self.modes),
                 "audited": float(self.audited),
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
@@ -365,11 +365,7 @@ class _Campaign:
         )
 
     def _complaints(self, error: float, deviation: Floats, log_prob: float, search: Search) -> tuple[Note, ...]:
-        notes = []
-        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
-        if error > wanted:
-            sentence = f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."
-            notes.append(Note(Code.IMPRECISE, sentence))
+        notes = [*imprecise(error, wanted_error(self.method.precision))]
         largest = float(np.max(np.abs(deviation))) / len(deviation)
         if largest > 0.25:
             sentence = "a single line carries much of the estimate: use tempering, or raise the budget."

@@ -47,17 +47,17 @@ from probest.budget import FORWARD_CALLS
 from probest.estimators.base import check_precision
 from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy, listed_sites
+from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.event import Event
 from probest.programs.strata import MOST, Strata, StratumEvent, placed, strata_of
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import agree, settle
+from probest.verdict import agree, imprecise, settle, wanted_error
 
 __all__ = ["Stratified", "StratifiedTuning"]
 
 _PROGRAMS = "programs.py"
-_AT_ONCE = 10_000  # plain draws
 _LEAST = 2_000  # calls, below which a closed loop's strata would take most of the budget to list
 
 
@@ -499,17 +499,18 @@ class _Campaign:
         beyond = diagnostics.log_sum_exp(np.array(missing)) - total if missing else -math.inf
         lower, upper = self._interval(known, shares, total, beyond)
         notes = self._notes(known, shares, error, beyond, total, interrupted)
+        prior = self._prior() if self.strata.event.weighted else None  # paid for, as is the bound within the interval
         line = Evidence(
             method=self.method.name,
             log_prob=min(total, 0.0),
             std_error=error if known else math.inf,
             interval=(lower, upper),
             claim="consistent" if known else "upper",
-            calls=0,
+            calls=self.budget - self.left,
             seconds=time.perf_counter() - self.started,
             converged=not notes and bool(known),
             particles=self._particles(known, shares),
-            prior_particles=self._prior() if self.strata.event.weighted else None,
+            prior_particles=prior,
             log_evidence=self.strata.log_evidence,
             diagnostics={
                 "strata": float(len(self.parts)),
@@ -518,7 +519,6 @@ class _Campaign:
             },
             notes=notes,
         )
-        line = replace(line, calls=self.budget - self.left)  # the prior's particles are paid for too
         return Run((*self._rows(known), line), line.calls)
 
     def _prior(self) -> Particles | None:
@@ -569,13 +569,9 @@ class _Campaign:
         n = 0 if self.strata.event.weighted else self.left
         if n < 1:
             return 0.0
-        rng = generator(child_seed(self.seed, Stream.BOUND))
-        hits = 0
-        for start in range(0, n, _AT_ONCE):
-            z = rng.standard_normal((min(_AT_ONCE, n - start), self.strata.event.dim))
-            hits += int(np.count_nonzero(self.strata.event.evaluate(z).severity >= 0.0))
-            self.left -= FORWARD_CALLS * len(z)
-        return diagnostics.binomial_interval(hits, n)[1]
+        run = MonteCarlo().run(self.strata.event, budget=n, seed=child_seed(self.seed, Stream.BOUND))
+        self.left -= run.calls
+        return run.conclusion.interval[1]
 
     def _notes(
         self, known: list[_Part], shares: Floats, error: float, beyond: float, total: float, interrupted: bool
@@ -603,12 +599,7 @@ class _Campaign:
             times = math.exp(min(beyond, 50.0))
             sentence = f"strata where nothing was found may hold {times:.2g} times as much: raise the budget."
             notes.append(Note(Code.UNSEEN, sentence))
-        wanted = max(0.1, 2.0 * (self.method.precision or 0.05))
-        if error > wanted:
-            notes.append(
-                Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget.")
-            )
-        return tuple(notes)
+        return (*notes, *imprecise(error, wanted_error(self.method.precision)))
 
     def _rows(self, known: list[_Part]) -> list[Evidence]:
         """A row for each of the largest strata, with what it adds to P."""

@@ -30,7 +30,7 @@ from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
 
-__all__ = ["MOST", "Strata", "StratumEvent", "placed", "strata_of"]
+__all__ = ["MOST", "Strata", "StratumEvent", "columns_of", "free_of", "placed", "strata_of"]
 
 MOST = 4096
 """Strata that are listed, at most, unless said otherwise."""
@@ -79,9 +79,7 @@ class Strata:
     @property
     def free(self) -> np.ndarray:
         """Coordinates of z that the held sites leave, as indices."""
-        taken = {site.name for site in self.sites}
-        owned = np.repeat([site.name in taken for site in self.event.sites], [site.size for site in self.event.sites])
-        return np.flatnonzero(~owned)
+        return free_of(self.event, self.sites)
 
     def full(self, z: Floats) -> Floats:
         """The coordinates of the whole program; those of held sites are 0, and say nothing."""
@@ -137,6 +135,20 @@ class StratumEvent:
             return Evaluation(found.severity, np.zeros(len(z)), slope)
         rise = None if found.log_weight_grad is None else found.log_weight_grad[:, self.free]
         return Evaluation(found.severity, found.log_weight, slope, rise)
+
+
+def free_of(event: Event, held: tuple[Site, ...]) -> np.ndarray:
+    """Coordinates of z that these sites leave, as indices."""
+    taken = {site.name for site in held}
+    owned = np.repeat([site.name in taken for site in event.sites], [site.size for site in event.sites])
+    return np.flatnonzero(~owned)
+
+
+def columns_of(event: Event, sites: tuple[Site, ...]) -> list[np.ndarray]:
+    """Where the values of each of these discrete sites stand in a row of :meth:`Event.discrete_draws`."""
+    listed = [site for site in event.sites if site.discrete]
+    starts = np.cumsum([0, *(site.size for site in listed)])
+    return [starts[listed.index(site)] + np.arange(site.size) for site in sites]
 
 
 def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
@@ -255,15 +267,8 @@ def placed(
     """
     z = z.copy()
     starts = np.cumsum([0, *(site.size for site in event.sites)])
-    listed = [site for site in event.sites if site.discrete]
-    columns = np.cumsum([0, *(site.size for site in listed)])  # one number a coordinate
-
-    def places(site: Site) -> tuple[np.ndarray, np.ndarray]:
-        at = starts[event.sites.index(site)]
-        column = columns[listed.index(site)]
-        return np.arange(at, at + site.size), np.arange(column, column + site.size)
-
-    found = [places(site) for site in sites]
+    own = [starts[event.sites.index(site)] + np.arange(site.size) for site in sites]
+    found = list(zip(own, columns_of(event, sites), strict=True))
     wanted = np.concatenate([held[site.name].reshape(len(z), -1) for site in sites], axis=1).astype(np.float64)
     _bisect(
         event, z, np.concatenate([at for at, _ in found]), np.concatenate([column for _, column in found]), wanted, rng

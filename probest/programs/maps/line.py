@@ -25,6 +25,7 @@ from probest.programs.maps.pieces import (
 __all__ = ["LOG_CDFS"]
 
 LOG_2 = math.log(2.0)
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
 def _uniform(fn: Any, s: Any, z: Array) -> Array:
@@ -122,9 +123,6 @@ def _gompertz(fn: Any, s: Any, z: Array) -> Array:
 
 def _weibull(fn: Any, s: Any, z: Array) -> Array:
     return fn.scale * s.xp.exp(shared.log_neg_log_ndtr(s, -z) / fn.concentration)
-
-
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
 def _von_mises(fn: Any, s: Any, z: Array) -> Array:
