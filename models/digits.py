@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -114,9 +114,12 @@ def fitted_style() -> Style:
 # The adversary --------------------------------------------------------------------------------------------------------
 
 
-def adversary() -> Tensor:
-    """D: an image of shape ``(64,)``."""
-    digit = pyro.sample("digit", dist.Categorical(torch.ones(CLASSES) / CLASSES))
+def adversary(held: int | None = None) -> Tensor:
+    """D: an image of shape ``(64,)``; of class ``held``, where one is given."""
+    if held is None:
+        digit = pyro.sample("digit", dist.Categorical(torch.ones(CLASSES) / CLASSES))
+    else:
+        digit = torch.tensor(held)
     style = pyro.sample("style", dist.Normal(torch.zeros(STYLES), 1.0).to_event(1))
     shift = pyro.sample("shift", dist.Normal(torch.zeros(2), SHIFT_SCALE).to_event(1))
     contrast = pyro.sample("contrast", dist.Normal(0.0, CONTRAST_SCALE))
@@ -227,8 +230,9 @@ def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Modu
     return model
 
 
-def problem(model: nn.Module | None = None) -> Problem:
-    """The problem of ``model``, or of the ordinarily trained network."""
+def problem(model: nn.Module | None = None, *, held: int | None = None) -> Problem:
+    """The problem of ``model``, or of the ordinarily trained network; with images of class ``held`` alone."""
     from probest import Problem
 
-    return Problem(adversary, train_model() if model is None else model, checker)
+    drawn = adversary if held is None else partial(adversary, held)
+    return Problem(drawn, train_model() if model is None else model, checker)
