@@ -109,6 +109,7 @@ class Code(StrEnum):
     SECOND_CHOICE = "second choice"
     STRAYED = "walks strayed"
     STUCK = "stuck"
+    TRIAL = "trial"
     UNCHECKED = "unchecked"
     UNDEFINED = "undefined"
     UNREACHED = "unreached"

@@ -11,19 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from scipy import stats
+
 from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
 __all__ = [
     "agree",
-    "confirmed",
     "contradicts",
     "imprecise",
     "judge",
     "or_learned",
     "reach",
+    "refuted",
+    "room_left",
     "settle",
     "wanted_error",
+    "with_room",
 ]
 
 
@@ -77,11 +81,39 @@ def imprecise(error: float, wanted: float) -> tuple[Note, ...]:
     return (Note(Code.IMPRECISE, f"the standard error {error:.2f} is above {wanted:.2f}: raise the budget."),)
 
 
-def confirmed(one: Evidence, others: Sequence[Evidence]) -> bool:
-    """Whether one of the others, found independently, agrees, and none that disagrees is higher."""
-    agreeing = [agree(one, other) for other in others]
-    higher = any(not same and other.log_prob > one.log_prob for same, other in zip(agreeing, others, strict=True))
-    return any(agreeing) and not higher
+def refuted(one: Evidence, others: Sequence[Evidence]) -> bool:
+    """Whether one of the others is higher and disagrees: what is missing makes an estimate too low, seldom too high."""
+    return any(other.log_prob > one.log_prob and not agree(one, other) for other in others)
+
+
+def room_left(independent: float, new: float) -> float:
+    """Nats by which log P is expected to be too low after such searches (:func:`with_room`)."""
+    return -math.log1p(-min((0.5 + new) / (1.0 + independent), 0.999))
+
+
+def with_room(one: Evidence, independent: float, new: float, precision: float | None) -> Evidence:
+    """The estimate with room for what no search came upon.
+
+    independent: how many independent catastrophes all searches together are worth. new: how many of them, of the last
+    search, lay where nothing that was known before led to. The share that is still unknown then has a
+    Beta(½ + new, ½ + independent − new) law (Jeffreys' prior; the newcomers stand for what was seen once: Good 1953).
+    Its mean adds to the standard error, its upper 97.5 % quantile to the interval's upper end.
+    """
+    if not math.isfinite(one.log_prob):
+        return one
+    law = stats.beta(0.5 + new, max(0.5 + independent - new, 1e-6))
+    room = room_left(independent, new)
+    error = math.hypot(one.std_error, room)
+    upper = min(0.0, one.interval[1] - math.log1p(-min(float(law.ppf(0.975)), 1.0 - 1e-9)))
+    vague = () if Code.IMPRECISE in one.codes else imprecise(error, wanted_error(precision))
+    return replace(
+        one,
+        std_error=error,
+        interval=(one.interval[0], upper),
+        converged=one.converged and not vague,
+        diagnostics={**one.diagnostics, "left_out": room},
+        notes=(*one.notes, *vague),
+    )
 
 
 def judge(
@@ -108,6 +140,8 @@ def judge(
             return replace(lined, converged=False, interval=(lower, upper))
         if math.isfinite(crude.log_prob):
             notes = (*crude.notes, *(note for line in failed for note in line.notes))
+            if not notes:
+                notes = (Note(Code.BUDGET_SPENT, "the budget left nothing to search with: raise it."),)
             return replace(crude, converged=False, notes=notes)
         last = failed[-1] if failed else crude
         return replace(last, interval=(-math.inf, upper), claim="upper", converged=False)
@@ -147,11 +181,19 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
     if judged.converged or len(found) < 2:
         return judged
     sharp = [line for line in found if line.std_error <= RULES.vaguest]
-    refuted = [any(o.log_prob > line.log_prob and not agree(o, line) for o in sharp) for line in found]
-    best = min((line for line, out in zip(found, refuted, strict=True) if not out), key=lambda line: line.std_error)
-    lower, upper = min(line.interval[0] for line in found), max(line.interval[1] for line in found)
-    notes = tuple(dict.fromkeys((*judged.notes, *best.notes)))
-    return replace(best, converged=False, interval=(lower, upper), notes=notes)
+    stand = [line for line in found if not refuted(line, sharp)]
+    best = min(stand, key=lambda line: line.std_error)
+    # one that lacks only precision has room for what it may lack; what is vague adds nothing to that
+    passed = best.codes <= {Code.IMPRECISE}
+    spread = [line for line in stand if line.std_error <= RULES.vaguest] if passed else found
+    lower = min((best if passed else line).interval[0] for line in stand)
+    upper = max(line.interval[1] for line in (best, *spread))
+    notes = best.notes
+    if best is not judged and Code.DISAGREE in judged.codes:
+        notes = (*notes, *(note for note in judged.notes if isinstance(note, Note) and note.code is Code.DISAGREE))
+    if not notes:
+        notes = (Note(Code.UNCHECKED, "no other look confirms this: raise the budget."),)
+    return replace(best, converged=False, interval=(lower, upper), notes=tuple(dict.fromkeys(notes)))
 
 
 def or_learned(bound: Evidence, learned: Evidence | None) -> Evidence:

@@ -238,7 +238,9 @@ def test_calls_do_not_grow_with_the_dimension() -> None:
 
 def test_ledger_ends_with_the_conclusion() -> None:
     ledger = Combined().run(conditioned(20, 4.0, 1.0, 0.3), budget=BUDGET, seed=seed(0)).ledger
-    assert [line.method for line in ledger] == ["monte carlo", "tempering", "importance sampling", "combined"]
+    first, *looks, last = [line.method for line in ledger]
+    assert (first, last) == ("monte carlo", "combined")
+    assert looks == ["tempering", "importance sampling"] * (len(looks) // 2)
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
 
 

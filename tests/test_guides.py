@@ -18,6 +18,7 @@ from probest.guides.base import Defensive, Prior, allocate
 from probest.guides.directional import Directional, fit_directional, log_normaliser
 from probest.guides.fit import Fitted, fit_guide
 from probest.guides.flow import FLOWS, check_installed, fit_flow
+from probest.guides.memory import Memory
 from probest.guides.mixture import Mixture
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
@@ -116,7 +117,9 @@ def test_a_cone_beyond_a_radius_is_directional() -> None:
     fitted = fit_guide(z, np.zeros(600), rng(6))
     assert fitted.kind == "directional"
     population = Population(z, np.zeros(600), np.zeros(600), None, 600.0)
-    evidence = importance_sample(Importance(), event, population, None, budget=50_000, seed=np.random.SeedSequence(0))
+    evidence = importance_sample(
+        Importance(), event, Memory.of(population), None, budget=50_000, seed=np.random.SeedSequence(0)
+    )
     assert evidence.converged, evidence.notes
     assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
 
@@ -178,7 +181,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
     fitted = Fitted(flow.defended(), library, basis, 1)
     population = Population(z, np.zeros(len(z)), np.zeros(len(z)), None, float(len(z)))
     evidence = importance_sample(
-        Importance(), event, population, None, budget=20_000, seed=np.random.SeedSequence(0), fitted=fitted
+        Importance(), event, Memory.of(population), None, budget=20_000, seed=np.random.SeedSequence(0), fitted=fitted
     )
     assert evidence.converged, evidence.notes
     assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
@@ -227,7 +230,9 @@ def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
         for i in range(repeats):
             event, population, fitted = lacking(good, i)
             source = np.random.SeedSequence(i)
-            evidence = importance_sample(Importance(), event, population, None, budget=3000, seed=source, fitted=fitted)
+            evidence = importance_sample(
+                Importance(), event, Memory.of(population), None, budget=3000, seed=source, fitted=fitted
+            )
             flagged[good] += any("particles show" in note for note in evidence.notes)
     # rates of at most 2 % and at least 99 %, at this many repeats
     assert flagged[True] <= stats.binom.isf(FAILURE_RATE, repeats, 0.02)

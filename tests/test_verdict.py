@@ -12,7 +12,7 @@ import pytest
 
 from probest.evidence import Code, Evidence, Note, Run
 from probest.seeds import child_seed, generator
-from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle
+from probest.verdict import agree, contradicts, judge, or_learned, refuted, settle, with_room
 
 INF = math.inf
 
@@ -121,13 +121,23 @@ def test_without_anything_there_is_an_upper_bound_and_the_reason() -> None:
 
 
 def test_where_nothing_passed_the_interval_spans_all() -> None:
-    worse, better = line(-12.0, 0.5, converged=False), line(-10.0, 0.2, converged=False)
+    heavy = (Note(Code.HEAVY_TAILS, "heavy-tailed weights"),)
+    worse, better = line(-12.0, 0.8, converged=False), line(-10.0, 0.6, converged=False, notes=heavy)
     settled = settle(worse, better, None)
     assert settled.log_prob == -10.0
     assert not settled.converged
     assert settled.interval == (worse.interval[0], better.interval[1])
     passed = line(-12.0)
     assert settle(passed, better) is passed
+
+
+def test_one_that_lacks_only_precision_stands_for_itself() -> None:
+    vague = (Note(Code.IMPRECISE, "imprecise"),)
+    low, fair = line(-12.0, 1.5, converged=False), line(-10.0, 0.3, converged=False, notes=vague)
+    assert settle(low, fair).interval == fair.interval
+    above = line(-9.5, 0.4, converged=False)
+    assert settle(above, fair).interval == (fair.interval[0], above.interval[1])
+    assert settle(line(-12.0, 0.05, converged=False), fair).notes
 
 
 def test_a_higher_estimate_refutes_a_lower_one_however_precise_that_says_it_is() -> None:
@@ -137,12 +147,36 @@ def test_a_higher_estimate_refutes_a_lower_one_however_precise_that_says_it_is()
     assert settle(precise, line(-24.1, 0.005, converged=False)).log_prob == -24.1
 
 
-def test_a_second_look_confirms_unless_another_found_more() -> None:
-    assert confirmed(line(-10.0), [line(-10.1)])
-    assert not confirmed(line(-10.0), [])
-    assert not confirmed(line(-10.0), [line(-12.0)])
-    assert confirmed(line(-10.0), [line(-10.1), line(-12.0)])
-    assert not confirmed(line(-10.0), [line(-10.1), line(-8.0)])
+def test_a_higher_estimate_that_disagrees_refutes_and_a_lower_one_does_not() -> None:
+    assert not refuted(line(-10.0), [])
+    assert not refuted(line(-10.0), [line(-10.1), line(-9.9)])
+    assert not refuted(line(-10.0), [line(-12.0)])
+    assert refuted(line(-10.0), [line(-10.1), line(-8.0)])
+
+
+def test_room_for_what_no_search_came_upon() -> None:
+    """The share that is unknown after n draws without a newcomer: Jeffreys' posterior of none in n, by quadrature."""
+    one = line(-10.0, 0.05)
+    for independent, new in ((4.0, 0.0), (12.0, 0.0), (12.0, 3.0)):
+        roomy = with_room(one, independent, new, 0.05)
+        share = np.linspace(0.0, 1.0, 2_000_001)[1:-1] ** 2  # dense where the density is
+        density = share ** (new - 0.5) * (1.0 - share) ** (independent - new - 0.5)
+        mass = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * np.diff(share))])
+        mean = float(np.trapezoid(share * density, share) / mass[-1])
+        most = float(np.interp(0.975 * mass[-1], mass, share))
+        assert math.isclose(roomy.std_error, math.hypot(0.05, -math.log1p(-mean)), rel_tol=0.02)
+        assert math.isclose(roomy.interval[1] - one.interval[1], -math.log1p(-most), rel_tol=0.02)
+        assert roomy.interval[0] == one.interval[0]
+        assert roomy.log_prob == one.log_prob
+
+
+def test_so_much_room_that_the_precision_is_missed_is_not_converged() -> None:
+    assert with_room(line(-10.0), 12.0, 0.0, 0.05).converged
+    vague = with_room(line(-10.0), 3.0, 0.0, 0.05)
+    assert not vague.converged
+    assert Code.IMPRECISE in vague.codes
+    assert with_room(line(-10.0), 3.0, 0.0, 0.2).converged
+    assert with_room(line(-INF, INF), 3.0, 0.0, 0.05) == line(-INF, INF)
 
 
 def test_a_learned_severity_speaks_where_there_is_only_a_bound() -> None:

@@ -45,11 +45,12 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
+from probest.guides.memory import Memory
 from probest.seeds import child_seed
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
-from probest.verdict import agree, confirmed, contradicts, judge, or_learned, settle, wanted_error
+from probest.verdict import agree, contradicts, judge, or_learned, refuted, room_left, settle, wanted_error, with_room
 
 __all__ = ["Combined"]
 
@@ -81,6 +82,7 @@ class Aim(IntEnum):
 
 _NETWORKS = "reliability.py and random ReLU networks (10 to 50 inputs, 2 to 4 layers, P near 1e-4; script not kept)"
 _EXACT = "reliability.py --exact"
+_LEARNED = "networks.py"
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ class CombinedTuning:
     sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
     vague: float = tuned(1.5, "standard error of lines whose particles say nothing", _NETWORKS)
     # tempering and guides
-    first_share: float = tuned(0.8, "of the budget that is left, for the first tempering", _EXACT)
-    attempts: int = tuned(4, "temperings with a guide each, at most", _NETWORKS)
-    telling: float = tuned(0.35, "standard error of tempering that can confirm a guide's sample", _NETWORKS)
-    second_share: float = tuned(0.95, "for the second", _EXACT)
-    growth: int = tuned(4, "times as many particles in the second, at most", _EXACT)
+    first_share: float = tuned(0.7, "of the budget that is left, at most, for the first look", _EXACT)
+    retry_share: float = tuned(0.25, "for the second, where the first found nothing", _EXACT)
+    attempts: int = tuned(9, "looks with a guide each, at most", _LEARNED)
+    reserve: float = tuned(0.2, "of the budget, that looks leave for the samples of the last guide", _LEARNED)
+    look_margin: float = tuned(1.2, "times what the last look took a particle, for the next", _LEARNED)
+    without: float = tuned(0.65, "of what a look takes, one without gradients", _LEARNED)
+    hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
-    give_up: float = tuned(0.25, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
+    give_up: float = tuned(0.5, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
     sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
     most_numbers: int = tuned(30_000_000, "of z in one run, at most", "memory.py")
     # a learned severity
@@ -132,7 +136,7 @@ class Combined:
     precision: float | None = 0.05
     look: int = 12
     pilot: int = 500
-    particles: int = 256
+    particles: int = 128
     bound: bool = True
     tuning: CombinedTuning = field(default_factory=CombinedTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
@@ -186,6 +190,9 @@ class _Campaign:
     lines: list[Evidence] = field(default_factory=list)
     tempered: list[Run] = field(default_factory=list)
     weighed: list[Evidence] = field(default_factory=list)
+    roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
+    memory: Memory = field(default_factory=Memory)
+    prior: Memory = field(default_factory=Memory)
 
     @property
     def aim(self) -> float:
@@ -220,36 +227,100 @@ class _Campaign:
         if learned is not None and learned.converged:
             return learned
         if crude.counts.hits >= self.tuning.enough_hits and not event.weighted and crude.evidence.particles is not None:
-            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles), None)
+            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles))
             if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
-        runs: list[Run] = []
-        share, particles = self.tuning.first_share, self.method.particles
-        passed: list[Evidence] = []
-        for attempt in range(self.tuning.attempts):
-            run = self._temper(self._seed(Stream.TEMPER, attempt), particles, share)
-            if run.population is None:
-                break
-            runs.append(run)
-            weighed = self._sample_guide(self._seed(Stream.GUIDE, attempt), run.population, run.prior_population)
-            found = pool(runs)
-            if weighed.converged and not contradicts(lined, weighed):
-                if confirmed(weighed, [*([] if not self._tells(found) else [found]), *passed]):
-                    return _with_particles(weighed, found)
-                passed.append(weighed)
-            share, again = self.tuning.second_share, int(0.8 * self.left / _price(run))
-            particles = min((1 if passed else self.tuning.growth) * self.method.particles, again)
-            if Code.GIVEN_UP in weighed.codes or particles < self.method.particles:
-                break
+        if lined is not None and lined.particles is not None and math.isfinite(lined.log_prob):
+            self.memory.add(_independent(lined.particles)._replace(effective=len(lined.particles.z) / 3.0))
+        concluded = self._search(lined)
+        if concluded is not None:
+            return concluded
+        runs = [run for run in self.tempered if run.population is not None]
         self._fall_back(runs)
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = wanted_error(self.method.precision)
         judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
-        return or_learned(settle(judged, lined, aimed, *passed), learned)
+        return or_learned(settle(judged, lined, aimed, *self.roomy), learned)
 
-    def _tells(self, found: Evidence) -> bool:
-        """Whether agreement with tempering says something: what agrees with nearly anything confirms nothing."""
-        return self.method.precision is None or found.std_error <= self.tuning.telling
+    def _search(self, lined: Evidence | None) -> Evidence | None:
+        """Look, learn, look again until hardly anything new turns up, then sample afresh; None where that does not end.
+
+        Every look, by turns with gradients and without, is an independent search. It is held against the guide that the
+        looks before it led to: what lies where the guide gave no sample is new, and is learned. As long as so few
+        looks would leave too much room for what none of them saw, a guide is only tried.
+        """
+        tuning, wanted = self.tuning, wanted_error(self.method.precision)
+        at_start, worth, new = self.left, 0.0, 0.0
+        runs: list[Run] = []
+        tried = False  # a guide was only tried
+        for attempt in range(tuning.attempts):
+            run = self._look(attempt, at_start, _price(runs[-1]) if runs else 0.0)
+            if run is None or (run.population is None and (attempt > 0 or Code.FLAT in run.conclusion.codes)):
+                break
+            if run.population is None:
+                continue
+            effective = run.conclusion.diagnostics["island_ess"]
+            new = effective * self.memory.novelty(run.population, self._reserve(at_start)) if runs else 0.0
+            worth += effective
+            runs.append(run)
+            self.memory.add(run.population)
+            if run.prior_population is not None:
+                self.prior.add(run.prior_population)
+            again = self._can_look(attempt + 1, at_start, _price(run))
+            tried = again and math.hypot(self.aim, room_left(worth, new)) > wanted
+            weighed = self._aim_and_sample(attempt, tried, again, worth, new)
+            if not tried and self._passes(weighed, lined, runs):
+                return _with_particles(weighed, pool(runs))
+            if Code.GIVEN_UP in weighed.codes and len(runs) >= tuning.hopeless_looks:
+                return None
+        if tried and self.left > 0:
+            weighed = self._aim_and_sample(tuning.attempts, False, False, worth, new)
+            if self._passes(weighed, lined, runs):
+                return _with_particles(weighed, pool(runs))
+        return None
+
+    def _passes(self, weighed: Evidence, lined: Evidence | None, runs: list[Run]) -> bool:
+        """Whether an importance sample of all that is known concludes: it is converged, and nothing refutes it."""
+        stands = not contradicts(lined, weighed) and not refuted(weighed, [pool(runs), *self.roomy])
+        self.roomy.append(weighed)
+        return weighed.converged and stands
+
+    def _look(self, attempt: int, at_start: int, price: float) -> Run | None:
+        """An independent search for catastrophes; None where the budget does not allow another."""
+        if attempt > 0 and price > 0.0 and not self._can_look(attempt, at_start, price):
+            return None
+        budget = self.left - self._reserve(at_start)
+        if attempt == 0 or price == 0.0:  # the first, or the first failed
+            share = self.tuning.first_share if attempt == 0 else self.tuning.retry_share
+            budget = int(share * self.left)
+        if budget < 1:
+            return None
+        gradient = attempt % 3 == 0
+        moves, target = (2, 0.5) if gradient else (4, 0.3)
+        particles = self._look_size(attempt)
+        method = Tempering(
+            particles=particles, max_moves=moves, target=target, gradient=gradient, warm_start=self.method.warm_start
+        )
+        run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, attempt)))
+        self.tempered.append(run)
+        return run
+
+    def _look_size(self, attempt: int) -> int:
+        """Particles of a look: the first three alike, then doubled each time."""
+        return max(64, self.method.particles) * int(2 ** max(0, attempt - 2))
+
+    def _reserve(self, at_start: int) -> int:
+        """What looks leave for the samples of the last guide."""
+        return int(self.tuning.reserve * at_start)
+
+    def _can_look(self, attempt: int, at_start: int, price: float) -> bool:
+        """Whether the budget allows one more look besides the samples of the last guide."""
+        if attempt >= self.tuning.attempts:
+            return False
+        cheaper = self.tuning.without if attempt % 3 == 1 else 1.0
+        return self.left - self._reserve(at_start) > self.tuning.look_margin * cheaper * price * self._look_size(
+            attempt
+        )
 
     def bounded(self, conclusion: Evidence) -> Evidence:
         """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""
@@ -304,7 +375,7 @@ class _Campaign:
         particles = thicken(meter, lined.particles, n, seed=seed, sweeps=self.tuning.sweeps)
         population = _independent(particles)._replace(effective=len(particles.z) / 3.0)
         self.left -= meter.calls
-        weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population, None)
+        weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population)
         self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
         return weighed
 
@@ -318,7 +389,7 @@ class _Campaign:
             particles = min(most, int(self.tuning.sized_for * self.left / max(map(_price, runs))))
             if particles < min(method.particles, max(map(_size, runs)) / 4):
                 return
-            run = self._temper(self._seed(Stream.FALL_BACK, attempt), particles, 1.0)
+            run = self._temper(self._seed(Stream.FALL_BACK, attempt), particles)
             if run.population is None:
                 return
             runs.append(run)
@@ -349,7 +420,7 @@ class _Campaign:
             first = self._crude(Stream.SEARCH, method, size)
         particles, enough = first.evidence.particles, first.counts.hits >= self.tuning.boolean_hits
         if particles is not None and enough and not self.event.weighted:
-            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(particles), None)
+            weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(particles))
             if weighed.converged and agree(weighed, first.evidence):
                 return weighed
         if self.left < 1:
@@ -376,17 +447,33 @@ class _Campaign:
             self.lines[-1] = learned = replace(learned, converged=False, notes=(*learned.notes, note))
         return learned
 
-    def _temper(self, seed: np.random.SeedSequence, particles: int, share: float) -> Run:
+    def _temper(self, seed: np.random.SeedSequence, particles: int) -> Run:
         method = Tempering(particles=max(64, particles), max_moves=6, warm_start=self.method.warm_start)
-        run = self._add(method.run(self.event, budget=max(1, int(share * self.left)), seed=seed))
+        run = self._add(method.run(self.event, budget=max(1, self.left), seed=seed))
         self.tempered.append(run)
         return run
 
-    def _sample_guide(self, seed: np.random.SeedSequence, population: Population, prior: Population | None) -> Evidence:
-        """A guide fitted to the population, sampled afresh."""
-        method = Importance(precision=self.method.precision, give_up=self.tuning.give_up)
-        budget = self.left if method.precision is None else max(1, int(self.tuning.guide_share * self.left))
-        run = Run.of(importance_sample(method, self.event, population, prior, budget=budget, seed=seed))
+    def _sample_guide(self, seed: np.random.SeedSequence, population: Population) -> Evidence:
+        """A guide fitted to a population alone, sampled afresh."""
+        share = 1.0 if self.method.precision is None else self.tuning.guide_share
+        return self._weigh(seed, Memory.of(population), None, share)
+
+    def _aim_and_sample(self, attempt: int, trial: bool, again: bool, worth: float, new: float) -> Evidence:
+        """A guide fitted to all that is known, and fresh samples. trial: no more of these than choose the guide."""
+        share = self.tuning.guide_share if again and self.method.precision is not None else 1.0
+        prior = self.prior if self.event.weighted else None
+        weighed = self._weigh(self._seed(Stream.GUIDE, attempt), self.memory, prior, share, trial)
+        self.lines[-1] = self.weighed[-1] = with_room(weighed, worth, new, self.method.precision)
+        return self.weighed[-1]
+
+    def _weigh(
+        self, seed: np.random.SeedSequence, memory: Memory, prior: Memory | None, share: float, trial: bool = False
+    ) -> Evidence:
+        runs = [run for run in self.tempered if run.population is not None]
+        vague = pool(runs).std_error if runs else 0.0  # what tempering can say without a guide
+        method = Importance(precision=self.method.precision, give_up=max(self.tuning.give_up, vague))
+        budget = max(1, int(share * self.left))
+        run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]
 

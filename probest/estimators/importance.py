@@ -39,6 +39,7 @@ from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles,
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
+from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
 from probest.guides.sample import Batch, above, draw, join, kept_weights, second_moment, seen
 from probest.seeds import child_seed, generator
@@ -86,12 +87,11 @@ _EXACT = "reliability.py --exact --estimator importance"
 class ImportanceTuning:
     """When a guide is refitted, given up, or sampled more. Set by hand; ``benchmarks/tuning.py --of importance``."""
 
+    trial_share: float = tuned(0.03, "of the budget that is left, for each trial of a guide", "networks.py")
     good_enough: float = tuned(4.0, "second moment of the weights at which a guide is not refitted", _EXACT)
     least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
     far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
     enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
-    hopeless: float = tuned(4.0, "effective samples of the trial, below which a guide is given up", _EXACT)
-    doubtful: float = tuned(15.0, "below which it is given up if particles lie where it gave no sample", _EXACT)
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
     few: float = tuned(50.0, "effective samples that are too few to conclude from", _EXACT)
     unseen: float = tuned(0.05, "mass of particles where the guide gave no sample, that refutes it", _EXACT)
@@ -110,8 +110,8 @@ class Importance:
     guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
         ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
     find: the tempering that finds particles, with at most half of the budget.
-    give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget,
-        or of whose trial only a handful of samples counts, is left after its trial; None samples regardless.
+    give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget
+        is left after its trial; None samples regardless.
     """
 
     precision: float | None = 0.05
@@ -148,7 +148,7 @@ class Importance:
         guide = self.guide
         if guide is not None and not isinstance(guide, ProgramGuide):
             fitted = Fitted(guide, "given", None, 1)
-            return Run.of(importance_sample(self, event, None, None, budget=budget, seed=own, fitted=fitted))
+            return Run.of(importance_sample(self, event, Memory(), None, budget=budget, seed=own, fitted=fitted))
         program = None if guide is None else Fitted(guide.bind(event), "program", None, 1)
         share = max(1, budget // 2) if program is not None or budget >= 1000 else budget
         found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
@@ -158,8 +158,8 @@ class Importance:
         evidence = importance_sample(
             self,
             event,
-            found.population,
-            found.prior_population,
+            Memory.of(found.population),
+            None if found.prior_population is None else Memory.of(found.prior_population),
             budget=budget - found.calls,
             seed=own,
             fitted=program,
@@ -191,90 +191,76 @@ def _checked(evidence: Evidence, found: Run) -> Evidence:
 def importance_sample(
     method: Importance,
     event: EventLike,
-    population: Population | None,
-    prior: Population | None,
+    memory: Memory,
+    prior: Memory | None,
     *,
     budget: int,
     seed: np.random.SeedSequence,
     fitted: Fitted | None = None,
+    trial: bool = False,
 ) -> Evidence:
-    """Fit a guide to the population (and, for a conditioned adversary, one to ``prior``) and sample afresh."""
+    """Fit a guide to what is known (and, for a conditioned adversary, one to ``prior``) and sample afresh.
+
+    memory: gets the samples, and the guide that new looks are held against. trial: stop when the guide is chosen; what
+    there is to say then rests on the trial's few samples, and is never converged.
+    """
     meter = Meter(event, budget)
     precision = method.precision
     reserve = 0
     if event.weighted:
         precision = None if precision is None else precision / math.sqrt(2.0)
         reserve = meter.budget // 2
-    joint = _sample_target(method, meter, population, fitted, precision, reserve, child_seed(seed, Target.EVENT), True)
+    plan = _Plan(method, meter, precision, trial)
+    joint = _sample_target(plan, memory, fitted, reserve, child_seed(seed, Target.EVENT), True)
     below: Outcome | None = None
     if event.weighted:
         given = fitted if prior is None else None
         own = child_seed(seed, Target.ADVERSARY)
-        below = _sample_target(method, meter, prior, given, precision, 0, own, False)
-    return _evidence(method, meter, joint, below)
+        below = _sample_target(plan, Memory() if prior is None else prior, given, 0, own, False)
+    return _evidence(method, meter, joint, below, trial)
+
+
+class _Plan(NamedTuple):
+    """What both targets have in common. precision: wanted standard error of one target's log-mean."""
+
+    method: Importance
+    meter: Meter
+    precision: float | None
+    trial: bool
+
+
+class _Aim(NamedTuple):
+    """A guide that was tried. cost: log second moment of its weights; fresh: whether no other was tried before it."""
+
+    fitted: Fitted
+    tried: Batch
+    cost: float
+    fresh: bool
 
 
 def _sample_target(
-    method: Importance,
-    meter: Meter,
-    population: Population | None,
-    fitted: Fitted | None,
-    precision: float | None,
-    reserve: int,
-    seed: np.random.SeedSequence,
-    inside: bool,
+    plan: _Plan, memory: Memory, fitted: Fitted | None, reserve: int, seed: np.random.SeedSequence, inside: bool
 ) -> Outcome:
     """Fit, try, refit, fix, sample. Only samples drawn after the guide was chosen enter the estimate."""
+    method, meter = plan.method, plan.meter
     rng = generator(child_seed(seed, 0))
+    whole = fitted is not None and plan.precision is None  # nothing to learn from a trial
+    aim = _aim(plan, memory, fitted, reserve, rng, inside, whole)
+    best, tried = aim.fitted, aim.tried
     left = meter.left - reserve
-    adapt = fitted is None
-    if fitted is None:
-        assert population is not None
-        fitted = fit_guide(
-            population.z,
-            population.log_w,
-            rng,
-            rows=population.rows,
-            effective=population.effective,
-            kinds=method.guides,
-        )
-    whole = not adapt and precision is None  # nothing to learn from a trial
-    size = max(1, min(left, method.max_samples) if whole else min(method.first_batch // 2, left // 4))
-    batch = draw(meter, fitted.guide, size, rng, inside)
-    best, tried = fitted, batch
-    fresh = True
-    cost = _cost(population, fitted.guide, batch.log_w)
-    pool: list[tuple[Floats, Floats]] = []
-    for _ in range(method.rounds if adapt else 0):
-        left = meter.left - reserve
-        enough = cost <= math.log(method.tuning.good_enough) or (
-            precision is not None and math.exp(cost) / precision**2 < 2.0 * size
-        )
-        if enough or left < 3 * size or population is None:
-            break
-        moments = population.rows is None
-        z, log_w = _union(population, pool, batch)
-        if len(z) < 16:
-            break
-        fitted = refit_guide(fitted, z, log_w, rng, moments=moments)
-        batch = draw(meter, fitted.guide, size, rng, inside)
-        fresh = False
-        pool.append((batch.z, kept_weights(batch)))
-        new = _cost(population, fitted.guide, batch.log_w)
-        gain = cost - new
-        if new < cost:
-            best, cost, tried = fitted, new, batch
-        if gain < method.tuning.least_gain:
-            break
-    hopeless = adapt and _hopeless(method, population, best.guide, cost, tried, meter.left - reserve)
+    nothing = not np.isfinite(tried.log_w).any()
+    hopeless = fitted is None and (nothing if plan.trial else _hopeless(method, tried, left))
     total = tried
-    if hopeless:
-        if not fresh and meter.left - reserve > 0:  # the batches that picked a guide among several favour low estimates
-            total = draw(meter, best.guide, min(meter.left - reserve, size), rng, inside)
+    if hopeless or plan.trial:
+        if not aim.fresh and left > 0:  # the batches that picked a guide among several favour low estimates
+            total = draw(meter, best.guide, min(left, len(tried.log_w)), rng, inside)
     elif not whole:
-        total = _conclude(method, meter, best.guide, cost, tried, precision, reserve, rng, inside)
+        total = _conclude(method, meter, best.guide, aim.cost, tried, plan.precision, reserve, rng, inside)
+    if fitted is None and total is not tried:
+        memory.keep(best.guide, total)
+    memory.conclude(best.guide, total.log_w)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
-    coverage, unseen, _ = seen(population, best.guide, total.log_w)
+    coverage, unseen, _ = seen(memory.population(), best.guide, total.log_w)
     if total is not tried:
         unseen = max(unseen, above(tried.log_w, tried.log_w, total.log_w))
     smooth, khat = diagnostics.pareto_smooth(total.log_w)
@@ -294,21 +280,62 @@ def _sample_target(
     )
 
 
-def _hopeless(
-    method: Importance, population: Population | None, guide: Guide | BoundProgram, cost: float, tried: Batch, left: int
-) -> bool:
-    """Whether more samples of this guide would be wasted: they promise an error above ``give_up``, or few count.
+def _aim(
+    plan: _Plan,
+    memory: Memory,
+    given: Fitted | None,
+    reserve: int,
+    rng: np.random.Generator,
+    inside: bool,
+    whole: bool,
+) -> _Aim:
+    """The given guide, or the best of those fitted to what is known, as far as each one's trial shows."""
+    method, meter, precision = plan.method, plan.meter, plan.precision
+    left = meter.left - reserve
+    fitted = given
+    if fitted is None:
+        known = memory.known()
+        fitted = fit_guide(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=method.guides)
+    looks = memory.population()
+    most = max(method.first_batch // 2, int(method.tuning.trial_share * left))
+    size = max(1, min(left, method.max_samples) if whole else min(most, left // 4))
+    batch = draw(meter, fitted.guide, size, rng, inside)
+    best = _Aim(fitted, batch, _cost(looks, fitted.guide, batch.log_w), True)
+    if given is not None:
+        return best
+    memory.keep(fitted.guide, batch)
+    for _ in range(method.rounds):
+        left = meter.left - reserve
+        enough = best.cost <= math.log(method.tuning.good_enough) or (
+            precision is not None and math.exp(best.cost) / precision**2 < 2.0 * size
+        )
+        known = memory.known()
+        if enough or left < 3 * size or len(known.z) < 16:
+            break
+        fitted = refit_guide(fitted, known.z, known.log_w, rng, moments=known.rows is None)
+        batch = draw(meter, fitted.guide, size, rng, inside)
+        memory.keep(fitted.guide, batch)
+        cost = _cost(looks, fitted.guide, batch.log_w)
+        gain = best.cost - cost
+        best = _Aim(fitted, batch, cost, False) if gain > 0.0 else best._replace(fresh=False)
+        if gain < method.tuning.least_gain:
+            break
+    if best.fresh:
+        return best
+    known = memory.known()  # the last trial too: better by more than what an untried guide risks
+    return best._replace(fitted=refit_guide(best.fitted, known.z, known.log_w, rng, moments=known.rows is None))
 
-    The second moment of n weights is at most n, so a small trial cannot show how bad a guide is: that only a few of its
-    weights count, while particles lie where it gave none, says enough.
+
+def _hopeless(method: Importance, tried: Batch, left: int) -> bool:
+    """Whether more samples of this guide would be wasted: they promise an error above ``give_up``.
+
+    The second moment of n weights is at most n, so a small trial cannot show how bad a guide is: one effective sample
+    less counts.
     """
     if method.give_up is None:
         return False
-    if not cost < math.log(max(left, 1)) + 2.0 * math.log(method.give_up):
-        return True
-    ess = diagnostics.effective_sample_size(tried.log_w)
-    tuning = method.tuning
-    return ess < tuning.hopeless or (ess < tuning.doubtful and seen(population, guide, tried.log_w)[1] > 0.2)
+    counted = diagnostics.effective_sample_size(tried.log_w) - 1.0
+    return not len(tried.log_w) < method.give_up**2 * counted * max(left, 1)
 
 
 def _conclude(
@@ -357,22 +384,7 @@ def _cost(population: Population | None, guide: Guide | BoundProgram, log_w: Flo
     return max(second_moment(log_w), seen(population, guide, log_w)[2])
 
 
-def _union(population: Population, pool: list[tuple[Floats, Floats]], batch: Batch) -> tuple[Floats, Floats]:
-    """Particles and weighted hits, each worth its effective sample size; weights clipped as far as variance asks."""
-    own = population.log_w - diagnostics.log_sum_exp(population.log_w) + math.log(max(population.effective, 1.0))
-    parts, logs = [population.z], [own]
-    sets = pool if pool else [(batch.z, kept_weights(batch))]
-    for z, log_w in sets:
-        if len(z) == 0:
-            continue
-        clipped = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
-        ess = diagnostics.effective_sample_size(clipped)
-        parts.append(z)
-        logs.append(clipped - diagnostics.log_sum_exp(clipped) + math.log(ess))
-    return np.concatenate(parts), np.concatenate(logs)
-
-
-def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome | None) -> Evidence:
+def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome | None, trial: bool) -> Evidence:
     log_prob, error = joint.log_mean, joint.error
     lower, upper = joint.interval
     hits = int(np.count_nonzero(np.isfinite(joint.log_w)))
@@ -407,6 +419,8 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
     if any(t.hopeless for t in targets):
         sentence = "the guide was given up after its trial: too few of its samples would count."
         notes.append(Note(Code.GIVEN_UP, sentence))
+    elif trial:
+        notes.append(Note(Code.TRIAL, "only a trial of the guide, before more is searched."))
     elif hits:
         notes += imprecise(error, wanted_error(method.precision))
     fixed = method.precision is None and method.give_up is None  # else samples are added, or given up, by what they say

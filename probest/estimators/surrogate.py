@@ -47,6 +47,7 @@ from probest.estimators.base import Need, check_least, check_needs, check_precis
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
+from probest.guides.memory import Memory
 from probest.guides.subspace import gradient_rows, informed_basis
 from probest.seeds import child_seed, generator
 from probest.surrogates.features import Decode, Learned, Softened
@@ -312,7 +313,7 @@ def _estimated_twice(
     population = Population(found.z, found.log_weight, np.zeros(len(found.z)), rows, effective)
     importance = Importance(precision=method.precision, give_up=method.tuning.give_up)
     first = importance_sample(
-        importance, meter.event, population, None, budget=meter.left, seed=child_seed(seed, Stream.SAMPLE)
+        importance, meter.event, Memory.of(population), None, budget=meter.left, seed=child_seed(seed, Stream.SAMPLE)
     )
     return _verdict(meter, explored, first, second)
 

@@ -144,7 +144,9 @@ class Tempering:
         if failure is not None:
             return _report(self, meter, state, prior, drawn, failure)
         _move_level(state, self, meter, rng, gradient, meter.left)
-        probe(state, meter, gradient, 128)
+        if not gradient and event.differentiable:
+            state.rows = None  # gradients say more than a regression
+        probe(state, meter, event.differentiable, 128)
         return _report(self, meter, state, prior, drawn, None)
 
 

@@ -79,11 +79,15 @@ def second_moment(log_w: Floats) -> float:
     return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
 
 
-def seen(population: Population | None, guide: Guide | BoundProgram, batch: Floats) -> tuple[float, float, float]:
+def seen(
+    population: Population | None, guide: Guide | BoundProgram, batch: Floats, *, planned: int = 0
+) -> tuple[float, float, float]:
     """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
 
     coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
     unseen: the particles' mass at weights above the largest that was sampled, beyond what chance explains.
+    planned: samples that there will be, if more than the batch has: the largest weight grows like their square root,
+    as far as weights have a variance.
     """
     if population is None:
         return 1.0, 0.0, -math.inf
@@ -93,12 +97,13 @@ def seen(population: Population | None, guide: Guide | BoundProgram, batch: Floa
     weights = guide.log_ratio(population.z) + population.log_weight
     share = population.log_w - diagnostics.log_sum_exp(population.log_w)
     theirs = diagnostics.log_sum_exp(share + weights) - mean
-    return math.exp(min(0.0, second_moment(batch) - theirs)), above(weights, share, batch), theirs
+    return math.exp(min(0.0, second_moment(batch) - theirs)), above(weights, share, batch, planned), theirs
 
 
-def above(weights: Floats, share: Floats, batch: Floats) -> float:
+def above(weights: Floats, share: Floats, batch: Floats, planned: int = 0) -> float:
     """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
-    beyond = weights > float(np.max(batch)) + math.log(1.5)
+    growth = 0.5 * math.log(max(1.0, planned / len(batch)))
+    beyond = weights > float(np.max(batch)) + math.log(1.5) + growth
     if not beyond.any():
         return 0.0
     return math.exp(diagnostics.log_sum_exp(share[beyond]) - diagnostics.log_sum_exp(share))

@@ -1,0 +1,117 @@
+r"""One memory of where a target's mass is, of which guides are fitted: nothing that was ever found is lost.
+
+Populations of several searches and fresh samples of several guides go in. The samples count as one sample of the
+mixture of all guides that they came from, by their numbers (deterministic-mixture weights):
+
+.. math:: w(z) = \varphi(z) \Big/ \sum_j \tfrac{n_j}{n} q_j(z),
+
+so that a point which one guide gave by luck, and another would have given often, gets the weight that both have
+earned. Each population and the samples enter with what they are worth in independent points.
+
+These weights serve to fit the next guide. An estimate comes from fresh samples of a fixed guide alone
+(:mod:`probest.estimators.importance`): a mean over samples that later guides were fitted to is mostly too low.
+
+References: Veach & Guibas (1995), Optimally combining sampling techniques for Monte Carlo rendering (the balance
+heuristic); Cornuet, Marin, Mira & Robert (2012), Adaptive multiple importance sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from probest import diagnostics
+from probest.evidence import Floats, Population
+from probest.guides.base import Guide
+from probest.guides.program import BoundProgram
+from probest.guides.sample import Batch, kept_weights, seen
+
+__all__ = ["Memory"]
+
+
+class _Sample(NamedTuple):
+    """Fresh samples of a guide, and what is known of the points on target: log w without the guide's density."""
+
+    guide: Guide
+    batch: Batch
+    log_weight: Floats
+
+
+@dataclass
+class Memory:
+    """looks: populations of independent searches. samples: of guides, all of one target."""
+
+    looks: list[Population] = field(default_factory=list)
+    samples: list[_Sample] = field(default_factory=list)
+    latest: tuple[Guide | BoundProgram, Floats] | None = None
+
+    @classmethod
+    def of(cls, *looks: Population | None) -> Memory:
+        return cls([look for look in looks if look is not None])
+
+    def add(self, look: Population) -> None:
+        self.looks.append(look)
+
+    def keep(self, guide: Guide | BoundProgram, batch: Batch) -> None:
+        """Fresh samples of a guide. Those of a program have no z to learn from."""
+        if isinstance(guide, BoundProgram) or not len(batch.z):
+            return
+        self.samples.append(_Sample(guide, batch, kept_weights(batch) - guide.log_ratio(batch.z)))
+
+    def conclude(self, guide: Guide | BoundProgram, log_w: Floats) -> None:
+        """What new looks will be held against: a guide and the log-weights of its samples."""
+        self.latest = guide, log_w
+
+    def novelty(self, look: Population, planned: int) -> float:
+        """The share of a new look that lies where the latest guide would give none of so many samples."""
+        return 1.0 if self.latest is None else seen(look, *self.latest, planned=planned)[1]
+
+    def population(self) -> Population | None:
+        """All looks as one, each worth its independent particles; None without any."""
+        return _together(self.looks, None) if self.looks else None
+
+    def known(self) -> Population:
+        """All looks and all samples as one, relatives in the same half."""
+        return _together(self.looks, self._sampled())
+
+    def _sampled(self) -> Population | None:
+        """The samples of all guides as one sample of their mixture; None without any on target."""
+        if not self.samples:
+            return None
+        z = np.concatenate([sample.batch.z for sample in self.samples])
+        log_weight = np.concatenate([sample.log_weight for sample in self.samples])
+        total = sum(len(sample.batch.log_w) for sample in self.samples)
+        log_q = np.full(len(z), -np.inf)
+        for sample in self.samples:
+            share = math.log(len(sample.batch.log_w) / total)
+            log_q = np.logaddexp(log_q, share - sample.guide.log_ratio(z))
+        log_w = log_weight - log_q
+        # as far as variance asks: no weight above mean · √n
+        log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
+        return Population(z, log_w, log_weight, None, diagnostics.effective_sample_size(log_w))
+
+
+def _together(looks: list[Population], sampled: Population | None) -> Population:
+    """Populations as one: the first halves of all of them before the second halves of all of them."""
+    parts = looks if sampled is None else [*looks, sampled]
+    worth = [max(part.effective, 1.0) for part in parts]
+    log_w = [
+        part.log_w - diagnostics.log_sum_exp(part.log_w) + math.log(each)
+        for part, each in zip(parts, worth, strict=True)
+    ]
+    rows = [part.rows for part in looks if part.rows is not None]
+    return Population(
+        _by_halves([part.z for part in parts]),
+        _by_halves(log_w),
+        _by_halves([part.log_weight for part in parts]),
+        _by_halves(rows) / math.sqrt(len(rows)) if rows else None,
+        sum(worth),
+    )
+
+
+def _by_halves(parts: list[Floats]) -> Floats:
+    firsts = [part[: len(part) // 2] for part in parts]
+    return np.concatenate([*firsts, *(part[len(part) // 2 :] for part in parts)])
