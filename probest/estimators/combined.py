@@ -230,8 +230,6 @@ class _Campaign:
             weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles))
             if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
-        if lined is not None and lined.particles is not None and math.isfinite(lined.log_prob):
-            self.memory.add(_independent(lined.particles)._replace(effective=len(lined.particles.z) / 3.0))
         concluded = self._search(lined)
         if concluded is not None:
             return concluded
@@ -240,7 +238,9 @@ class _Campaign:
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = wanted_error(self.method.precision)
         judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
-        return or_learned(settle(judged, lined, aimed, *self.roomy), learned)
+        # lines may claim what is not there, so that those whose claims were not checked refute nothing
+        checked = lined if lined is not None and lined.converged else None
+        return or_learned(settle(judged, checked, aimed, *self.roomy), learned)
 
     def _search(self, lined: Evidence | None) -> Evidence | None:
         """Look, learn, look again until hardly anything new turns up, then sample afresh; None where that does not end.
@@ -260,12 +260,14 @@ class _Campaign:
             if run.population is None:
                 continue
             effective = run.conclusion.diagnostics["island_ess"]
-            new = effective * self.memory.novelty(run.population, self._reserve(at_start)) if runs else 0.0
+            below = run.conclusion.log_evidence
+            mass = run.conclusion.log_prob + below
+            new = effective * self.memory.novelty(run.population, mass, self._reserve(at_start)) if runs else 0.0
             worth += effective
             runs.append(run)
-            self.memory.add(run.population)
+            self.memory.add(run.population, mass)
             if run.prior_population is not None:
-                self.prior.add(run.prior_population)
+                self.prior.add(run.prior_population, below)
             again = self._can_look(attempt + 1, at_start, _price(run))
             tried = again and math.hypot(self.aim, room_left(worth, new)) > wanted
             weighed = self._aim_and_sample(attempt, tried, again, worth, new)

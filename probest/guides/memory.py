@@ -42,18 +42,22 @@ class _Sample(NamedTuple):
 
 @dataclass
 class Memory:
-    """looks: populations of independent searches. samples: of guides, all of one target."""
+    """looks: populations of independent searches. log_masses: log of the target's mass as each search estimates it.
+    samples: of guides, all of one target. latest: the guide that new looks are held against, and its log-weights.
+    """
 
     looks: list[Population] = field(default_factory=list)
+    log_masses: list[float] = field(default_factory=list)
     samples: list[_Sample] = field(default_factory=list)
     latest: tuple[Guide | BoundProgram, Floats] | None = None
 
     @classmethod
-    def of(cls, *looks: Population | None) -> Memory:
-        return cls([look for look in looks if look is not None])
+    def of(cls, look: Population | None) -> Memory:
+        return cls() if look is None else cls([look], [0.0])
 
-    def add(self, look: Population) -> None:
+    def add(self, look: Population, log_mass: float) -> None:
         self.looks.append(look)
+        self.log_masses.append(log_mass)
 
     def keep(self, guide: Guide | BoundProgram, batch: Batch) -> None:
         """Fresh samples of a guide. Those of a program have no z to learn from."""
@@ -65,17 +69,33 @@ class Memory:
         """What new looks will be held against: a guide and the log-weights of its samples."""
         self.latest = guide, log_w
 
-    def novelty(self, look: Population, planned: int) -> float:
-        """The share of a new look that lies where the latest guide would give none of so many samples."""
-        return 1.0 if self.latest is None else seen(look, *self.latest, planned=planned)[1]
+    def novelty(self, look: Population, log_mass: float, planned: int) -> float:
+        """The share of the target that a new look found where the latest guide would give none of so many samples.
+
+        A look's mass in a region is right on average, so that one which found little altogether found little there.
+        """
+        if self.latest is None:
+            return 1.0
+        guide, log_w = self.latest
+        share = seen(look, guide, log_w, planned=planned)[1]
+        known = diagnostics.log_mean_exp(log_w)[0]
+        return share * math.exp(min(0.0, log_mass - known)) if math.isfinite(known) else share
 
     def population(self) -> Population | None:
-        """All looks as one, each worth its independent particles; None without any."""
-        return _together(self.looks, None) if self.looks else None
+        """All looks as one sample of the target, by their masses and sizes; None without any."""
+        if not self.looks:
+            return None
+        sizes = [math.log(len(look.z)) for look in self.looks]
+        return _together(self.looks, [mass + size for mass, size in zip(self.log_masses, sizes, strict=True)])
 
     def known(self) -> Population:
-        """All looks and all samples as one, relatives in the same half."""
-        return _together(self.looks, self._sampled())
+        """All looks and all samples as one to fit a guide to, each by what it is worth in independent points.
+
+        By masses, one look that found much would hide what the others found: a guide has to go there too.
+        """
+        sampled = self._sampled()
+        parts = self.looks if sampled is None else [*self.looks, sampled]
+        return _together(parts, [math.log(max(part.effective, 1.0)) for part in parts])
 
     def _sampled(self) -> Population | None:
         """The samples of all guides as one sample of their mixture; None without any on target."""
@@ -94,21 +114,18 @@ class Memory:
         return Population(z, log_w, log_weight, None, diagnostics.effective_sample_size(log_w))
 
 
-def _together(looks: list[Population], sampled: Population | None) -> Population:
+def _together(parts: list[Population], log_shares: list[float]) -> Population:
     """Populations as one: the first halves of all of them before the second halves of all of them."""
-    parts = looks if sampled is None else [*looks, sampled]
-    worth = [max(part.effective, 1.0) for part in parts]
     log_w = [
-        part.log_w - diagnostics.log_sum_exp(part.log_w) + math.log(each)
-        for part, each in zip(parts, worth, strict=True)
+        part.log_w - diagnostics.log_sum_exp(part.log_w) + share for part, share in zip(parts, log_shares, strict=True)
     ]
-    rows = [part.rows for part in looks if part.rows is not None]
+    rows = [part.rows for part in parts if part.rows is not None]
     return Population(
         _by_halves([part.z for part in parts]),
         _by_halves(log_w),
         _by_halves([part.log_weight for part in parts]),
         _by_halves(rows) / math.sqrt(len(rows)) if rows else None,
-        sum(worth),
+        sum(max(part.effective, 1.0) for part in parts),
     )
 
 
