@@ -52,7 +52,7 @@ from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
 from probest.verdict import agree, contradicts, judge, or_learned, refuted, room_left, settle, wanted_error, with_room
 
-__all__ = ["Combined"]
+__all__ = ["Campaign", "Combined"]
 
 
 class Stream(IntEnum):
@@ -71,6 +71,7 @@ class Stream(IntEnum):
     AIM = 10
     LEARN = 11
     BOUND = 12
+    AGAIN = 13
 
 
 class Aim(IntEnum):
@@ -154,21 +155,11 @@ class Combined:
 
         Interrupted by Ctrl-C, what was found until then is returned, not converged; raised again where that is nothing.
         """
-        Meter(event, budget)  # checks the budget
-        started = time.perf_counter()
-        campaign = _Campaign(self, event, seed, left=budget)
-        try:
-            conclusion = campaign.bounded(campaign.conclude())
-        except KeyboardInterrupt:
-            if not campaign.lines:
-                raise
-            last = campaign.lines[-1]
-            sentence = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
-            conclusion = replace(last, converged=False, notes=(*last.notes, Note(Code.INTERRUPTED, sentence)))
-        calls, seconds = budget - campaign.left, time.perf_counter() - started
-        claim = "consistent" if conclusion.claim == "unbiased" else conclusion.claim  # chosen by what it says
-        conclusion = replace(conclusion, method=self.name, claim=claim, calls=calls, seconds=seconds)
-        return Run((*campaign.lines, conclusion), calls)
+        return self.begin(event, seed).spend(budget)
+
+    def begin(self, event: EventLike, seed: np.random.SeedSequence) -> Campaign:
+        """A run whose budget comes in parts."""
+        return Campaign(self, event, seed)
 
 
 @dataclass
@@ -180,19 +171,61 @@ class _Crude:
 
 
 @dataclass
-class _Campaign:
-    """One run: the evidence so far, what is left of the budget, and what each kind of evidence came to."""
+class Campaign:
+    """One run: the evidence so far, what is left of the budget, and what each kind of evidence came to.
+
+    It goes on where it was when it gets more to spend: what earlier looks found is in its memory. Where it concluded
+    before any look, it starts afresh.
+    """
 
     method: Combined
     event: EventLike
     seed: np.random.SeedSequence
-    left: int
+    left: int = 0
+    rounds: int = 0
     lines: list[Evidence] = field(default_factory=list)
+    crude: _Crude | None = None
+    lined: Evidence | None = None
+    aimed: Evidence | None = None
+    learned: Evidence | None = None
+    attempt: int = 0
+    looks: list[Run] = field(default_factory=list)
+    worth: float = 0.0  # of all looks, in independent catastrophes
+    new: float = 0.0  # of them, those of the last look that were
     tempered: list[Run] = field(default_factory=list)
     weighed: list[Evidence] = field(default_factory=list)
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
     prior: Memory = field(default_factory=Memory)
+
+    @property
+    def searched(self) -> bool:
+        """Whether more to spend would go on from what is known."""
+        return self.crude is not None
+
+    def spend(self, budget: int) -> Run:
+        """The run so far and on, as :meth:`Combined.run` returns it; the ledger and the calls are those of this part.
+
+        Raises ValueError for an empty budget.
+        """
+        Meter(self.event, budget)  # checks the budget
+        started, before = time.perf_counter(), len(self.lines)
+        self.left = budget
+        if self.rounds and not self.searched:
+            self.seed = child_seed(self.seed, Stream.AGAIN)
+        self.rounds += 1
+        try:
+            conclusion = self.bounded(self._go_on() if self.searched else self._conclude())
+        except KeyboardInterrupt:
+            if not self.lines:
+                raise
+            last = self.lines[-1]
+            sentence = "interrupted: this is the evidence gathered until then. Estimate again for a verdict"
+            conclusion = replace(last, converged=False, notes=(*last.notes, Note(Code.INTERRUPTED, sentence)))
+        calls, seconds = budget - self.left, time.perf_counter() - started
+        claim = "consistent" if conclusion.claim == "unbiased" else conclusion.claim  # chosen by what it says
+        conclusion = replace(conclusion, method=self.method.name, claim=claim, calls=calls, seconds=seconds)
+        return Run((*self.lines[before:], conclusion), calls)
 
     @property
     def aim(self) -> float:
@@ -202,7 +235,7 @@ class _Campaign:
     def tuning(self) -> CombinedTuning:
         return self.method.tuning
 
-    def conclude(self) -> Evidence:
+    def _conclude(self) -> Evidence:
         event, aim = self.event, self.aim
         lined: Evidence | None = None
         aimed: Evidence | None = None
@@ -230,19 +263,26 @@ class _Campaign:
             weighed = self._sample_guide(self._seed(Stream.CRUDE_GUIDE), _independent(crude.evidence.particles))
             if weighed.converged and agree(weighed, crude.evidence):
                 return weighed
-        concluded = self._search(lined)
+        self.crude, self.lined, self.aimed, self.learned = crude, lined, aimed, learned
+        return self._go_on()
+
+    def _go_on(self) -> Evidence:
+        """Search and sample with what there is to spend, and settle what all evidence says."""
+        assert self.crude is not None
+        concluded = self._search()
         if concluded is not None:
             return concluded
         runs = [run for run in self.tempered if run.population is not None]
         self._fall_back(runs)
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = wanted_error(self.method.precision)
-        judged = judge(crude.evidence, pool(runs) if runs else None, failed, self.weighed, lined, wanted)
+        tempered = pool(runs) if runs else None
+        judged = judge(self.crude.evidence, tempered, failed, self.weighed, self.lined, wanted)
         # lines may claim what is not there, so that those whose claims were not checked refute nothing
-        checked = lined if lined is not None and lined.converged else None
-        return or_learned(settle(judged, checked, aimed, *self.roomy), learned)
+        checked = self.lined if self.lined is not None and self.lined.converged else None
+        return or_learned(settle(judged, checked, self.aimed, *self.roomy), self.learned)
 
-    def _search(self, lined: Evidence | None) -> Evidence | None:
+    def _search(self) -> Evidence | None:
         """Look, learn, look again until hardly anything new turns up, then sample afresh; None where that does not end.
 
         Every look, by turns with gradients and without, is an independent search. It is held against the guide that the
@@ -250,79 +290,87 @@ class _Campaign:
         looks would leave too much room for what none of them saw, a guide is only tried.
         """
         tuning, wanted = self.tuning, wanted_error(self.method.precision)
-        at_start, worth, new = self.left, 0.0, 0.0
-        runs: list[Run] = []
-        tried = False  # a guide was only tried
-        for attempt in range(tuning.attempts):
-            run = self._look(attempt, at_start, _price(runs[-1]) if runs else 0.0)
-            if run is None or (run.population is None and (attempt > 0 or Code.FLAT in run.conclusion.codes)):
+        at_start, failures = self.left, 0
+        tried = bool(self.looks)  # a guide was only tried, or has to be tried again
+        while self.attempt < tuning.attempts:
+            run = self._look(at_start)
+            if run is None:
                 break
             if run.population is None:
+                failures += 1
+                if self.looks or failures > 1 or Code.FLAT in run.conclusion.codes:
+                    break
                 continue
-            effective = run.conclusion.diagnostics["island_ess"]
-            below = run.conclusion.log_evidence
-            mass = run.conclusion.log_prob + below
-            new = effective * self.memory.novelty(run.population, mass, self._reserve(at_start)) if runs else 0.0
-            worth += effective
-            runs.append(run)
-            self.memory.add(run.population, mass)
-            if run.prior_population is not None:
-                self.prior.add(run.prior_population, below)
-            again = self._can_look(attempt + 1, at_start, _price(run))
-            tried = again and math.hypot(self.aim, room_left(worth, new)) > wanted
-            weighed = self._aim_and_sample(attempt, tried, again, worth, new)
-            if not tried and self._passes(weighed, lined, runs):
-                return _with_particles(weighed, pool(runs))
-            if Code.GIVEN_UP in weighed.codes and len(runs) >= tuning.hopeless_looks:
+            self._learn_from(run, run.population, self._reserve(at_start))
+            again = self._can_look(at_start)
+            tried = again and math.hypot(self.aim, room_left(self.worth, self.new)) > wanted
+            weighed = self._aim_and_sample(tried, again)
+            if not tried and self._passes(weighed):
+                return _with_particles(weighed, pool(self.looks))
+            if Code.GIVEN_UP in weighed.codes and len(self.looks) >= tuning.hopeless_looks:
                 return None
         if tried and self.left > 0:
-            weighed = self._aim_and_sample(tuning.attempts, False, False, worth, new)
-            if self._passes(weighed, lined, runs):
-                return _with_particles(weighed, pool(runs))
+            weighed = self._aim_and_sample(False, False)
+            if self._passes(weighed):
+                return _with_particles(weighed, pool(self.looks))
         return None
 
-    def _passes(self, weighed: Evidence, lined: Evidence | None, runs: list[Run]) -> bool:
+    def _learn_from(self, run: Run, population: Population, planned: int) -> None:
+        """What a look found, and how much of it is new."""
+        effective, below = run.conclusion.diagnostics["island_ess"], run.conclusion.log_evidence
+        mass = run.conclusion.log_prob + below
+        self.new = effective * self.memory.novelty(population, mass, planned) if self.looks else 0.0
+        self.worth += effective
+        self.looks.append(run)
+        self.memory.add(population, mass)
+        if run.prior_population is not None:
+            self.prior.add(run.prior_population, below)
+
+    def _passes(self, weighed: Evidence) -> bool:
         """Whether an importance sample of all that is known concludes: it is converged, and nothing refutes it."""
-        stands = not contradicts(lined, weighed) and not refuted(weighed, [pool(runs), *self.roomy])
+        stands = not contradicts(self.lined, weighed) and not refuted(weighed, [pool(self.looks), *self.roomy])
         self.roomy.append(weighed)
         return weighed.converged and stands
 
-    def _look(self, attempt: int, at_start: int, price: float) -> Run | None:
+    def _look(self, at_start: int) -> Run | None:
         """An independent search for catastrophes; None where the budget does not allow another."""
-        if attempt > 0 and price > 0.0 and not self._can_look(attempt, at_start, price):
+        if self.looks and not self._can_look(at_start):
             return None
         budget = self.left - self._reserve(at_start)
-        if attempt == 0 or price == 0.0:  # the first, or the first failed
-            share = self.tuning.first_share if attempt == 0 else self.tuning.retry_share
-            budget = int(share * self.left)
+        if not self.looks:
+            budget = int((self.tuning.retry_share if self.tempered else self.tuning.first_share) * self.left)
         if budget < 1:
             return None
-        gradient = attempt % 3 == 0
+        gradient = self.attempt % 3 == 0
         moves, target = (2, 0.5) if gradient else (4, 0.3)
-        particles = self._look_size(attempt)
         method = Tempering(
-            particles=particles, max_moves=moves, target=target, gradient=gradient, warm_start=self.method.warm_start
+            particles=self._look_size,
+            max_moves=moves,
+            target=target,
+            gradient=gradient,
+            warm_start=self.method.warm_start,
         )
-        run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, attempt)))
+        run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
+        self.attempt += 1
         self.tempered.append(run)
         return run
 
-    def _look_size(self, attempt: int) -> int:
-        """Particles of a look: the first three alike, then doubled each time."""
-        return max(64, self.method.particles) * int(2 ** max(0, attempt - 2))
+    @property
+    def _look_size(self) -> int:
+        """Particles of the next look: the first three alike, then doubled each time."""
+        return max(64, self.method.particles) * int(2 ** max(0, self.attempt - 2))
 
     def _reserve(self, at_start: int) -> int:
         """What looks leave for the samples of the last guide."""
         return int(self.tuning.reserve * at_start)
 
-    def _can_look(self, attempt: int, at_start: int, price: float) -> bool:
+    def _can_look(self, at_start: int) -> bool:
         """Whether the budget allows one more look besides the samples of the last guide."""
-        if attempt >= self.tuning.attempts:
+        if self.attempt >= self.tuning.attempts:
             return False
-        cheaper = self.tuning.without if attempt % 3 == 1 else 1.0
-        return self.left - self._reserve(at_start) > self.tuning.look_margin * cheaper * price * self._look_size(
-            attempt
-        )
+        cheaper = self.tuning.without if self.attempt % 3 == 1 else 1.0
+        price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
+        return self.left - self._reserve(at_start) > price * self._look_size
 
     def bounded(self, conclusion: Evidence) -> Evidence:
         """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""
@@ -385,13 +433,13 @@ class _Campaign:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
         method = self.method
         most = max(method.particles, self.tuning.most_numbers // self.event.dim)
-        for attempt in range(8):
+        for _ in range(8):
             if not runs or (method.precision is not None and pool(runs).std_error <= method.precision):
                 return
             particles = min(most, int(self.tuning.sized_for * self.left / max(map(_price, runs))))
             if particles < min(method.particles, max(map(_size, runs)) / 4):
                 return
-            run = self._temper(self._seed(Stream.FALL_BACK, attempt), particles)
+            run = self._temper(self._seed(Stream.FALL_BACK, len(self.tempered)), particles)
             if run.population is None:
                 return
             runs.append(run)
@@ -460,12 +508,13 @@ class _Campaign:
         share = 1.0 if self.method.precision is None else self.tuning.guide_share
         return self._weigh(seed, Memory.of(population), None, share)
 
-    def _aim_and_sample(self, attempt: int, trial: bool, again: bool, worth: float, new: float) -> Evidence:
+    def _aim_and_sample(self, trial: bool, again: bool) -> Evidence:
         """A guide fitted to all that is known, and fresh samples. trial: no more of these than choose the guide."""
         share = self.tuning.guide_share if again and self.method.precision is not None else 1.0
         prior = self.prior if self.event.weighted else None
-        weighed = self._weigh(self._seed(Stream.GUIDE, attempt), self.memory, prior, share, trial)
-        self.lines[-1] = self.weighed[-1] = with_room(weighed, worth, new, self.method.precision)
+        seed = self._seed(Stream.GUIDE, len(self.weighed))
+        weighed = self._weigh(seed, self.memory, prior, share, trial)
+        self.lines[-1] = self.weighed[-1] = with_room(weighed, self.worth, self.new, self.method.precision)
         return self.weighed[-1]
 
     def _weigh(

@@ -45,7 +45,7 @@ from scipy.special import log_ndtr
 from probest import diagnostics
 from probest.budget import FORWARD_CALLS
 from probest.estimators.base import check_precision
-from probest.estimators.combined import Combined
+from probest.estimators.combined import Campaign, Combined
 from probest.estimators.cross_entropy import CrossEntropy, listed_sites
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
@@ -128,6 +128,7 @@ class _Part:
     log_p_error: float = 0.0
     asked: bool = False
     refined: bool = False
+    campaign: Campaign | None = None
     flat: bool = False
     empty: bool = False
 
@@ -338,6 +339,7 @@ class _Campaign:
     def _estimate(self) -> None:
         """Strata in the order of what they look like, until what is left is negligible or the budget is spent."""
         total = diagnostics.log_sum_exp(np.array([part.score for part in self.parts]))
+        equal = math.inf  # what is left later is better spent where it is needed
         while waiting := sorted((part for part in self.parts if not part.known), key=lambda part: -part.score):
             part = waiting[0]
             rest = diagnostics.log_sum_exp(np.array([other.log_p for other in waiting]))
@@ -346,7 +348,8 @@ class _Campaign:
             if part.flat and part.score < part.log_p and not self._reached(part):
                 continue
             share = math.exp(min(part.score - total, 0.0))
-            budget = int(self.left * self.tuning.first_pass / self._needed(waiting))
+            equal = min(equal, self.left * self.tuning.first_pass / self._needed(waiting))
+            budget = int(equal)
             if budget < self._least:
                 budget = min(self.left, self._least)
             if budget < self.tuning.least_calls:
@@ -424,8 +427,11 @@ class _Campaign:
         self.parts += [self._part(leaving[rows], _guess(severity[rows[0]])) for rows in self._alike(severity)]
 
     def _refine(self) -> None:
-        """Strata again, afresh, once: those whose error is too large for their share, and those that may hold more."""
-        for _ in range(len(self.parts)):
+        """Strata again: those whose error is too large for their share, and those that may hold more.
+
+        Those that were searched go on from what they know, as often as it takes; others start afresh, once.
+        """
+        while True:
             total = self._joint()
             estimated = [part for part in self.parts if part.evidence is not None]
             wanting = [(self._worth(part, total), part) for part in estimated if not part.refined]
@@ -434,13 +440,15 @@ class _Campaign:
             error = math.hypot(*(share * min(part.error, 1.0) for share, part in zip(shares, estimated, strict=True)))
             if not wanting or (self.method.precision is not None and error <= self.aim and self._settled()):
                 return
-            _, part = max(wanting, key=lambda one: one[0])
-            if self.left < max(self.tuning.least_calls, part.calls):
+            part = max(wanting, key=lambda one: (one[0], -one[1].calls))[1]
+            on = part.campaign is not None and part.campaign.searched
+            if self.left < max(self.tuning.least_calls, part.calls // 3 if on else part.calls):
                 return
             share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(part.joint) else 1.0
-            budget = min(self.left, max(4 * part.calls, self.left // len(wanting)))
-            part.refined = True
+            budget = min(self.left, max((1 if on else 4) * part.calls, self.left // len(wanting)))
+            calls = part.calls
             self._run(part, self._precision(max(share, self.tuning.negligible)), budget, Stream.REFINE)
+            part.refined = not on or part.calls == calls
             self._ask(part)
 
     def _worth(self, part: _Part, total: float) -> float:
@@ -470,17 +478,29 @@ class _Campaign:
         return min(self.tuning.vaguest, self.aim / math.sqrt(share))
 
     def _run(self, part: _Part, precision: float, budget: int, stream: Stream) -> None:
-        """An estimate of one stratum; a later one replaces an earlier one where it is converged or sharper."""
+        """An estimate of one stratum, which goes on where an earlier one was.
+
+        Where it starts afresh it replaces the earlier one if it is converged or sharper.
+        """
         before = part.evidence
-        warm = before.particles if before is not None and not before.converged else None
-        inner = replace(self.method.inner, precision=precision, warm_start=warm, bound=False)
-        seed = child_seed(self.seed, stream, part.k, part.calls)
-        run = inner.run(StratumEvent(self.strata, part.k), budget=budget, seed=seed)
+        if part.campaign is None or not part.campaign.searched:
+            warm = before.particles if before is not None and not before.converged else None
+            inner = replace(self.method.inner, warm_start=warm, bound=False)
+            seed = child_seed(self.seed, stream, part.k, part.calls)
+            part.campaign, before_counts = inner.begin(StratumEvent(self.strata, part.k), seed), True
+        else:
+            before_counts = False
+        part.campaign.method = replace(part.campaign.method, precision=precision)
+        run = part.campaign.spend(budget)
         self.left -= run.calls
         part.calls += run.calls
         found = run.conclusion
-        better = before is None or found.converged or (not before.converged and found.std_error < before.std_error)
-        if better:
+        if (
+            before is None
+            or not before_counts
+            or found.converged
+            or (not before.converged and found.std_error < before.std_error)
+        ):
             part.evidence = found
 
     def _joint(self) -> float:
