@@ -1,0 +1,204 @@
+"""How good is the default strategy where modes are many, limits have corners, or tails are heavy? Exact answers.
+
+    python benchmarks/modes.py --seeds 10 --out modes.json
+    python benchmarks/modes.py --families waves,unions --members 3 --seeds 5
+
+Families, each with members drawn at random: corners (several limits at once), bowls (squared distances, from the origin
+and from elsewhere), waves (sums of sines, with many modes), unions of 30 to 100 half-spaces, and heavy tails (sums and
+maxima of Cauchy, Student, Pareto and lognormal variables). The truth is a product, a chi-square or Cauchy law, or a
+quadrature. The columns are those of reliability.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from scipy import integrate, special, stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from reliability import Case, assess, of_exact_event, tell  # noqa: E402
+
+from probest.evidence import Floats  # noqa: E402
+from probest.testing.events import ExactEvent  # noqa: E402
+
+
+def frame(rng: np.random.Generator, dim: int, count: int) -> Floats:
+    """Orthonormal columns ``(dim, count)``."""
+    return np.asarray(np.linalg.qr(rng.standard_normal((dim, count)))[0])
+
+
+def corner(rng: np.random.Generator) -> ExactEvent:
+    dim, count = int(rng.integers(5, 60)), int(rng.integers(2, 6))
+    axes, beta = frame(rng, dim, count), rng.uniform(0.3, 2.8, count)
+    scale = 10.0 ** rng.uniform(-1, 1, count)
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray((scale * (z @ axes - beta)).min(axis=1))
+
+    def gradient(z: Floats) -> Floats:
+        least = (scale * (z @ axes - beta)).argmin(axis=1)
+        return np.asarray(scale[least, None] * axes.T[least])
+
+    return ExactEvent(f"corner{count}_d{dim}", dim, float(stats.norm.logsf(beta).sum()), severity, gradient)
+
+
+def bowl(rng: np.random.Generator) -> ExactEvent:
+    dim, kind = int(rng.choice([10, 30, 100])), int(rng.integers(3))
+    target = rng.uniform(-25.0, -9.0)
+    if kind == 0:  # near the origin
+        square = float(stats.chi2.ppf(math.exp(target), dim))
+        return ExactEvent(f"bowl_inside_d{dim}", dim, target, lambda z: square - np.sum(z**2, 1), lambda z: -2.0 * z)
+    if kind == 1:  # far from it
+        square = float(stats.chi2.isf(math.exp(target), dim))
+        return ExactEvent(f"bowl_outside_d{dim}", dim, target, lambda z: np.sum(z**2, 1) - square, lambda z: 2.0 * z)
+    away = frame(rng, dim, 1)[:, 0] * rng.uniform(3.0, 6.0)
+    square = float(stats.ncx2.ppf(math.exp(target), dim, float(away @ away)))
+    log_prob = float(stats.ncx2.logcdf(square, dim, float(away @ away)))
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray(square - np.sum((z - away) ** 2, axis=1))
+
+    return ExactEvent(f"bowl_aside_d{dim}", dim, log_prob, severity, lambda z: -2.0 * (z - away))
+
+
+def wave(rng: np.random.Generator) -> ExactEvent:
+    """Sum of sin(ω z_i + phase) + z_i / 4 beyond a limit: about as many modes as each term has, to the power dim."""
+    dim, omega, phase = int(rng.integers(8, 40)), rng.uniform(1.5, 4.0), rng.uniform(0, 2 * math.pi)
+    target = rng.uniform(-18.0, -8.0)
+    step = 1e-3
+    z = np.linspace(-10, 10, 2_000_001)
+    mass = stats.norm.pdf(z) * (z[1] - z[0])
+    value = np.sin(omega * z + phase) + 0.25 * z
+    low = value.min()
+    histogram = np.bincount(np.rint((value - low) / step).astype(int), weights=mass)
+    histogram /= histogram.sum()
+    # tilted, so that the tail is found in double precision
+    points = low + step * np.arange(len(histogram))
+    grid = np.linspace(0.0, 6.0, 400)
+    cumulant = np.array([special.logsumexp(t * points, b=histogram) for t in grid])
+    slope = np.gradient(cumulant, grid)
+    rate = int(np.argmin(np.abs(dim * (cumulant - grid * slope) - target - 1.5)))
+    tilt = grid[rate]
+    tilted = histogram * np.exp(tilt * points - cumulant[rate])
+    size = 1 << math.ceil(math.log2(dim * len(histogram)))
+    law = np.fft.irfft(np.fft.rfft(tilted, size) ** dim, size)
+    sums = dim * low + step * np.arange(size)
+    limit = float(dim * slope[rate])
+    beyond = sums >= limit
+    log_prob = float(special.logsumexp(dim * cumulant[rate] - tilt * sums[beyond], b=np.maximum(law[beyond], 0.0)))
+
+    def severity(x: Floats) -> Floats:
+        return np.asarray(np.sum(np.sin(omega * x + phase) + 0.25 * x, axis=1) - limit)
+
+    def gradient(x: Floats) -> Floats:
+        return np.asarray(omega * np.cos(omega * x + phase) + 0.25)
+
+    return ExactEvent(f"wave{omega:.1f}_d{dim}", dim, log_prob, severity, gradient)
+
+
+def union(rng: np.random.Generator) -> ExactEvent:
+    count = int(rng.integers(30, 101))
+    dim = int(rng.integers(count, 151))
+    axes, beta = frame(rng, dim, count), rng.uniform(4.0, 6.0) + rng.exponential(0.3, count)
+    scale = 10.0 ** rng.uniform(-0.5, 0.5, count)
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray((scale * (z @ axes - beta)).max(axis=1))
+
+    def gradient(z: Floats) -> Floats:
+        most = (scale * (z @ axes - beta)).argmax(axis=1)
+        return np.asarray(scale[most, None] * axes.T[most])
+
+    log_prob = float(np.log(-np.expm1(np.sum(stats.norm.logcdf(beta)))))
+    return ExactEvent(f"union{count}_d{dim}", dim, log_prob, severity, gradient)
+
+
+def _through(law: object, z: Floats) -> Floats:
+    """Quantiles at Φ(z), exact in both tails."""
+    return np.where(z < 0, law.ppf(special.ndtr(z)), law.isf(special.ndtr(-z)))  # type: ignore[attr-defined]
+
+
+def _summed(name: str, dim: int, law: object, limit: float, log_prob: float, most: bool = False) -> ExactEvent:
+    """Sum, or largest, of independent variables of a law, beyond a limit."""
+
+    def severity(z: Floats) -> Floats:
+        x = _through(law, z)
+        return np.asarray((x.max(axis=1) if most else x.sum(axis=1)) - limit)
+
+    def gradient(z: Floats) -> Floats:
+        x = _through(law, z)
+        slope = np.exp(stats.norm.logpdf(z) - law.logpdf(x))  # type: ignore[attr-defined]
+        if most:
+            slope = slope * (np.arange(dim) == x.argmax(axis=1)[:, None])
+        return np.asarray(np.nan_to_num(slope, posinf=1e300))
+
+    return ExactEvent(name, dim, log_prob, severity, gradient)
+
+
+def heavy(rng: np.random.Generator) -> ExactEvent:
+    kind, target = int(rng.integers(4)), rng.uniform(-18.0, -9.0)
+    if kind == 0:
+        dim = int(rng.integers(1, 12))
+        limit = float(stats.cauchy.isf(math.exp(target)) * dim)
+        return _summed(f"cauchy_sum_d{dim}", dim, stats.cauchy, limit, target)
+    if kind == 1:
+        dim, freedom = int(rng.integers(2, 20)), rng.uniform(2.0, 6.0)
+        law = stats.t(freedom)
+        limit = float(law.isf(-math.expm1(math.log1p(-math.exp(target)) / dim)))
+        return _summed(f"student_max_d{dim}", dim, law, limit, target, most=True)
+    law = stats.pareto(rng.uniform(1.5, 3.0)) if kind == 2 else stats.lognorm(rng.uniform(0.7, 1.3))
+    limit = float(2.0 * law.isf(math.exp(target)))
+    low, high = float(law.ppf(0.0)), limit - float(law.ppf(0.0))
+    # P(X + Y > t) = 2 P(X > t - low) + ∫ f(x) P(Y > t − x) over what is left, split where it peaks
+    inner = sum(
+        integrate.quad(lambda x: law.pdf(x) * law.sf(limit - x), a, b, limit=500, epsabs=0.0, epsrel=1e-9)[0]
+        for a, b in ((low, low + 1.0), (low + 1.0, limit / 2), (limit / 2, high - 1.0), (high - 1.0, high))
+    )
+    log_prob = math.log(inner + float(law.sf(high)))
+    return _summed(f"{'pareto' if kind == 2 else 'lognormal'}_sum_d2", 2, law, limit, log_prob)
+
+
+FAMILIES: dict[str, Callable[[np.random.Generator], ExactEvent]] = {
+    "corners": corner,
+    "bowls": bowl,
+    "waves": wave,
+    "unions": union,
+    "heavy": heavy,
+}
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for family in options.families.split(","):
+        for i in range(options.members):
+            event = FAMILIES[family](np.random.default_rng((20_261_126, i, *family.encode())))
+            yield of_exact_event(event, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--members", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=10_000)
+    parser.add_argument("--estimator", default=None, help="a single estimator; default: what users get")
+    parser.add_argument("--peers", action="store_true", help="OpenTURNS beside it")
+    parser.add_argument("--out", type=Path, help="write rows and settings as JSON here, after each problem")
+    options = parser.parse_args(argv)
+    console = Console(width=150)
+    rows, broken = assess(cases(options), options)
+    tell(console, rows, options)
+    console.print(f"broken promises: {len(broken)}", *broken, sep="\n", highlight=False)
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
