@@ -46,7 +46,7 @@ from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
 from probest.guides.memory import Memory
-from probest.seeds import child_seed
+from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
@@ -72,6 +72,8 @@ class Stream(IntEnum):
     LEARN = 11
     BOUND = 12
     AGAIN = 13
+    HALVES = 14
+    LINES_AGAIN = 15
 
 
 class Aim(IntEnum):
@@ -97,6 +99,8 @@ class CombinedTuning:
     boolean_hits: int = tuned(24, "as few as that where there is no severity to climb", _EXACT)
     # lines
     lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
+    many_modes: int = tuned(12, "modes, beyond which lines that lack only precision go on", "modes.py")
+    more_lines: float = tuned(0.9, "of the budget that is left, for them", "modes.py")
     least_lines: int = tuned(100, "calls without which it is not tried", "reliability.py --calls-to-accuracy")
     close: float = tuned(1.2, "times the precision, that will do", "reliability.py")
     thick: int = tuned(192, "particles that are made from those of lines", _NETWORKS)
@@ -243,7 +247,12 @@ class Campaign:
             look = self._sample(Stream.LOOK, self.method.look)
             if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, self.tuning.cheap):
                 return self._finish_crude(look)
-            lined = self._line_up(look)
+            lined = self._line_up(look, Stream.LINES, self.tuning.lines)
+            many = lined is not None and lined.diagnostics.get("modes", 0.0) > self.tuning.many_modes
+            if many and lined is not None and _only_vague(lined):
+                lined = self._line_up(look, Stream.LINES_AGAIN, self.tuning.more_lines) or lined
+            if lined is not None and many and (lined.converged or _only_vague(lined)):
+                return lined  # nothing else finds so many, and lines say how many starts met one alone
             if lined is not None and lined.converged and lined.std_error <= self.tuning.close * aim:
                 return lined
             aimed = None if lined is None else self._aim(lined)
@@ -279,7 +288,7 @@ class Campaign:
         tempered = pool(runs) if runs else None
         judged = judge(self.crude.evidence, tempered, failed, self.weighed, self.lined, wanted)
         # lines may claim what is not there, so that those whose claims were not checked refute nothing
-        checked = self.lined if self.lined is not None and self.lined.converged else None
+        checked = self.lined if self.lined is not None and (self.lined.converged or _only_vague(self.lined)) else None
         return or_learned(settle(judged, checked, self.aimed, *self.roomy), self.learned)
 
     def _search(self) -> Evidence | None:
@@ -319,7 +328,11 @@ class Campaign:
         """What a look found, and how much of it is new."""
         effective, below = run.conclusion.diagnostics["island_ess"], run.conclusion.log_evidence
         mass = run.conclusion.log_prob + below
-        self.new = effective * self.memory.novelty(population, mass, planned) if self.looks else 0.0
+        if self.looks:
+            share = self.memory.novelty(population, mass, planned)
+        else:
+            share = self.memory.disagreement(population, generator(self._seed(Stream.HALVES)))
+        self.new = effective * share
         self.worth += effective
         self.looks.append(run)
         self.memory.add(population, mass)
@@ -397,13 +410,13 @@ class Campaign:
         assert run.counts is not None
         return _Crude(run.conclusion, run.counts)
 
-    def _line_up(self, look: _Crude) -> Evidence | None:
+    def _line_up(self, look: _Crude, stream: Stream, share: float) -> Evidence | None:
         """Line sampling, not converged if the crude sample speaks against it; None without calls enough to try."""
-        budget = int(self.tuning.lines * self.left)
+        budget = int(share * self.left)
         if budget < self.tuning.least_lines:
             return None
         lines = LineSampling(precision=self.method.precision)
-        self._add(lines.run(self.event, budget=budget, seed=self._seed(Stream.LINES)))
+        self._add(lines.run(self.event, budget=budget, seed=self._seed(stream)))
         lined = self.lines[-1]
         low, high = (math.exp(end) for end in lined.interval)
         hits, n = look.counts
@@ -514,7 +527,10 @@ class Campaign:
         prior = self.prior if self.event.weighted else None
         seed = self._seed(Stream.GUIDE, len(self.weighed))
         weighed = self._weigh(seed, self.memory, prior, share, trial)
-        self.lines[-1] = self.weighed[-1] = with_room(weighed, self.worth, self.new, self.method.precision)
+        new = self.new
+        if len(self.looks) == 1:  # nothing else tells of modes that were seen once, were all alike and as many as parts
+            new = max(new, self.worth * (1.0 - 1.0 / weighed.diagnostics["components"]) ** max(self.worth - 1.0, 0.0))
+        self.lines[-1] = self.weighed[-1] = with_room(weighed, self.worth, new, self.method.precision)
         return self.weighed[-1]
 
     def _weigh(
@@ -527,6 +543,11 @@ class Campaign:
         run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]
+
+
+def _only_vague(evidence: Evidence) -> bool:
+    """Whether an estimate lacks nothing but precision."""
+    return math.isfinite(evidence.log_prob) and not evidence.converged and evidence.codes == {Code.IMPRECISE}
 
 
 def _crude_cost(crude: Evidence, aim: float) -> float:

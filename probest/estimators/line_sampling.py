@@ -121,7 +121,7 @@ class _Campaign:
         few = self.meter.event.dim <= self.method.tuning.few
         search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8, tuning=self.method.tuning)
         starts = (5 * self.method.starts) // 8 if few else self.method.starts
-        if not search.run(self.rng, starts, 6 * self.method.starts):
+        if not search.run(self.rng, starts, self.method.tuning.most_starts):
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
         points = self._look_around(search)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
@@ -220,13 +220,18 @@ class _Campaign:
         square = sum(c.spread**2 / max(len(c.values) - 1, 1) + c.error**2 for c in chosen if len(c.values))
         return mean, math.sqrt(square)
 
+    @property
+    def _fewest(self) -> int:
+        """Fresh lines that a mode needs in any case."""
+        return self.method.tuning.least if self.modes.few else self.method.tuning.sparse
+
     def _least(self, chosen: list[_Values]) -> Floats:
         """Fresh lines that each mode needs: more where its model is poor, since few may then miss what matters."""
         means = np.array([np.sum(c.values) / max(len(c.values), 1) for c in chosen])
         share = means / max(float(means.sum()), 1e-300)
         poor = np.array([self.modes.misfit(k) > self.method.tuning.poor for k in range(len(self.modes))])
         many = np.where(poor, self.method.tuning.many * np.sqrt(np.maximum(share, 0.0)), 0.0)
-        return np.maximum(np.maximum(many, np.ceil(self.demanded * share)), self.method.tuning.least)
+        return np.maximum(np.maximum(many, np.ceil(self.demanded * share)), self._fewest)
 
     def _precise(self, chosen: list[_Values]) -> bool:
         mean, error = self._spread(chosen)
@@ -272,7 +277,7 @@ class _Campaign:
         share = np.exp(sums - diagnostics.log_sum_exp(sums))
         bends = any(m is not None and m.proposal.spread > 0.0 for m in models)
         lines = self.method.fresh * 0.5 * (1 + len(models)) * (self.method.tuning.curved if bends else 1.0)
-        return [max(self.method.tuning.least, round(lines * part)) for part in share.tolist()]
+        return [max(self._fewest, round(lines * part)) for part in share.tolist()]
 
     def _further_counts(self, chosen: list[_Values]) -> list[int]:
         """Fresh lines for each mode to reach the precision; zeros where the calls that are left do not suffice."""
@@ -284,8 +289,8 @@ class _Campaign:
         wanted = 1.1 * np.sum(spread) * spread / aim**2
         more = np.maximum(0.0, np.maximum(wanted, self._least(chosen)) - done)
         if not np.any(more > 0.0):  # nearly there: what is missing is certainty of the error itself
-            more[int(np.argmax(spread))] = self.method.tuning.least
-        more = np.where(more > 0.0, np.maximum(more, self.method.tuning.least), 0.0)
+            more[int(np.argmax(spread))] = self._fewest
+        more = np.where(more > 0.0, np.maximum(more, self._fewest), 0.0)
         afford = self.meter.left / (max(self.modes.price, 2.0) * max(float(more.sum()), 1.0))
         if afford < 1.0 and self.method.precision is not None:
             return [0 for _ in chosen]
@@ -320,7 +325,7 @@ class _Campaign:
         chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
         mean, _ = self._spread(chosen)
-        if not mean > 0.0 or any(len(c.values) < self.method.tuning.least for c in chosen):
+        if not mean > 0.0 or any(len(c.values) < self._fewest for c in chosen):
             sentence = "too few lines met the event: its boundary is too rough, or the budget too small."
             return self._nothing(Code.FEW_COUNT, sentence)
         # deviations as if all lines were one sample: their mean square over n - 1 is the stratified variance
@@ -330,8 +335,9 @@ class _Campaign:
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
         unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
+        unmet = 0.0 if self.modes.few else points.met_once
         systematic = math.hypot(
-            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out, unlooked
+            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out, unlooked, unmet
         )
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
@@ -388,7 +394,8 @@ class _Campaign:
 def _endless(points: DesignPoints, tuning: LineTuning) -> bool:
     """Whether there are more modes than directions could serve: as good as every start found its own."""
     single = int(np.sum(points.starts == 1))
-    return len(points.beta) > tuning.most_modes or (single >= 5 and single >= 0.7 * int(np.sum(points.starts)))
+    alone = single >= 5 and single >= 0.7 * int(np.sum(points.starts))
+    return len(points.beta) > tuning.most_modes or (alone and (points.around or single >= tuning.alone))
 
 
 def _deviations(chosen: _Values) -> Floats:

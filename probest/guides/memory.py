@@ -26,8 +26,9 @@ import numpy as np
 from probest import diagnostics
 from probest.evidence import Floats, Population
 from probest.guides.base import Guide
+from probest.guides.fit import fit_guide
 from probest.guides.program import BoundProgram
-from probest.guides.sample import Batch, kept_weights, seen
+from probest.guides.sample import Batch, above, kept_weights, seen
 
 __all__ = ["Memory"]
 
@@ -80,6 +81,24 @@ class Memory:
         share = seen(look, guide, log_w, planned=planned)[1]
         known = diagnostics.log_mean_exp(log_w)[0]
         return share * math.exp(min(0.0, log_mass - known)) if math.isfinite(known) else share
+
+    def disagreement(self, look: Population, rng: np.random.Generator) -> float:
+        """The share of a look that lies where a guide fitted to its other half would give none of its particles.
+
+        The halves descend from different first particles (:class:`probest.smc.population.State`). Where there are as
+        many modes as ancestors, each half has its own; nothing else tells, as long as there is one look alone.
+        """
+        n = len(look.z)
+        shares = []
+        for one, other in ((slice(n // 2), slice(n // 2, n)), (slice(n // 2, n), slice(n // 2))):
+            half = Population(look.z[one], look.log_w[one], look.log_weight[one], None, 0.5 * look.effective)
+            rows = None if look.rows is None else look.rows[: len(look.rows) // 2]
+            if look.rows is not None and one.start:
+                rows = look.rows[len(look.rows) // 2 :]
+            guide = fit_guide(half.z, half.log_w, rng, rows=rows, effective=half.effective).guide
+            weights = [guide.log_ratio(look.z[part]) + look.log_weight[part] for part in (one, other)]
+            shares.append(above(weights[1], look.log_w[other], weights[0]))
+        return float(np.mean(shares))
 
     def population(self) -> Population | None:
         """All looks as one sample of the target, by their masses and sizes; None without any."""

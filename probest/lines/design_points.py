@@ -56,7 +56,8 @@ class DesignPoints(NamedTuple):
     direction: ``(k, dim)`` unit outer normals. beta: ``(k,)`` distance of the boundary from the origin along them.
     slope: ``(k,)`` rise of the severity per unit of distance. starts: ``(k,)`` how many starts arrived at each.
     left_out: first-order probability of modes that were too unlikely to keep, relative to the kept.
-    lost: starts that did not arrive anywhere. origin: severity at z = 0.
+    lost: starts that did not arrive anywhere. origin: severity at z = 0. around: whether modes lie in the starts' own
+    directions, so that there is no end of them.
     """
 
     direction: Floats
@@ -66,11 +67,18 @@ class DesignPoints(NamedTuple):
     left_out: float
     lost: int
     origin: float
+    around: bool
 
     @property
     def log_form(self) -> float:
         """First-order estimate of log P, modes added up."""
         return min(0.0, log_sum_exp(np.asarray(log_ndtr(-self.beta), dtype=np.float64)))
+
+    @property
+    def met_once(self) -> float:
+        """First-order share of modes that one start alone arrived at: about that of those that none did (Good 1953)."""
+        once = np.asarray(log_ndtr(-self.beta[self.starts == 1]), dtype=np.float64)
+        return math.exp(log_sum_exp(once) - self.log_form) if len(once) else 0.0
 
 
 @dataclass
@@ -86,13 +94,32 @@ class _Walk:
     weight: int = 1
     part: float = 1.0
     stuck: bool = False
+    start: Floats | None = None
+
+    def __post_init__(self) -> None:
+        self.reach = float(np.linalg.norm(self.target))
 
     @classmethod
     def at(
-        cls, tuning: LineTuning, u: Floats, severity: float, grad: Floats, weight: int = 1, part: float = 1.0
+        cls,
+        tuning: LineTuning,
+        u: Floats,
+        severity: float,
+        grad: Floats,
+        weight: int = 1,
+        part: float = 1.0,
+        start: Floats | None = None,
     ) -> _Walk:
         plane = _plane(u, severity, grad)
-        return cls(tuning, u, severity, grad, plane.normal * plane.offset, [plane], weight, part)
+        return cls(tuning, u, severity, grad, plane.normal * plane.offset, [plane], weight, part, False, start)
+
+    @property
+    def straight(self) -> bool:
+        """Whether it went on in the direction that it started in: towards or away from the origin."""
+        if self.start is None:
+            return False
+        size = float(np.linalg.norm(self.start)) * float(np.linalg.norm(self.target))
+        return abs(float(self.start @ self.target)) > 0.7 * size
 
     @property
     def candidate(self) -> Floats:
@@ -119,8 +146,8 @@ class _Walk:
 
     def meets(self, other: _Walk, distance: float) -> bool:
         """Whether the targets are within ``distance``, in units that grow with the distance from the origin."""
-        apart = float(np.linalg.norm(self.target - other.target))
-        return apart <= distance * (1.0 + 0.5 * float(np.linalg.norm(other.target)))
+        within = distance * (1.0 + 0.5 * other.reach)
+        return abs(self.reach - other.reach) <= within and float(np.linalg.norm(self.target - other.target)) <= within
 
     def stepped(self, severity: float, grad: Floats) -> _Walk:
         """The walk after the candidate was evaluated."""
@@ -132,7 +159,7 @@ class _Walk:
         telling = _telling(severity, grad)
         hoped = 0.5 * float(candidate @ candidate)
         if telling and after < before - self.tuning.sufficient * max(before - hoped, 0.0):
-            ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part))
+            ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part), self.start)
             near = [
                 plane for plane in self.planes if float(np.linalg.norm(plane[2] - candidate)) < self.tuning.near_planes
             ]
@@ -148,13 +175,11 @@ class _Walk:
         if telling and self.part == 1.0 and len(planes) <= self.tuning.planes:
             target = _nearest(planes)
             if target is not None:
-                return _Walk(self.tuning, self.u, self.severity, self.grad, target, planes, self.weight)
+                return replace(self, target=target, planes=planes, part=1.0)
         if self.part < 0.1:  # no step helps: at best this is a corner on the boundary
-            return _Walk(self.tuning, self.u, self.severity, self.grad, self.u, planes, self.weight, stuck=True)
+            return replace(self, target=self.u, planes=planes, part=1.0, stuck=True)
         first = _Walk.at(self.tuning, self.u, self.severity, self.grad)
-        return _Walk(
-            self.tuning, self.u, self.severity, self.grad, first.target, first.planes, self.weight, 0.4 * self.part
-        )
+        return replace(self, target=first.target, planes=first.planes, part=0.4 * self.part)
 
 
 def _telling(severity: float, grad: Floats) -> bool:
@@ -356,7 +381,7 @@ class Search:
         result = self.meter.evaluate(z, gradient=True)
         assert result.severity_grad is not None
         cases = zip(z, result.severity.tolist(), result.severity_grad, strict=True)
-        walks = [_Walk.at(self.tuning, *case) for case in cases if _telling(case[1], case[2])]
+        walks = [_Walk.at(self.tuning, *case, start=case[0]) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
         self.slopes.extend(walk.grad / float(np.linalg.norm(walk.grad)) for walk in walks)
         ended = _follow(self.meter, walks, self.arrived, self._room, self.tuning)
@@ -371,11 +396,16 @@ class Search:
         """
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)
-        if known >= 5 and known > 0.75 * met:  # every start arrives somewhere else: more will not change that
+        if known >= 5 and known > 0.75 * met and self._all_around():  # more starts will not change that
             return self.begun
         rare = known > 1 and min(walk.weight for walk in counted) < 2
-        missing = max(starts, self.each * known if known > 1 else 0) - met
+        each = self.each if known <= self.tuning.several else min(self.each, self.tuning.each_of_many)
+        missing = max(starts, each * known if known > 1 else 0) - met
         return self.begun + max(missing, 4 if rare else 0)
+
+    def _all_around(self) -> bool:
+        """Whether every start found a mode in its own direction: there is no end of them."""
+        return sum(walk.straight for walk in self.arrived) > 0.5 * len(self.arrived)
 
     def _counted(self) -> list[_Walk]:
         log_p = [_log_form(walk) for walk in self.arrived]
@@ -403,6 +433,7 @@ class Search:
             left_out,
             self.lost,
             self.origin,
+            self._all_around(),
         )
 
 

@@ -141,6 +141,11 @@ class Modes:
         z = z[elsewhere & (away < least + 1.2) & (np.sum(towards * z, axis=1) > 0.0)]
         return np.asarray(z[np.argsort(np.linalg.norm(z, axis=1), kind="stable")[:4]])
 
+    @property
+    def few(self) -> bool:
+        """Whether there are so few modes that each can be looked at closely."""
+        return len(self.members) <= self.tuning.several
+
     # --- lines -----------------------------------------------------------------------------------------------------
 
     def _lines(self, k: int, guide: Guide, n: int) -> tuple[Pencil, Floats]:
@@ -156,7 +161,10 @@ class Modes:
     def learn(self, k: int) -> None:
         """The first lines of a mode: with gradients, one of them on a grid, drawn wide in few dimensions."""
         mode, dim = self.members[k], self.meter.event.dim
-        n = max(1, min(self.first, self.meter.left // 12))
+        first = self.first if self.few else max(2, self.first * self.tuning.several // len(self.members))
+        n = min(first, self.meter.left // 12)
+        if n < 1:
+            return
         if mode.direction is None or not 1 < dim <= self.tuning.few:
             lines, log_w = self._lines(k, Prior(dim), n)
         else:  # spread out evenly, so that what bends away is seen
@@ -198,7 +206,7 @@ class Modes:
         mode = self.members[k]
         n = len(log_w)
         scan = np.full(n, mode.rough)
-        scan[: n // 16 + (1 if learning else 0)] = True  # audit
+        scan[: n // 16 + (1 if learning and k < self.tuning.several else 0)] = True  # audit
         before = self.meter.calls
         crossings = find_crossings(
             self.meter,
@@ -251,6 +259,20 @@ class Modes:
         boundaries = tuple(self._fit(k, z, gradient, worth, home) for k in range(len(self.members)))
         return [self._propose(k, boundaries, z[home == k]) for k in range(len(self.members))]
 
+    def _near(self, k: int) -> list[int]:
+        """The other modes that lines of mode k may run into: where there are many, those whose planes meet its own so
+        near to the origin that it counts.
+        """
+        others = [j for j in range(len(self.members)) if j != k]
+        if self.few:
+            return others
+        beta = np.array([mode.beta for mode in self.members])
+        along = self._normals @ _along(self.members[k])
+        with np.errstate(divide="ignore"):
+            corner = (beta[k] ** 2 + beta**2 - 2.0 * along * beta[k] * beta) / np.maximum(1.0 - along**2, 1e-9)
+        relevant = [j for j in others if corner[j] < beta[k] ** 2 + self.tuning.corner]
+        return sorted(relevant, key=lambda j: float(corner[j]))[: self.tuning.several]
+
     def _roots(self) -> tuple[Floats, Floats, Floats]:
         """All roots, the gradients there (nan where not known), and the logarithm of what each line is worth."""
         z, gradient, worth = [], [], []
@@ -274,7 +296,7 @@ class Modes:
         slopes[~(rise > 0.05 * self.members[k].slope)] = np.nan
         weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(self.tuning.lightest)))
         root = z[rows] @ direction
-        others = np.delete(self._normals, k, axis=0)
+        others = self._normals[self._near(k)]
         others = others - (others @ direction)[:, None] * direction
         return fit_boundary(
             z[rows] - root[:, None] * direction, root, slopes, weight, self.members[k].rate, others, self.tuning
@@ -292,8 +314,9 @@ class Modes:
         own = boundaries[k]
         assert own is not None
         entry = own.root(u)
-        for j, other in enumerate(boundaries):
-            if j == k or other is None:
+        for j in self._near(k):
+            other = boundaries[j]
+            if other is None:
                 continue
             frame = np.column_stack([_along(self.members[j]), other.basis])
             level, rise = u @ (own.basis.T @ frame), _along(self.members[k]) @ frame

@@ -9,6 +9,7 @@ from probest.tuning import tuned
 __all__ = ["LineTuning"]
 
 _SMOOTH = "reliability.py (27 problems and their variants, seeds 0 to 40)"
+_MODES = "modes.py --families unions"
 _VARIANTS = "reliability.py --variants"
 
 
@@ -45,7 +46,13 @@ class LineTuning:
     weighty: float = tuned(0.05, "share of P that a catastrophe outside may stand for by its distance", "gates")
     opposite: float = tuned(1.08, "as far beyond a mode's mirror image the opposite one is looked for", _VARIANTS)
     halvings: int = tuned(4, "bisections of the way to a catastrophe, to start from its boundary", _VARIANTS)
-    most_modes: int = tuned(12, "directions; where there are more modes, rays from the origin replace them", _VARIANTS)
+    several: int = tuned(12, "modes, beyond which each is learnt from fewer lines", _MODES)
+    each_of_many: int = tuned(4, "starts for each of them", _MODES)
+    sparse: int = tuned(2, "fresh lines a mode, at least, where there are more", _MODES)
+    corner: float = tuned(9.0, "squared distance by which two modes' corner may lie further out to count", _MODES)
+    most_modes: int = tuned(150, "directions; where there are more modes, rays from the origin replace them", _MODES)
+    alone: int = tuned(30, "modes, if each was met by one start alone, that are taken for no end of them", _MODES)
+    most_starts: int = tuned(1000, "random starts, at most", _MODES)
     # roots
     tolerance: float = tuned(0.03, "nats that the last step of a root may change the mass beyond it", _SMOOTH)
     root_steps: int = tuned(6, "Newton and secant steps", _SMOOTH)
