@@ -37,7 +37,7 @@ import numpy as np
 import scipy
 
 from probest import diagnostics
-from probest.budget import Meter
+from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.base import check_least, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
@@ -46,6 +46,7 @@ from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
 from probest.guides.memory import Memory
+from probest.guides.subspace import gradient_rows
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
@@ -105,6 +106,7 @@ class CombinedTuning:
     close: float = tuned(1.2, "times the precision, that will do", "reliability.py")
     thick: int = tuned(192, "particles that are made from those of lines", _NETWORKS)
     thick_price: int = tuned(30, "calls left for each of them", _NETWORKS)
+    thick_slopes: int = tuned(64, "gradients among them, for the directions that matter", "modes.py --families corners")
     sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
     vague: float = tuned(1.5, "standard error of lines whose particles say nothing", _NETWORKS)
     # tempering and guides
@@ -433,10 +435,14 @@ class Campaign:
         n = min(self.tuning.thick, self.left // self.tuning.thick_price)
         if lined.particles is None or n < 64 or not lined.std_error < self.tuning.vague:
             return None
-        meter = Meter(self.event, cost(n, self.tuning.sweeps))
+        slopes = GRADIENT_CALLS * self.tuning.thick_slopes
+        meter = Meter(self.event, cost(n, self.tuning.sweeps) + slopes)
         seed = self._seed(Stream.AIM, Aim.THICKEN)
         particles = thicken(meter, lined.particles, n, seed=seed, sweeps=self.tuning.sweeps)
-        population = _independent(particles)._replace(effective=len(particles.z) / 3.0)
+        at = np.linspace(0, len(particles.z) - 1, min(self.tuning.thick_slopes, len(particles.z))).astype(np.intp)
+        slope = meter.evaluate(particles.z[at], gradient=True).severity_grad
+        rows = gradient_rows(particles.z[at], np.zeros(len(at)), slope, None)
+        population = _independent(particles)._replace(effective=len(particles.z) / 3.0, rows=rows)
         self.left -= meter.calls
         weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population)
         self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)

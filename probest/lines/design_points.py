@@ -154,9 +154,11 @@ class _Walk:
         candidate = self.candidate
         norm = float(np.linalg.norm(self.grad))
         price = (2.0 * max(float(np.linalg.norm(self.u)), float(np.linalg.norm(self.target))) + 1.0) / norm
-        before = 0.5 * float(self.u @ self.u) + price * abs(self.severity)
-        after = 0.5 * float(candidate @ candidate) + price * abs(severity)
         telling = _telling(severity, grad)
+        units = len(self.planes) > 1 and telling  # limits may have units of their own: each in distances
+        price_after = price * norm / float(np.linalg.norm(grad)) if units else price
+        before = 0.5 * float(self.u @ self.u) + price * abs(self.severity)
+        after = 0.5 * float(candidate @ candidate) + price_after * abs(severity)
         hoped = 0.5 * float(candidate @ candidate)
         if telling and after < before - self.tuning.sufficient * max(before - hoped, 0.0):
             ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part), self.start)

@@ -26,7 +26,7 @@ class LineTuning:
     walk_steps: int = tuned(14, "gradient steps of a walk, at most", _SMOOTH)
     first_starts: int = tuned(2, "starts of the first batch: the others may meet what these find", _SMOOTH)
     sufficient: float = tuned(0.3, "share of the hoped-for fall of the merit that a step must bring", _SMOOTH)
-    planes: int = tuned(5, "linearisations that a walk keeps before it shortens its step", _SMOOTH)
+    planes: int = tuned(8, "linearisations that a walk keeps before it shortens its step", _SMOOTH)
     near_planes: float = tuned(2.0, "linearisations further away are forgotten when a step succeeds", _SMOOTH)
     arrival: float = tuned(0.1, "a target this near counts as reached: lines need it only roughly", _SMOOTH)
     same_mode: float = tuned(0.35, "design points nearer (relative to their norm, plus as much) are one", _SMOOTH)
