@@ -47,6 +47,7 @@ from probest.estimators.tempering import Tempering
 from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
 from probest.guides.memory import Memory
 from probest.guides.subspace import gradient_rows
+from probest.lines.tuning import LineTuning
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
@@ -258,7 +259,13 @@ class Campaign:
             if lined is not None and lined.converged and lined.std_error <= self.tuning.close * aim:
                 return lined
             aimed = None if lined is None else self._aim(lined)
-            if aimed is not None and lined is not None and aimed.converged and agree(aimed, lined):
+            if (
+                aimed is not None
+                and lined is not None
+                and aimed.converged
+                and agree(aimed, lined)
+                and self._complete(lined)
+            ):
                 return aimed
             if self.left < 1:
                 return lined or look.evidence
@@ -429,6 +436,16 @@ class Campaign:
                 lined, converged=False, notes=(*lined.notes, Note(Code.DISAGREE, sentence))
             )
         return lined
+
+    def _complete(self, lined: Evidence) -> bool:
+        """Whether nothing says that lines missed a mode, which a guide fitted to their particles would miss too.
+
+        In few dimensions they were looked for all around, whatever became of walks.
+        """
+        doubtful = {Code.UNSEEN, Code.DISAGREE, Code.BUDGET_SPENT}
+        if self.event.dim > LineTuning().covered:
+            doubtful.add(Code.STRAYED)
+        return not lined.codes & doubtful and not lined.diagnostics.get("unmet", 0.0) > 0.0
 
     def _aim(self, lined: Evidence) -> Evidence | None:
         """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""

@@ -335,7 +335,7 @@ class _Campaign:
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
         unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
-        unmet = 0.0 if self.modes.few else points.met_once
+        unmet = points.met_once if search.short or not self.modes.few else 0.0
         systematic = math.hypot(
             *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out, unlooked, unmet
         )
@@ -365,6 +365,7 @@ class _Campaign:
                 "starts": float(search.begun),
                 "strayed": float(search.lost),
                 "audited": float(self.audited),
+                "unmet": unmet,
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
             notes=notes,

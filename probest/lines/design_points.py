@@ -277,6 +277,11 @@ class Search:
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
 
+    @property
+    def short(self) -> bool:
+        """Whether the budget ended it before as many starts as known modes ask for."""
+        return self.begun < self._wanted(self.begun)
+
     def _from_far(self) -> bool:
         """Walks that failed, once more from the other side: from where rays along their gradients enter the event.
 
