@@ -437,15 +437,16 @@ class Campaign:
             )
         return lined
 
-    def _complete(self, lined: Evidence) -> bool:
-        """Whether nothing says that lines missed a mode, which a guide fitted to their particles would miss too.
+    def _bears_out(self, lined: Evidence, aimed: Evidence) -> bool:
+        """Whether lines agree with the guide fitted to their particles, and nothing says that they missed a mode.
 
-        In few dimensions they were looked for all around, whatever became of walks.
+        The guide would miss it too. In few dimensions they were looked for all around, whatever became of walks.
         """
         doubtful = {Code.UNSEEN, Code.DISAGREE, Code.BUDGET_SPENT}
         if self.event.dim > LineTuning().covered:
             doubtful.add(Code.STRAYED)
-        return not lined.codes & doubtful and not lined.diagnostics.get("unmet", 0.0) > 0.0
+        missed = lined.codes & doubtful or lined.diagnostics.get("unmet", 0.0) > 0.0
+        return agree(aimed, lined) and not missed
 
     def _aim(self, lined: Evidence) -> Evidence | None:
         """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""
