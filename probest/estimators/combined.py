@@ -259,13 +259,7 @@ class Campaign:
             if lined is not None and lined.converged and lined.std_error <= self.tuning.close * aim:
                 return lined
             aimed = None if lined is None else self._aim(lined)
-            if (
-                aimed is not None
-                and lined is not None
-                and aimed.converged
-                and agree(aimed, lined)
-                and self._complete(lined)
-            ):
+            if aimed is not None and lined is not None and aimed.converged and self._bears_out(lined, aimed):
                 return aimed
             if self.left < 1:
                 return lined or look.evidence

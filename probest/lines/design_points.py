@@ -401,6 +401,8 @@ class Search:
 
         Each known mode that counts should have been met twice, and ``each`` starts a mode should have arrived at such.
         """
+        if self.begun >= self.tuning.astray and self.lost > 0.6 * self.begun:
+            return self.begun
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)
         if known >= 5 and known > 0.75 * met and self._all_around():  # more starts will not change that
