@@ -6,7 +6,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-__all__ = ["Catastrophes", "Estimate", "GradientError", "estimate"]
+__all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "estimate"]
 
 MAX_DECODED = 4_000
 GRADIENT_LINES = 400
@@ -236,6 +236,23 @@ class Estimate:
             cases.sites, weights / weights.sum(), particles.severity[best], cases.observation, cases.action
         )
 
+    @cached_property
+    def nearest(self) -> Case | None:
+        """The catastrophe nearest to the middle of the adversary that was seen, or, where there was none, the case of
+        greatest severity: what comes nearest to one. None if every case that was tried is impossible.
+        """
+        found = self._event.nearest
+        if found is None:
+            return None
+        cases = self._event.decode(found.z[None], found.held)
+
+        def first(leaf: Any) -> Any:
+            return leaf[0]
+
+        observation, action = (self._event.backend.tree_map(first, tree) for tree in (cases.observation, cases.action))
+        sites = {name: value[0] for name, value in {**found.held, **cases.sites}.items()}
+        return Case(sites, found.severity, observation, action)
+
     def worst_case(self, kl: float) -> float:
         """The largest probability of a catastrophe under any adversary q with KL(q ‖ D) ≤ ``kl`` nats.
 
@@ -332,6 +349,18 @@ class Estimate:
             f"Estimate(log_prob={self.log_prob:.4g}, std_error={self.std_error:.2g}, "
             f"interval=({self.lower:.4g}, {self.upper:.4g}), converged={self.converged}, calls={self.calls})"
         )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case: values of its sites by name, what M saw and did (pytrees of arrays), and its severity, at least 0 for a
+    catastrophe.
+    """
+
+    sites: dict[str, np.ndarray]
+    severity: float
+    observation: PyTree
+    action: PyTree
 
 
 class Catastrophes(Mapping[str, np.ndarray]):

@@ -283,6 +283,28 @@ FAMILIES = {
 }
 
 
+def test_the_nearest_case_comes_decoded_whether_or_not_it_is_a_catastrophe(backend: str) -> None:
+    lib = library(backend)
+    found, _ = switch(lib)
+    nearest = estimate(found, budget=5_000, **QUIET).nearest
+    assert nearest is not None
+    assert nearest.severity >= 0.0
+    assert float(nearest.sites["s"]) == 1.0  # with the switch the limit is at half a standard deviation
+    along = float(np.sum(nearest.sites["x"])) / math.sqrt(15.0)
+    assert 0.5 - 1e-5 <= along <= 1.0
+    np.testing.assert_array_equal(nearest.observation[1], nearest.sites["x"])
+
+    def never(y: Any) -> Any:
+        return -1.0 - lib.xp.sum(y[1] ** 2) - 0.001 * y[0]
+
+    safe = estimate(problem(found.adversary, never), budget=2_000, **QUIET).nearest
+    assert safe is not None
+    assert -1.5 < safe.severity < 0.0
+    assert math.isclose(
+        -1.0 - float(np.sum(safe.sites["x"] ** 2)) - 0.001 * float(safe.sites["s"]), safe.severity, rel_tol=1e-4
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rare_value_cannot_hide(backend: str, family: str) -> None:
     built, truth = FAMILIES[family](named(backend))

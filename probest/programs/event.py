@@ -41,6 +41,26 @@ class Cases(NamedTuple):
     action: PyTree
 
 
+class Nearest(NamedTuple):
+    """The catastrophe nearest to the middle of D that was seen, or, without any, the case of greatest severity.
+
+    z ``(dim,)``; held: values of sites that were held, each ``(1, ...)``; severity: of this case.
+    """
+
+    z: Floats
+    held: dict[str, np.ndarray]
+    severity: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Greater for a case that is nearer."""
+        return _rank(self.severity, self.z)
+
+
+def _rank(severity: float, z: Floats) -> tuple[bool, float]:
+    return (True, -float(z @ z)) if severity >= 0.0 else (False, severity)
+
+
 @dataclass(frozen=True)
 class Composition:
     """Adversary, model and checker as one function of z. Equal compositions share compiled code.
@@ -283,7 +303,7 @@ class Event:
     """A problem in standard-normal coordinates; satisfies :class:`~probest.evidence.EventLike`.
 
     ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
-    ``on_calls`` is told after each chunk.
+    ``on_calls`` is told after each chunk; ``nearest`` is the case nearest to a likely catastrophe that was evaluated.
     """
 
     composition: Composition
@@ -295,6 +315,7 @@ class Event:
     model_calls: int = 0
     checker_calls: int = 0
     on_calls: Callable[[int], None] | None = None
+    nearest: Nearest | None = None
 
     @property
     def dim(self) -> int:
@@ -344,6 +365,7 @@ class Event:
                 if self.on_calls is not None:
                     self.on_calls(self.model_calls)
                 outputs.append(self._checked(values, z[rows]))
+                self._remember(*outputs[-1], z[rows], kept)
                 grads.append(gradients)
         severity, log_weight = (
             (np.concatenate(column) for column in zip(*outputs, strict=True)) if outputs else (np.empty(0),) * 2
@@ -354,6 +376,20 @@ class Event:
             (np.concatenate(column) for column in zip(*grads, strict=True)) if grads else (np.empty((0, self.dim)),) * 2
         )
         return Evaluation(severity, log_weight, severity_grad, weight_grad if self.weighted else None)
+
+    def _remember(self, severity: Floats, log_weight: Floats, z: Floats, held: Mapping[str, np.ndarray]) -> None:
+        """Keep the nearest of these cases, if it is nearer than what was seen before. Impossible ones do not count."""
+        possible = np.isfinite(log_weight) & ~np.isnan(severity)
+        caught = possible & (severity >= 0.0)
+        if caught.any():
+            row = int(np.argmin(np.where(caught, np.einsum("ij,ij->i", z, z), np.inf)))
+        elif possible.any():
+            row = int(np.argmax(np.where(possible, severity, -np.inf)))
+        else:
+            return
+        if self.nearest is None or _rank(float(severity[row]), z[row]) > self.nearest.rank:
+            kept = {name: value[row : row + 1].copy() for name, value in held.items()}
+            self.nearest = Nearest(z[row].copy(), kept, float(severity[row]))
 
     def severity(self, z: Floats) -> Floats:
         """Severity at each row of z, ``(n,)``."""
@@ -414,12 +450,18 @@ class Event:
         with self.backend.no_gradient():
             return self.backend.rows(self.composition._observe, self.parts, self.backend.from_host(z), {})[0]
 
-    def decode(self, z: Floats) -> Cases:
-        """The named sites, observation and action at each row of z, as NumPy arrays."""
+    def decode(self, z: Floats, held: Mapping[str, np.ndarray] | None = None) -> Cases:
+        """The named sites, observation and action at each row of z, as NumPy arrays; held as in :meth:`evaluate`."""
+        held = held or {}
         decoder = _Decoder(self.composition)
         with self._evaluating(self.parts):
             pieces = [
-                self.backend.on_host(decoder, self.parts, np.asarray(z[rows], dtype=np.float64), {})[0]
+                self.backend.on_host(
+                    decoder,
+                    self.parts,
+                    np.asarray(z[rows], dtype=np.float64),
+                    {name: value[rows] for name, value in held.items()},
+                )[0]
                 for rows in chunks(len(z), self.chunk_size)
             ]
         return Cases(*self.backend.tree_map(lambda *leaves: np.concatenate(leaves), *pieces))
@@ -433,7 +475,7 @@ class Event:
         )
         for part in parts[:2]:
             self.composition.frontend.adopt(part)
-        return replace(self, parts=parts, model_calls=0, checker_calls=0)
+        return replace(self, parts=parts, model_calls=0, checker_calls=0, nearest=None)
 
     @cached_property
     def _scored(self) -> Composition | _Unjudged:
