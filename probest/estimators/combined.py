@@ -1,29 +1,30 @@
-"""The default strategy: look, line up, climb, aim, check.
+"""The default strategy: line up, look, learn, look again, sample afresh.
 
-1. *Look*: a small crude sample. If P is large, crude sampling finishes the job.
+1. *A crude sample*, small. If P is large, crude sampling finishes the job.
 2. *Line up*: where the severity has a gradient, line sampling along the design points' directions
    (:mod:`probest.estimators.line_sampling`) settles smooth problems and unions of smooth ones in some hundreds of
    calls. If its lines vary too much, or its own checks fail, what follows starts from nothing. Where only their
    precision does not do, a guide is fitted to their particles (see *aim*).
-3. *Climb*: tempering with some hundreds of particles finds the catastrophes (a crude sample with enough hits
-   replaces it: those are exact).
-4. *Aim*: a guide is fitted to the particles and sampled afresh, one forward call each.
-5. *Check*: the two must agree within their errors, the weights must have a variance, and the particles must lie
-   where the guide samples. A vague tempering agrees with anything: then a second one, with a guide of its own, has to
-   agree. If not, more particles and a new guide. A guide that is hopeless already on its trial
-   (many curved modes, as of deep networks) is left at once.
-6. *Fall back*: all that is left of the budget goes into tempering, as large as fits; all runs are pooled by their sizes
-   (:mod:`probest.smc.families`). If methods disagree, the answer is "not converged". Disagreement is never
-   averaged away.
+3. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and without.
+4. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
+   which a guide is fitted. Each new look is held against it: what lies where the guide gave no sample is new. A first
+   look has its own halves to be held against.
+5. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below the
+   precision, or the budget allows no further look. Weights must have a variance, particles must lie where the guide
+   samples, and no higher estimate may stand against it.
+6. *Fall back*: where a guide is hopeless (many curved modes, as of deep networks), all that is left of the budget goes
+   into tempering, as large as fits; all runs are pooled by their sizes (:mod:`probest.smc.families`). If methods
+   disagree, the answer is "not converged". Disagreement is never averaged away.
 
 Where there is nothing to climb (a checker that returns a bool) or no gradient to climb by, a learned severity comes
 first (:mod:`probest.estimators.surrogate`); the steps above follow where it did not pass its checks.
 
 It fails where gradients and tempering fail: a mode that no walk and no particle found, in a place that no fresh sample
-reached.
+reached. Modes whose share is small until just before the limit are lost by small populations; several looks, each of
+which finds them once in a few times, are what stands against that.
 
-Reference: for the parts see :mod:`probest.estimators.line_sampling`, :mod:`probest.estimators.tempering` and
-:mod:`probest.estimators.importance`.
+Reference: for the parts see :mod:`probest.estimators.line_sampling`, :mod:`probest.estimators.tempering`,
+:mod:`probest.estimators.importance` and :mod:`probest.guides.memory`.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Combined:
 
     precision: wanted standard error of log P; stops there. None spends the budget.
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
-    particles: of the first tempering; a second one, when needed, takes four times as many or what fits.
+    particles: of each of the first three looks; later ones take twice as many as the one before.
     bound: where nothing is found, spend what is left of the budget on plain draws, which bound P by 3 in their number.
     tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
