@@ -5,13 +5,14 @@
    (:mod:`probest.estimators.line_sampling`) settles smooth problems and unions of smooth ones in some hundreds of
    calls. If its lines vary too much, or its own checks fail, what follows starts from nothing. Where only their
    precision does not do, a guide is fitted to their particles (see *aim*).
-3. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and without.
+3. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and
+   without.
 4. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
    which a guide is fitted. Each new look is held against it: what lies where the guide gave no sample is new. A first
    look has its own halves to be held against.
-5. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below the
-   precision, or the budget allows no further look. Weights must have a variance, particles must lie where the guide
-   samples, and no higher estimate may stand against it.
+5. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below
+   the precision, or the budget allows no further look. Weights must have a variance, particles must lie where the
+   guide samples, and no higher estimate may stand against it.
 6. *Fall back*: where a guide is hopeless (many curved modes, as of deep networks), all that is left of the budget goes
    into tempering, as large as fits; all runs are pooled by their sizes (:mod:`probest.smc.families`). If methods
    disagree, the answer is "not converged". Disagreement is never averaged away.
