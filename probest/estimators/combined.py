@@ -104,6 +104,7 @@ class CombinedTuning:
     # lines
     lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
     many_modes: int = tuned(12, "modes, beyond which lines that lack only precision go on", "modes.py")
+    planar: float = tuned(0.2, "nats between lines and the first order, at most, where modes are planes", "modes.py")
     more_lines: float = tuned(0.9, "of the budget that is left, for them", "modes.py")
     least_lines: int = tuned(100, "calls without which it is not tried", "reliability.py --calls-to-accuracy")
     close: float = tuned(1.2, "times the precision, that will do", "reliability.py")
@@ -253,10 +254,9 @@ class Campaign:
             if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, self.tuning.cheap):
                 return self._finish_crude(look)
             lined = self._line_up(look, Stream.LINES, self.tuning.lines)
-            many = lined is not None and lined.diagnostics.get("modes", 0.0) > self.tuning.many_modes
-            if many and lined is not None and _only_vague(lined):
+            if lined is not None and self._lacks_starts(lined):
                 lined = self._line_up(look, Stream.LINES_AGAIN, self.tuning.more_lines) or lined
-            if lined is not None and many and (lined.converged or _only_vague(lined)):
+            if lined is not None and self._many_planes(lined) and (lined.converged or self._lacks_starts(lined)):
                 return lined  # nothing else finds so many, and lines say how many starts met one alone
             if lined is not None and lined.converged and lined.std_error <= self.tuning.close * aim:
                 return lined
@@ -293,7 +293,8 @@ class Campaign:
         tempered = pool(runs) if runs else None
         judged = judge(self.crude.evidence, tempered, failed, self.weighed, self.lined, wanted)
         # lines may claim what is not there, so that those whose claims were not checked refute nothing
-        checked = self.lined if self.lined is not None and (self.lined.converged or _only_vague(self.lined)) else None
+        lined = self.lined
+        checked = lined if lined is not None and (lined.converged or self._lacks_starts(lined)) else None
         return or_learned(settle(judged, checked, self.aimed, *self.roomy), self.learned)
 
     def _search(self) -> Evidence | None:
@@ -433,6 +434,18 @@ class Campaign:
             )
         return lined
 
+    def _many_planes(self, lined: Evidence) -> bool:
+        """Whether there are many modes, and each is nearly a half-space: lines say what the first order says."""
+        many = lined.diagnostics.get("modes", 0.0) > self.tuning.many_modes
+        return many and abs(lined.diagnostics.get("form", math.inf) - lined.log_prob) <= self.tuning.planar
+
+    def _lacks_starts(self, lined: Evidence) -> bool:
+        """Whether lines through many planes lack nothing but starts enough to have met them all."""
+        if lined.converged or lined.codes != {Code.IMPRECISE} or not self._many_planes(lined):
+            return False
+        own = lined.std_error**2 - lined.diagnostics["unmet"] ** 2
+        return own <= wanted_error(self.method.precision) ** 2
+
     def _bears_out(self, lined: Evidence, aimed: Evidence) -> bool:
         """Whether lines agree with the guide fitted to their particles, and nothing says that they missed a mode.
 
@@ -563,11 +576,6 @@ class Campaign:
         run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]
-
-
-def _only_vague(evidence: Evidence) -> bool:
-    """Whether an estimate lacks nothing but precision."""
-    return math.isfinite(evidence.log_prob) and not evidence.converged and evidence.codes == {Code.IMPRECISE}
 
 
 def _crude_cost(crude: Evidence, aim: float) -> float:

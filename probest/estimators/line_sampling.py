@@ -119,7 +119,8 @@ class _Campaign:
 
     def run(self) -> list[Evidence]:
         few = self.meter.event.dim <= self.method.tuning.few
-        search = Search(self.meter, calls=self.meter.left // 2, each=4 if few else 8, tuning=self.method.tuning)
+        calls = min(self.meter.left // 2, self.method.tuning.search_calls)
+        search = Search(self.meter, calls=calls, each=4 if few else 8, tuning=self.method.tuning)
         starts = (5 * self.method.starts) // 8 if few else self.method.starts
         if not search.run(self.rng, starts, self.method.tuning.most_starts):
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
@@ -366,6 +367,7 @@ class _Campaign:
                 "strayed": float(search.lost),
                 "audited": float(self.audited),
                 "unmet": unmet,
+                "form": points.log_form,
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
             notes=notes,

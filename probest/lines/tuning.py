@@ -51,6 +51,7 @@ class LineTuning:
     sparse: int = tuned(2, "fresh lines a mode, at least, where there are more", _MODES)
     corner: float = tuned(9.0, "squared distance by which two modes' corner may lie further out to count", _MODES)
     most_modes: int = tuned(150, "directions; where there are more modes, rays from the origin replace them", _MODES)
+    search_calls: int = tuned(4000, "calls, at most, for the search", "networks.py")
     astray: int = tuned(48, "starts after which no more follow where most arrive nowhere", "networks.py")
     alone: int = tuned(30, "modes, if each was met by one start alone, that are taken for no end of them", _MODES)
     most_starts: int = tuned(1000, "random starts, at most", _MODES)
