@@ -148,6 +148,8 @@ def judge(
     found = [line for line in weighed if math.isfinite(line.log_prob)]
     advice: list[str] = list(tempered.notes)
     lower, top = tempered.interval
+    if Code.FEW_ANCESTORS in tempered.codes:  # all of them may be in a small mode
+        top = max(top, upper)
     agreed = all(agree(tempered, line) for line in found if line.converged) and lower <= upper
     if lined is not None and lined.converged and agree(tempered, lined) and lined.std_error < tempered.std_error:
         return lined

@@ -81,6 +81,11 @@ def test_tempering_alone_concludes_if_it_is_precise() -> None:
     assert vague.codes == {Code.IMPRECISE}
 
 
+def test_few_ancestors_do_not_bound_from_above() -> None:
+    few = line(-50.0, 1.4, converged=False, notes=(Note(Code.FEW_ANCESTORS, "few ancestors"),))
+    assert judge(CRUDE, few, [], [], None, WANTED).interval == (few.interval[0], CRUDE.interval[1])
+
+
 def test_a_sample_that_passed_and_disagrees_is_reported_not_averaged() -> None:
     judged = judge(CRUDE, line(-12.0, 0.1), [], [line(-10.0)], None, WANTED)
     assert not judged.converged

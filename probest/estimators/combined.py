@@ -119,6 +119,7 @@ class CombinedTuning:
     attempts: int = tuned(9, "looks with a guide each, at most", _LEARNED)
     reserve: float = tuned(0.2, "of the budget, that looks leave for the samples of the last guide", _LEARNED)
     look_margin: float = tuned(1.2, "times what the last look took a particle, for the next", _LEARNED)
+    too_few: float = tuned(2.0, "independent catastrophes, below which plain draws alone bound P from above", _LEARNED)
     without: float = tuned(0.65, "of what a look takes, one without gradients", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
@@ -563,8 +564,12 @@ class Campaign:
         new = self.new
         if len(self.looks) == 1:  # nothing else tells of modes that were seen once, were all alike and as many as parts
             new = max(new, self.worth * (1.0 - 1.0 / weighed.diagnostics["components"]) ** max(self.worth - 1.0, 0.0))
-        self.lines[-1] = self.weighed[-1] = with_room(weighed, self.worth, new, self.method.precision)
-        return self.weighed[-1]
+        weighed = with_room(weighed, self.worth, new, self.method.precision)
+        if self.worth - new < self.tuning.too_few and self.crude is not None and math.isfinite(weighed.log_prob):
+            top = max(weighed.interval[1], self.crude.evidence.interval[1])
+            weighed = replace(weighed, interval=(weighed.interval[0], top), converged=False)
+        self.lines[-1] = self.weighed[-1] = weighed
+        return weighed
 
     def _weigh(
         self, seed: np.random.SeedSequence, memory: Memory, prior: Memory | None, share: float, trial: bool = False
