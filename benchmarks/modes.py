@@ -27,7 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from reliability import Case, assess, of_exact_event, tell  # noqa: E402
 
 from probest.evidence import Floats  # noqa: E402
-from probest.testing.events import ExactEvent  # noqa: E402
+from probest.testing.events import Batch, ExactEvent  # noqa: E402
+
+Pick = Callable[..., np.ndarray]
 
 
 def frame(rng: np.random.Generator, dim: int, count: int) -> Floats:
@@ -35,18 +37,27 @@ def frame(rng: np.random.Generator, dim: int, count: int) -> Floats:
     return np.asarray(np.linalg.qr(rng.standard_normal((dim, count)))[0])
 
 
+def limits(axes: Floats, beta: Floats, scale: Floats, pick: Pick) -> tuple[Batch, Batch]:
+    """Severity and gradient of several half-spaces, each in units of its own: the one that ``pick`` chooses counts."""
+
+    def each(z: Floats) -> Floats:
+        return np.asarray(scale * (z @ axes - beta))
+
+    def severity(z: Floats) -> Floats:
+        margins = each(z)
+        return np.asarray(margins[np.arange(len(z)), pick(margins, axis=1)])
+
+    def gradient(z: Floats) -> Floats:
+        chosen = pick(each(z), axis=1)
+        return np.asarray(scale[chosen, None] * axes.T[chosen])
+
+    return severity, gradient
+
+
 def corner(rng: np.random.Generator) -> ExactEvent:
     dim, count = int(rng.integers(5, 60)), int(rng.integers(2, 6))
     axes, beta = frame(rng, dim, count), rng.uniform(0.3, 2.8, count)
-    scale = 10.0 ** rng.uniform(-1, 1, count)
-
-    def severity(z: Floats) -> Floats:
-        return np.asarray((scale * (z @ axes - beta)).min(axis=1))
-
-    def gradient(z: Floats) -> Floats:
-        least = (scale * (z @ axes - beta)).argmin(axis=1)
-        return np.asarray(scale[least, None] * axes.T[least])
-
+    severity, gradient = limits(axes, beta, 10.0 ** rng.uniform(-1, 1, count), np.argmin)
     return ExactEvent(f"corner{count}_d{dim}", dim, float(stats.norm.logsf(beta).sum()), severity, gradient)
 
 
@@ -108,15 +119,7 @@ def union(rng: np.random.Generator) -> ExactEvent:
     count = int(rng.integers(30, 101))
     dim = int(rng.integers(count, 151))
     axes, beta = frame(rng, dim, count), rng.uniform(4.0, 6.0) + rng.exponential(0.3, count)
-    scale = 10.0 ** rng.uniform(-0.5, 0.5, count)
-
-    def severity(z: Floats) -> Floats:
-        return np.asarray((scale * (z @ axes - beta)).max(axis=1))
-
-    def gradient(z: Floats) -> Floats:
-        most = (scale * (z @ axes - beta)).argmax(axis=1)
-        return np.asarray(scale[most, None] * axes.T[most])
-
+    severity, gradient = limits(axes, beta, 10.0 ** rng.uniform(-0.5, 0.5, count), np.argmax)
     log_prob = float(np.log(-np.expm1(np.sum(stats.norm.logcdf(beta)))))
     return ExactEvent(f"union{count}_d{dim}", dim, log_prob, severity, gradient)
 

@@ -103,7 +103,6 @@ class CombinedTuning:
     boolean_hits: int = tuned(24, "as few as that where there is no severity to climb", _EXACT)
     # lines
     lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
-    many_modes: int = tuned(12, "modes, beyond which lines that lack only precision go on", "modes.py")
     planar: float = tuned(0.2, "nats between lines and the first order, at most, where modes are planes", "modes.py")
     more_lines: float = tuned(0.9, "of the budget that is left, for them", "modes.py")
     least_lines: int = tuned(100, "calls without which it is not tried", "reliability.py --calls-to-accuracy")
@@ -226,7 +225,7 @@ class Campaign:
             self.seed = child_seed(self.seed, Stream.AGAIN)
         self.rounds += 1
         try:
-            conclusion = self.bounded(self._go_on() if self.searched else self._conclude())
+            conclusion = self._bounded(self._go_on() if self.searched else self._conclude())
         except KeyboardInterrupt:
             if not self.lines:
                 raise
@@ -237,6 +236,11 @@ class Campaign:
         claim = "consistent" if conclusion.claim == "unbiased" else conclusion.claim  # chosen by what it says
         conclusion = replace(conclusion, method=self.method.name, claim=claim, calls=calls, seconds=seconds)
         return Run((*self.lines[before:], conclusion), calls)
+
+    @property
+    def _reached(self) -> list[Run]:
+        """Tempering runs that reached the event."""
+        return [run for run in self.tempered if run.population is not None]
 
     @property
     def aim(self) -> float:
@@ -287,8 +291,8 @@ class Campaign:
         concluded = self._search()
         if concluded is not None:
             return concluded
-        runs = [run for run in self.tempered if run.population is not None]
-        self._fall_back(runs)
+        self._fall_back()
+        runs = self._reached
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = wanted_error(self.method.precision)
         tempered = pool(runs) if runs else None
@@ -392,7 +396,7 @@ class Campaign:
         price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
         return self.left - self._reserve(at_start) > price * self._look_size
 
-    def bounded(self, conclusion: Evidence) -> Evidence:
+    def _bounded(self, conclusion: Evidence) -> Evidence:
         """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""
         if not self.method.bound or math.isfinite(conclusion.log_prob) or self.event.weighted or self.left < 1:
             return conclusion
@@ -437,7 +441,7 @@ class Campaign:
 
     def _many_planes(self, lined: Evidence) -> bool:
         """Whether there are many modes, and each is nearly a half-space: lines say what the first order says."""
-        many = lined.diagnostics.get("modes", 0.0) > self.tuning.many_modes
+        many = lined.diagnostics.get("modes", 0.0) > LineTuning().several
         return many and abs(lined.diagnostics.get("form", math.inf) - lined.log_prob) <= self.tuning.planar
 
     def _lacks_starts(self, lined: Evidence) -> bool:
@@ -476,11 +480,12 @@ class Campaign:
         self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
         return weighed
 
-    def _fall_back(self, runs: list[Run]) -> None:
+    def _fall_back(self) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""
         method = self.method
         most = max(method.particles, self.tuning.most_numbers // self.event.dim)
         for _ in range(8):
+            runs = self._reached
             if not runs or (method.precision is not None and pool(runs).std_error <= method.precision):
                 return
             particles = min(most, int(self.tuning.sized_for * self.left / max(map(_price, runs))))
@@ -489,7 +494,6 @@ class Campaign:
             run = self._temper(self._seed(Stream.FALL_BACK, len(self.tempered)), particles)
             if run.population is None:
                 return
-            runs.append(run)
 
     def _finish_crude(self, crude: _Crude) -> Evidence:
         """A fresh crude sample to the precision: the pilot decided on it, so the pilot is left out."""
@@ -574,7 +578,7 @@ class Campaign:
     def _weigh(
         self, seed: np.random.SeedSequence, memory: Memory, prior: Memory | None, share: float, trial: bool = False
     ) -> Evidence:
-        runs = [run for run in self.tempered if run.population is not None]
+        runs = self._reached
         vague = pool(runs).std_error if runs else 0.0  # what tempering can say without a guide
         method = Importance(precision=self.method.precision, give_up=max(self.tuning.give_up, vague))
         budget = max(1, int(share * self.left))

@@ -41,7 +41,7 @@ from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
-from probest.guides.sample import Batch, above, draw, join, kept_weights, second_moment, seen
+from probest.guides.sample import Batch, above, clipped, draw, join, kept_weights, second_moment, seen
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
 from probest.verdict import agree, imprecise, wanted_error
@@ -426,9 +426,7 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
     fixed = method.precision is None and method.give_up is None  # else samples are added, or given up, by what they say
     particles = None
     if len(joint.hits.z):
-        # the largest weights are clipped at mean · √n: less variance for what averages over particles
-        log_w = kept_weights(joint.hits)
-        log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
+        log_w = clipped(kept_weights(joint.hits))
         particles = Particles(joint.hits.z, log_w - diagnostics.log_sum_exp(log_w), joint.hits.severity)
     return Evidence(
         method=method.name,

@@ -483,24 +483,19 @@ class _Campaign:
         Where it starts afresh it replaces the earlier one if it is converged or sharper.
         """
         before = part.evidence
-        if part.campaign is None or not part.campaign.searched:
+        afresh = part.campaign is None or not part.campaign.searched
+        if part.campaign is None or afresh:
             warm = before.particles if before is not None and not before.converged else None
             inner = replace(self.method.inner, warm_start=warm, bound=False)
             seed = child_seed(self.seed, stream, part.k, part.calls)
-            part.campaign, before_counts = inner.begin(StratumEvent(self.strata, part.k), seed), True
-        else:
-            before_counts = False
+            part.campaign = inner.begin(StratumEvent(self.strata, part.k), seed)
         part.campaign.method = replace(part.campaign.method, precision=precision)
         run = part.campaign.spend(budget)
         self.left -= run.calls
         part.calls += run.calls
         found = run.conclusion
-        if (
-            before is None
-            or not before_counts
-            or found.converged
-            or (not before.converged and found.std_error < before.std_error)
-        ):
+        beaten = before is None or (not before.converged and found.std_error < before.std_error)
+        if found.converged or beaten or not afresh:
             part.evidence = found
 
     def _joint(self) -> float:

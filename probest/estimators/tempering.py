@@ -422,7 +422,7 @@ def _report(
             log_prob, error, interval = min(verdict.log_prob, 0.0), verdict.error, verdict.interval
             info |= {"correlation": state.correlation, "island_ess": verdict.effective}
             notes = complaints(verdict)
-            if verdict.effective < 4.0 and drawn and not meter.event.weighted:
+            if any(note.code is Code.FEW_ANCESTORS for note in notes) and drawn and not meter.event.weighted:
                 # so few ancestors may all be in a small mode: nothing but plain draws bounds P from above
                 upper = diagnostics.binomial_interval(state.first_hits, drawn)[1]
                 interval = (interval[0], max(interval[1], upper))

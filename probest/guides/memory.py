@@ -28,7 +28,7 @@ from probest.evidence import Floats, Population
 from probest.guides.base import Guide
 from probest.guides.fit import fit_guide
 from probest.guides.program import BoundProgram
-from probest.guides.sample import Batch, above, kept_weights, seen
+from probest.guides.sample import Batch, above, clipped, kept_weights, seen
 
 __all__ = ["Memory"]
 
@@ -88,16 +88,13 @@ class Memory:
         The halves descend from different first particles (:class:`probest.smc.population.State`). Where there are as
         many modes as ancestors, each half has its own; nothing else tells, as long as there is one look alone.
         """
-        n = len(look.z)
+        first, second = np.split(np.arange(len(look.z)), [len(look.z) // 2])
+        rows = (None, None) if look.rows is None else np.split(look.rows, [len(look.rows) // 2])
         shares = []
-        for one, other in ((slice(n // 2), slice(n // 2, n)), (slice(n // 2, n), slice(n // 2))):
-            half = Population(look.z[one], look.log_w[one], look.log_weight[one], None, 0.5 * look.effective)
-            rows = None if look.rows is None else look.rows[: len(look.rows) // 2]
-            if look.rows is not None and one.start:
-                rows = look.rows[len(look.rows) // 2 :]
-            guide = fit_guide(half.z, half.log_w, rng, rows=rows, effective=half.effective).guide
-            weights = [guide.log_ratio(look.z[part]) + look.log_weight[part] for part in (one, other)]
-            shares.append(above(weights[1], look.log_w[other], weights[0]))
+        for own, other, known in ((first, second, rows[0]), (second, first, rows[1])):
+            fitted = fit_guide(look.z[own], look.log_w[own], rng, rows=known, effective=0.5 * look.effective)
+            ours, theirs = (fitted.guide.log_ratio(look.z[part]) + look.log_weight[part] for part in (own, other))
+            shares.append(above(theirs, look.log_w[other], ours))
         return float(np.mean(shares))
 
     def population(self) -> Population | None:
@@ -127,9 +124,7 @@ class Memory:
         for sample in self.samples:
             share = math.log(len(sample.batch.log_w) / total)
             log_q = np.logaddexp(log_q, share - sample.guide.log_ratio(z))
-        log_w = log_weight - log_q
-        # as far as variance asks: no weight above mean · √n
-        log_w = np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w)))
+        log_w = clipped(log_weight - log_q)
         return Population(z, log_w, log_weight, None, diagnostics.effective_sample_size(log_w))
 
 

@@ -18,7 +18,7 @@ from probest.evidence import Floats, Population
 from probest.guides.base import Guide
 from probest.guides.program import BoundProgram
 
-__all__ = ["Batch", "above", "draw", "join", "kept_weights", "second_moment", "seen"]
+__all__ = ["Batch", "above", "clipped", "draw", "join", "kept_weights", "second_moment", "seen"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
 _KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
@@ -71,6 +71,11 @@ def join(a: Batch, b: Batch) -> Batch:
 def kept_weights(batch: Batch) -> Floats:
     """Log-weights of the points whose z was kept."""
     return batch.log_w[np.isfinite(batch.log_w)][: len(batch.z)]
+
+
+def clipped(log_w: Floats) -> Floats:
+    """No weight above mean · √n: less variance for what averages over points, and none of them carries it all."""
+    return np.asarray(np.minimum(log_w, diagnostics.log_mean_exp(log_w)[0] + 0.5 * math.log(len(log_w))))
 
 
 def second_moment(log_w: Floats) -> float:

@@ -132,10 +132,8 @@ class _Walk:
 
     @property
     def arrived(self) -> bool:
-        reach = float(np.linalg.norm(self.target))
-        if self.gap > self.tuning.arrival * max(1.0, 0.2 * reach):
-            return False
-        return self.stuck or float(np.linalg.norm(self.target - self.u)) <= self.tuning.arrival * max(1.0, 0.2 * reach)
+        near = self.tuning.arrival * max(1.0, 0.2 * self.reach)
+        return self.gap <= near and (self.stuck or float(np.linalg.norm(self.target - self.u)) <= near)
 
     @property
     def _cornered(self) -> bool:
