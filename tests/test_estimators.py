@@ -244,6 +244,22 @@ def test_ledger_ends_with_the_conclusion() -> None:
     assert ledger[-1].calls == sum(line.calls for line in ledger[:-1])
 
 
+def test_a_campaign_goes_on_from_what_it_knows() -> None:
+    event = next(event for event in EXACT_EVENTS if event.name == "islands_d20")
+    campaign = Combined(precision=0.02).begin(event, seed(0))
+    first = campaign.spend(4_000)
+    looks = len(campaign.looks)
+    second = campaign.spend(20_000)
+    for run, budget in ((first, 4_000), (second, 20_000)):
+        check_evidence(run.conclusion, event, budget)
+        assert run.calls == sum(line.calls for line in run.ledger[:-1]) <= budget
+    assert len(campaign.looks) > looks >= 1
+    assert campaign.looks[0].population is campaign.memory.looks[0]
+    assert not {line.method for line in second.ledger} & {"monte carlo", "line sampling"}  # no second opening
+    assert second.conclusion.std_error < first.conclusion.std_error
+    assert second.conclusion.interval[0] <= event.log_prob <= second.conclusion.interval[1]
+
+
 def test_a_smooth_problem_is_settled_by_lines() -> None:
     ledger = Combined().run(half_space(10, 5.0), budget=BUDGET, seed=seed(0)).ledger
     assert [line.claim for line in ledger] == ["unbiased", "heuristic", "heuristic", "consistent", "consistent"]

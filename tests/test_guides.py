@@ -20,6 +20,7 @@ from probest.guides.fit import Fitted, fit_guide
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.guides.memory import Memory
 from probest.guides.mixture import Mixture
+from probest.guides.sample import Batch
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
 
@@ -244,3 +245,25 @@ def test_smoothed_is_a_second_opinion() -> None:
     evidence = Importance().run(event, budget=20_000, seed=np.random.SeedSequence(0)).conclusion
     assert abs(evidence.diagnostics["smoothed"] - evidence.log_prob) < 3.0 * evidence.std_error
     assert math.isfinite(diagnostics.pareto_khat(np.log(rng().random(100))))
+
+
+def test_samples_of_several_guides_weigh_as_one_sample_of_their_mixture() -> None:
+    """By hand: φ over the mixture of both densities, by the numbers of draws, whichever guide a point came from."""
+    random, dim = rng(0), 3
+    shifts, sizes = (1.0, 3.0), (40, 120)
+    memory = Memory()
+    points = []
+    for shift, size in zip(shifts, sizes, strict=True):
+        guide = Mixture(np.eye(dim)[:, :1], np.ones(1), np.full((1, 1), shift), np.eye(1)[None])
+        z = guide.sample(size, random)
+        memory.keep(guide, Batch(guide.log_ratio(z), z, np.ones(size)))
+        points.append(z)
+    z = np.concatenate(points)
+    densities = [size * stats.norm.pdf(z[:, 0], shift) for shift, size in zip(shifts, sizes, strict=True)]
+    by_hand = np.log(stats.norm.pdf(z[:, 0]) * sum(sizes) / sum(densities))
+    by_hand = np.minimum(by_hand, np.log(np.mean(np.exp(by_hand))) + 0.5 * math.log(len(z)))
+    known = memory.known()
+    order, mine = np.lexsort(known.z.T), np.lexsort(z.T)
+    np.testing.assert_array_equal(known.z[order], z[mine])
+    shares = np.exp(known.log_w - np.logaddexp.reduce(known.log_w))[order]
+    np.testing.assert_allclose(shares, (np.exp(by_hand) / np.exp(by_hand).sum())[mine], rtol=1e-9)
