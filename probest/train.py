@@ -1,10 +1,10 @@
-"""``train()``: step a model down the gradient of log P until catastrophes are vanishingly unlikely, then audit it."""
+"""``train()``: step a model away from its catastrophes until they are vanishingly unlikely, then audit it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,26 @@ import numpy as np
 from probest.backends.base import Backend, PyTree
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
+from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.tempering import Tempering
 from probest.problem import Problem
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
-from probest.training.checkpoint import Step, TrainingState, resume
-from probest.training.descent import Descent, Options, Stream, batch_of, level, number
-from probest.training.walkers import Walkers
+from probest.training.callbacks import Callback
+from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
+from probest.training.descent import Descent, Options, Stream, batch_of, number
+from probest.training.ladder import Ladder
+from probest.training.memory import Memory
+from probest.training.teacher import Teacher
 from probest.verdict import agree
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["Step", "TrainingRun", "train"]
+__all__ = ["Cost", "Costs", "Step", "TrainingRun", "train"]
+
+PLAIN_SHARE = 0.1
+"""Of the audit's budget, for plain sampling."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class TrainingRun:
     """A trained model and the evidence about it.
 
     model: the trained model (the problem's own is unchanged). adversary: that of the problem. problem: the problem with
-    the trained model. before, after: estimates by the same method. audit: an estimate by another method and seed, None
-    if training was interrupted. converged: log P is below the target, audited. advice: what is missing. calls: model
-    calls of everything together, the calls on the task's own data apart (``task_calls``).
+    the trained model. before, after: estimates by the same method. audits: estimates by other methods and seeds, none
+    if training was interrupted. converged: log P is below the target, audited. advice: what is missing. costs: model
+    calls and seconds, by what they were spent on.
     """
 
     model: Any
@@ -45,16 +52,49 @@ class TrainingRun:
     history: tuple[Step, ...]
     before: Estimate
     after: Estimate
-    audit: Estimate | None
+    audits: tuple[Estimate, ...]
     converged: bool
     advice: tuple[str, ...]
-    calls: int
-    task_calls: int
-    seconds: float
+    costs: Costs
+
+    @property
+    def audit(self) -> Estimate | None:
+        """The audit that says most: the highest of them, or where none found a catastrophe the least upper bound."""
+        return max(self.audits, key=lambda found: (found.log_prob, -found.upper), default=None)
+
+    @property
+    def audit_gap(self) -> tuple[float, float, float]:
+        """By how many nats the estimate after training is above the audit, and the 95 % interval of that.
+
+        Below 0 the audit found more than the estimate knows of. NaN, and as wide as they come, where either found no
+        catastrophe.
+        """
+        audit = self.audit
+        if audit is None or not (math.isfinite(audit.log_prob) and math.isfinite(self.after.log_prob)):
+            return math.nan, -math.inf, math.inf
+        gap = self.after.log_prob - audit.log_prob
+        below = math.hypot(self.after.log_prob - self.after.lower, audit.upper - audit.log_prob)
+        above = math.hypot(self.after.upper - self.after.log_prob, audit.log_prob - audit.lower)
+        return gap, gap - below, gap + above
+
+    @property
+    def believed(self) -> Estimate:
+        """The audit where it is above the estimate after training beyond their errors, else that estimate."""
+        audit = self.audit
+        return audit if audit is not None and _refutes(audit, self.after) else self.after
+
+    @property
+    def calls(self) -> int:
+        """Model calls of everything together, the calls on the task's own data apart (``costs.task_calls``)."""
+        return self.costs.calls
+
+    @property
+    def seconds(self) -> float:
+        return self.costs.seconds
 
     def __repr__(self) -> str:
         return (
-            f"TrainingRun(log P {self.before.log_prob:.4g} -> {self.after.log_prob:.4g}, steps={len(self.history)}, "
+            f"TrainingRun(log P {self.before.log_prob:.4g} -> {self.believed.log_prob:.4g}, steps={len(self.history)}, "
             f"converged={self.converged}, calls={self.calls})"
         )
 
@@ -70,56 +110,79 @@ def train(
     *,
     task: Callable[[Any, PyTree], Any],
     data: PyTree,
+    teacher: Callable[[PyTree], PyTree] | None = None,
     until_log_prob: float = -25.0,
     steps: int = 1_000,
-    weight: float = 1.0,
+    weight: float | None = None,
+    teacher_weight: float = 1.0,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     optimizer: Any = None,
+    schedule: Callable[[int], float] | None = None,
     max_norm: float = 1.0,
+    max_pressure: float = 0.3,
     particles: int = 128,
+    memory: int = 1_024,
+    replay: int = 32,
     check_every: int = 50,
     budget: int = 50_000,
     check_budget: int = 20_000,
-    audit: Estimator | None = None,
+    audit: Estimator | Sequence[Estimator] | None = None,
+    audit_rounds: int = 1,
+    callbacks: Sequence[Callback] = (),
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainingRun:
-    """Train the model on ``task(model, batch) + weight · log P`` and audit the result.
+    """Train the model on its task and away from its catastrophes, and audit the result.
 
-    Each step moves a population of warm particles on the catastrophes of the present model and steps down the
-    gradient of their log-probability (smoothed, so that near catastrophes count too). Every ``check_every`` steps a
-    fresh tempering run looks for catastrophes anew, wherever they are by then. Once it finds log P below the target,
-    the learning rate falls for another ``check_every`` steps; training ends if log P is still below, or after
-    ``steps``. Then log P is estimated afresh, and audited by another method from another seed.
+    A ladder of particles follows the catastrophes of the present model and what leads to them, from what one draw in
+    ten reaches to the event itself. With a ``teacher``, the task is also learnt on these cases, with the teacher's
+    answers; what is nearly a catastrophe is remembered and replayed. Without one, log P, smoothed at each of these
+    widths, is stepped down. Once a fresh look finds log P below the target, the learning rate falls for another
+    ``check_every`` steps; training ends if log P is still below, or after ``steps``. Then log P is estimated afresh,
+    and audited by other methods from other seeds; if the audit finds more, above the target, training goes on
+    from there.
 
     Args:
         problem: its model is trained: a torch ``nn.Module`` or a jax pytree with floating-point arrays.
         task: ``task(model, batch) -> scalar`` loss to keep low.
         data: pytree of arrays with a common leading axis; minibatches are rows of it.
+        teacher: ``teacher(x)`` says of one observation what the model should do there: a label, a target, an action.
+            It may be slow. The pair (x, answer) has to be like a row of ``data``, or the answer itself a whole row (the
+            observation itself, where the task needs no answers).
         until_log_prob: stop when log P is below this (natural logarithm).
-        steps: optimisation steps at most.
-        weight: nats of task loss that one nat of log P is worth, down to a few nats below the target and no further.
+        steps: optimisation steps at most, in the first round.
+        weight: of log P in the loss, down to a few nats below the target and no further; 1 without a teacher, 0 with
+            one unless said otherwise. Its gradient is clipped, so large values do not differ.
+        teacher_weight: of the task's loss on hard cases, beside its loss on a minibatch.
         batch_size: rows of ``data`` a step.
-        learning_rate: of Adam, falling to a tenth over ``steps`` by a cosine; unless ``optimizer`` is given.
+        learning_rate: of Adam; unless ``optimizer`` is given.
         optimizer: torch: a function of the parameters to a ``torch.optim.Optimizer``; jax: an optax transformation.
-        max_norm: the gradient's norm is clipped to this.
-        particles: size of the warm population.
-        check_every: steps between fresh looks.
+        schedule: share of the learning rate at each step, from 0 on, such as ``optax.cosine_decay_schedule(1.0, 900)``;
+            by default a cosine down to a tenth over ``steps``, and a quicker one once the target has been reached.
+        max_norm: the norm of the task's gradient is clipped to this.
+        max_pressure: the norm of the gradient of log P is clipped to this, apart from the task's: it bounds how much
+            of the task is given up for safety.
+        particles: size of the ladder.
+        memory: cases that are remembered with the teacher's answers, at most.
+        replay: cases from memory a step.
+        check_every: steps between fresh looks, where they are due.
         budget: model calls of each full estimate (before, after).
         check_budget: model calls of each fresh look.
-        audit: method of the audit; by default tempering with more particles than the checks use.
+        audit: a method, or several; by default tempering with many particles, and plain sampling.
+        audit_rounds: how often training goes on from what an audit found, for a quarter of ``steps`` each, at most.
+        callbacks: told of each step, look and checkpoint; see :class:`probest.training.callbacks.Callback`.
         seed: the same seed gives the same run.
-        checkpoint: a file to write at every check, and to resume from if it exists.
+        checkpoint: a file to write every ``check_every`` steps, and to resume from if it exists.
         progress: show a progress line (only ever in a terminal or notebook).
 
     Returns:
         The run. After Ctrl-C it holds the model and history so far, without an audit, and is not converged.
 
     Raises:
-        ValueError: an argument is out of range, the data are empty or ragged, the task loss is not a finite scalar, or
-            the checker gives no gradient (a bool).
+        ValueError: an argument is out of range, the data are empty or ragged, the task loss is not a finite scalar, the
+            checker gives no gradient (a bool), or what the teacher says does not fit the data.
     """
     counts = {
         "steps": steps, "batch_size": batch_size, "particles": particles, "check_every": check_every,
@@ -127,12 +190,22 @@ def train(
     }  # fmt: skip
     for name, count in counts.items():
         check_whole(name, count, least=1)
-    check_whole("seed", seed, least=0)
+    for name, count in {"seed": seed, "memory": memory, "replay": replay, "audit_rounds": audit_rounds}.items():
+        check_whole(name, count, least=0)
     if not until_log_prob < 0:
         raise ValueError(f"until_log_prob={until_log_prob!r}: it is the log of a probability, so it must be below 0")
-    for name, value in (("weight", weight), ("learning_rate", learning_rate), ("max_norm", max_norm)):
+    weight = (1.0 if teacher is None else 0.0) if weight is None else weight
+    rates = {"learning_rate": learning_rate, "max_norm": max_norm, "max_pressure": max_pressure}
+    for name, value in rates.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: expected a positive number")
+    for name, value in {"weight": weight, "teacher_weight": teacher_weight}.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+    if weight == 0.0 and (teacher is None or teacher_weight == 0.0):
+        raise ValueError("weight=0 without a teacher that counts: nothing would drive the catastrophes away")
+    if teacher is not None and not callable(teacher):
+        raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
     event = problem.event
     if not event.differentiable:
         raise ValueError(
@@ -147,43 +220,56 @@ def train(
         )
     rows = _count_rows(backend, data)
     data = backend.tree_map(lambda leaf: leaf if backend.owns(leaf) else backend.from_host(np.asarray(leaf)), data)
-    composition = event.composition
+    taught = None if teacher is None else Teacher(teacher, event, data)
     trainer = backend.trainer(
-        event.parts, composition, task, optimizer=optimizer, learning_rate=learning_rate, max_norm=max_norm
-    )
+        event.parts, event.composition, task,
+        optimizer=optimizer, learning_rate=learning_rate, max_norm=max_norm, max_pressure=max_pressure,
+    )  # fmt: skip
     loss = trainer.task_loss(batch_of(backend, data, np.arange(min(batch_size, rows))))
     if not math.isfinite(loss):
         raise ValueError(f"task: the loss of the untrained model is {loss}: expected a finite scalar")
+    if schedule is None and optimizer is not None:
+        schedule = _as_it_is
 
     root = np.random.SeedSequence(seed)
-    start = time.perf_counter()
-    path = None if checkpoint is None else Path(checkpoint)
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
-        before = estimate(problem, budget=budget, seed=number(root, Stream.BEFORE), progress=False)
-        state = TrainingState(calls=before.calls, log_prob=level(before))
-        walkers = _walkers(before, particles, generator(child_seed(root, Stream.WALK)))
-        if path is not None and path.exists():
-            state, walkers = resume(path, trainer)
+        costs = Costs()
+        before = _timed(costs.estimates, problem, budget=budget, seed=number(root, Stream.BEFORE))
+        rng = generator(child_seed(root, Stream.WALK))
+        evidence = before.conclusion.log_evidence
+        ladder = Ladder.built(event, problem.strata, particles, rng, log_evidence=evidence)
         options = Options(
-            target=until_log_prob, steps=steps, weight=weight, batch_size=batch_size, particles=particles,
-            check_every=check_every, check_budget=check_budget, rows=rows, path=path,
+            target=until_log_prob, weight=weight, teacher_weight=teacher_weight, batch_size=batch_size,
+            replay=replay if memory else 0, check_every=check_every, check_budget=check_budget, schedule=schedule,
+            rows=rows, path=None if checkpoint is None else Path(checkpoint),
         )  # fmt: skip
-        descent = Descent(problem, trainer, data, options, root, line, state, walkers)
-        stopped = descent.run()
-        trained = problem.replaced(model=trainer.model)
-        line.update(state.step, steps, "estimating log P after training")
-        after = estimate(
-            trained, budget=check_budget if stopped else budget, seed=number(root, Stream.AFTER), progress=False
+        state = TrainingState(last=steps, costs=costs)
+        descent = Descent(
+            problem, trainer, data, taught, options, root, line, state, ladder, Memory(memory), tuple(callbacks)
         )
-        checked = None
-        if not stopped:
-            line.update(state.step, steps, "auditing")
-            method = audit or Tempering(particles=max(1024, budget // 100))
-            checked = estimate(
-                trained, budget=4 * budget, estimator=method, seed=number(root, Stream.AUDIT), progress=False
-            )
-    advice = _verdict(after, checked, until_log_prob, stopped)
+        descent.welcome(before, 0)
+        if options.path is not None and options.path.exists():
+            descent.state = resume(options.path, descent.parts)
+        while True:
+            stopped = descent.run()
+            state = descent.state
+            trained = problem.replaced(model=trainer.model)
+            line.update(state.step, state.last, "estimating log P after training")
+            spend = check_budget if stopped else budget
+            after = _timed(state.costs.estimates, trained, budget=spend, seed=number(root, Stream.AFTER, state.round))
+            audits: tuple[Estimate, ...] = ()
+            if stopped:
+                break
+            line.update(state.step, state.last, "auditing")
+            audits = _audited(state.costs.audit, trained, _panel(audit, budget), 4 * budget, root, state.round)
+            higher = max(audits, key=lambda found: found.log_prob)
+            fooled = higher.log_prob > until_log_prob and (after.log_prob <= until_log_prob or _refutes(higher, after))
+            if not fooled or state.round >= audit_rounds:
+                break
+            descent.go_on(max(check_every, steps // 4))
+            descent.welcome(higher, state.step, Stream.AUDIT)
+    advice = _verdict(after, audits, until_log_prob, stopped)
     return TrainingRun(
         model=trainer.model,
         adversary=problem.adversary,
@@ -191,46 +277,82 @@ def train(
         history=tuple(state.history),
         before=before,
         after=after,
-        audit=checked,
+        audits=audits,
         converged=not advice,
         advice=advice,
-        calls=state.calls + after.calls + (checked.calls if checked else 0),
-        task_calls=state.task_calls,
-        seconds=time.perf_counter() - start,
+        costs=state.costs,
     )
 
 
-def _verdict(after: Estimate, audit: Estimate | None, target: float, stopped: str) -> tuple[str, ...]:
+def _timed(cost: Cost, problem: Problem, **options: Any) -> Estimate:
+    began = time.perf_counter()
+    found = estimate(problem, progress=False, **options)
+    cost.add(found.calls, time.perf_counter() - began)
+    return found
+
+
+def _panel(audit: Estimator | Sequence[Estimator] | None, budget: int) -> dict[Estimator, float]:
+    """The methods of the audit, each with its share of the budget."""
+    if audit is None:
+        return {Tempering(particles=max(1024, budget // 100)): 1.0 - PLAIN_SHARE, MonteCarlo(): PLAIN_SHARE}
+    methods = list(audit) if isinstance(audit, Sequence) else [audit]
+    if not methods:
+        raise ValueError("audit is empty: name an estimator, or None for the default ones")
+    return {method: 1.0 / len(methods) for method in methods}
+
+
+def _audited(
+    cost: Cost, problem: Problem, panel: dict[Estimator, float], budget: int, root: np.random.SeedSequence, turn: int
+) -> tuple[Estimate, ...]:
+    return tuple(
+        _timed(
+            cost, problem, estimator=method, budget=max(1, int(share * budget)),
+            seed=number(root, Stream.AUDIT, turn, i),
+        )
+        for i, (method, share) in enumerate(panel.items())
+    )  # fmt: skip
+
+
+def _as_it_is(step: int) -> float:  # noqa: ARG001
+    """The learning rate of an optimizer that the user brought."""
+    return 1.0
+
+
+def _agree(after: Estimate, audit: Estimate) -> bool:
+    return agree(after.conclusion, audit.conclusion)
+
+
+def _refutes(audit: Estimate, after: Estimate) -> bool:
+    """Whether the audit is higher beyond the errors of both."""
+    return audit.log_prob > after.log_prob and not _agree(after, audit)
+
+
+def _verdict(after: Estimate, audits: Sequence[Estimate], target: float, stopped: str) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept."""
     advice = []
     if after.upper > target:
         advice.append(
             f"log P is not known to be below {target:g} (upper end {after.upper:.4g}): train for more steps, raise "
-            "weight or learning_rate, or give the estimate a larger budget"
+            "max_pressure or learning_rate, or give the estimate a larger budget"
         )
     if not after.converged:
         advice.append("the estimate after training has not converged: " + "; ".join(after.advice))
-    if audit is None:
+    if not audits:
         advice.append(
             f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself"
         )
-    elif not agree(after.conclusion, audit.conclusion):
-        advice.append(
-            f"the audit disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, {audit.upper:.4g}] against "
-            f"{after.log_prob:.4g} [{after.lower:.4g}, {after.upper:.4g}]. Believe neither; estimate again with "
-            "larger budgets"
-        )
-    elif not audit.converged:
-        advice.append("the audit has not converged: " + "; ".join(audit.advice))
+        return tuple(advice)
+    for audit in audits:
+        if math.isfinite(audit.log_prob) and not _agree(after, audit):
+            higher = "it is the higher, so believe it, and" if audit.log_prob > after.log_prob else "believe neither;"
+            advice.append(
+                f"the audit by {audit.conclusion.method} disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, "
+                f"{audit.upper:.4g}] against {after.log_prob:.4g} [{after.lower:.4g}, {after.upper:.4g}]. "
+                f"{higher} estimate again with larger budgets"
+            )
+    if not any(audit.converged for audit in audits):
+        advice.append("no audit has converged: " + "; ".join(dict.fromkeys(n for a in audits for n in a.advice)))
     return tuple(advice)
-
-
-def _walkers(found: Estimate, count: int, rng: np.random.Generator) -> Walkers | None:
-    """Warm particles from an estimate; None if it found no catastrophe (the checks may find some later)."""
-    particles = found.conclusion.particles
-    if particles is None or not len(particles.z):
-        return None
-    return Walkers.seeded(particles, found.log_prob, count, rng)
 
 
 def _count_rows(backend: Backend, data: PyTree) -> int:

@@ -12,6 +12,7 @@ from library import library, parameters
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate, train
+from probest.train import Step
 from probest.training.descent import Descent
 from probest.verdict import agree
 
@@ -79,12 +80,12 @@ def test_log_prob_falls_and_the_audit_agrees(backend: str) -> None:
 
 def test_a_checkpoint_resumes_where_it_was(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, data = regression(backend)
-    options = OPTIONS | {"steps": 40, "check_every": 10, "until_log_prob": -300.0}
+    options = OPTIONS | {"steps": 40, "check_every": 10, "until_log_prob": -300.0, "audit_rounds": 0}
     whole = train(problem, **data, **options)
     path = tmp_path / "run.safetensors"
     step = Descent._step
 
-    def interrupted(self: Descent) -> tuple[float, float, float]:
+    def interrupted(self: Descent) -> Step:
         if self.state.step == 20:
             raise KeyboardInterrupt
         return step(self)

@@ -11,12 +11,15 @@ import pytest
 from probest.estimators import Combined, Importance, LineSampling, Stratified, Surrogate, Tempering
 from probest.gradient.surface import SurfaceTuning
 from probest.testing.events import half_space, union
-from probest.training.walkers import WalkerTuning
+from probest.training.descent import DescentTuning
+from probest.training.ladder import LadderTuning
+from probest.training.memory import MemoryTuning
 from probest.tuning import meanings
 from probest.verdict import Rules
 
 METHODS = (Combined(), Importance(), LineSampling(), Stratified(), Surrogate(), Tempering())
-TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), WalkerTuning(), Rules())
+TRAINING = (LadderTuning(), DescentTuning(), MemoryTuning())
+TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), *TRAINING, Rules())
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: type(tuning).__name__)

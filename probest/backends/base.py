@@ -15,7 +15,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "BatchingError", "Parts", "PyTree", "RowFunction", "Trainer", "chunks"]
+__all__ = [
+    "Array",
+    "Backend",
+    "BatchingError",
+    "Hard",
+    "Losses",
+    "Parts",
+    "PyTree",
+    "RowFunction",
+    "Trainer",
+    "chunks",
+]
 
 Array = Any
 PyTree = Any
@@ -121,23 +132,61 @@ class Backend(Protocol):
         optimizer: Any,
         learning_rate: float,
         max_norm: float,
+        max_pressure: float,
     ) -> Trainer:
-        """A :class:`Trainer` of ``parts.model``. ``scores(parts, z, held)`` gives severities and log-weights."""
+        """A :class:`Trainer` of ``parts.model``. ``scores(parts, z, held)`` gives severities and log-weights.
+
+        max_norm, max_pressure: to which norm the two gradients are clipped, see :class:`Trainer`.
+        """
+
+
+class Losses(NamedTuple):
+    """What a training step saw: the loss on the task's own batch, on hard cases with a teacher's answers, and the mean
+    of log Φ(severity / noise) over the particles; NaN where there were none.
+    """
+
+    task: float
+    taught: float
+    pressure: float
+
+
+class Hard(NamedTuple):
+    """Particles whose probability of catastrophe is stepped down.
+
+    z ``(n, dim)``; held: site values ``(n, ...)``; noise ``(n,)``: σ of each, in units of severity; share ``(n,)``: of
+    each in the mean.
+    """
+
+    z: np.ndarray
+    held: dict[str, np.ndarray]
+    noise: np.ndarray
+    share: np.ndarray
 
 
 class Trainer(Protocol):
-    """A model being trained: the task loss plus ``weight`` times the particles' mean log-probability of catastrophe."""
+    """A model being trained: on its task, on hard cases with a teacher's answers, against catastrophes.
+
+    The gradients of the three are clipped apart, so that the last, however steep, can never drown the first.
+    """
 
     @property
     def model(self) -> Any: ...
 
     def task_loss(self, batch: PyTree) -> float: ...
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
-        """One step, at ``decay`` times the learning rate (of the default optimizer).
+    def step(
+        self,
+        batch: PyTree,
+        taught: PyTree | None,
+        hard: Hard | None,
+        *,
+        lesson: float,
+        pressure: float,
+        rate: float,
+    ) -> Losses:
+        """One step down ``task(batch) + lesson · task(taught) + pressure · mean log Φ(severity / noise)``.
 
-        Returns the task loss and the mean of log Φ(severity / noise) over the particles z, both before the step. A step
-        with a gradient that is not finite is left out.
+        rate: share of the learning rate. A step with a loss or gradient that is not finite is left out.
         """
 
     def arrays(self) -> dict[str, np.ndarray]:

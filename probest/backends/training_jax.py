@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from probest.backends.base import Array, Backend, Parts, PyTree
+from probest.backends.base import Array, Backend, Hard, Losses, Parts, PyTree
 
 __all__ = ["JaxTrainer"]
 
@@ -31,32 +31,41 @@ class JaxTrainer:
         optimizer: optax.GradientTransformation | None,
         learning_rate: float,
         max_norm: float,
+        max_pressure: float,
     ) -> None:
         self.weights, self.fixed = eqx.partition(parts.model, eqx.is_inexact_array)
         self.weights = jax.tree.map(jnp.asarray, self.weights)
-        decays = optimizer is None
-        inner = optimizer or optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
         # a gradient that is not finite would ruin the weights: they and the optimizer stay as they are, however often
-        self.optimizer = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(max_norm), inner), _EVERY_TIME)
+        self.optimizer = optax.apply_if_finite(optimizer or optax.adam(learning_rate), _EVERY_TIME)
         self.state = self.optimizer.init(self.weights)
         self.backend = backend
         self.task = task
 
-        def loss(
-            weights: PyTree, batch: PyTree, z: Array, noise: Array, weight: Array
-        ) -> tuple[Array, tuple[Array, Array]]:
-            model = eqx.combine(weights, self.fixed)
-            fit = task(model, batch)
-            severity, _ = scores(parts._replace(model=model), z, {})
-            pressure = jnp.mean(backend.special.log_ndtr(severity / noise)) if len(z) else jnp.zeros(())
-            return fit + weight * pressure, (fit, pressure)
+        def of_task(weights: PyTree, batch: PyTree, by: Array | float) -> tuple[Array, Array]:
+            loss = task(eqx.combine(weights, self.fixed), batch)
+            return by * loss, loss
 
-        def step(weights: PyTree, state: Any, decay: Array, *rest: Any) -> Any:
-            grads, parts_of_loss = jax.grad(loss, has_aux=True)(weights, *rest)
-            if decays:
-                state = optax.tree.set(state, learning_rate=decay * learning_rate)
+        def of_event(weights: PyTree, hard: Hard, by: Array) -> tuple[Array, Array]:
+            model = eqx.combine(weights, self.fixed)
+            severity, _ = scores(parts._replace(model=model), hard.z, hard.held)
+            pressed = jnp.sum(hard.share * backend.special.log_ndtr(severity / hard.noise))
+            return by * pressed, pressed
+
+        def step(
+            weights: PyTree, state: Any, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Array
+        ) -> Any:
+            lesson, pressure, rate = by
+            grads, loss = jax.grad(of_task, has_aux=True)(weights, batch, 1.0)
+            grads, losses = _clipped(grads, max_norm), [loss]
+            for part, hardest, weight in ((of_task, taught, lesson), (of_event, hard, pressure)):
+                found: Array | float = jnp.nan
+                if hardest is not None:
+                    steeper, found = jax.grad(part, has_aux=True)(weights, hardest, weight)
+                    grads = jax.tree.map(jnp.add, grads, _clipped(steeper, max_pressure))
+                losses.append(found)
             updates, state = self.optimizer.update(grads, state, weights)
-            return optax.apply_updates(weights, updates), state, parts_of_loss
+            updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
+            return optax.apply_updates(weights, updates), state, jnp.stack(losses)
 
         self._step = jax.jit(step)
 
@@ -67,10 +76,14 @@ class JaxTrainer:
     def task_loss(self, batch: PyTree) -> float:
         return float(self.task(self.model, batch))
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
-        rest = (batch, self.backend.from_host(z), jnp.asarray(noise), jnp.asarray(weight))
-        self.weights, self.state, (fit, pressure) = self._step(self.weights, self.state, jnp.asarray(decay), *rest)
-        return float(fit), float(pressure)
+    def step(
+        self, batch: PyTree, taught: PyTree | None, hard: Hard | None, *, lesson: float, pressure: float, rate: float
+    ) -> Losses:
+        if hard is not None:
+            hard = jax.tree.map(self.backend.from_host, hard)
+        by = jnp.asarray([lesson, pressure, rate])
+        self.weights, self.state, losses = self._step(self.weights, self.state, batch, taught, hard, by)
+        return Losses(*(float(loss) for loss in losses))
 
     def arrays(self) -> dict[str, np.ndarray]:
         kept = {"model": self.weights, "optimizer": self.state}
@@ -81,6 +94,12 @@ class JaxTrainer:
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         self.weights = _filled("model", self.weights, arrays)
         self.state = _filled("optimizer", self.state, arrays)
+
+
+def _clipped(grads: PyTree, most: float) -> PyTree:
+    """The gradient, its norm at most ``most``."""
+    scale = most / jnp.maximum(optax.tree.norm(grads), most)
+    return jax.tree.map(lambda grad: grad * scale, grads)
 
 
 def _filled(name: str, tree: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from probest.backends.base import Backend, Parts, PyTree, RowFunction
+from probest.backends.base import Backend, Hard, Losses, Parts, PyTree, RowFunction
 
 __all__ = ["TorchTrainer"]
 
@@ -27,37 +29,56 @@ class TorchTrainer:
         optimizer: Callable[..., Any] | None,
         learning_rate: float,
         max_norm: float,
+        max_pressure: float,
     ) -> None:
         self.backend = backend
         self.model = copy.deepcopy(parts.model)
         self.parts = parts._replace(model=self.model)
         self.scores: RowFunction = scores
         self.task = task
-        self.max_norm = max_norm
+        self.max_norm, self.max_pressure = max_norm, max_pressure
         self.weights = backend.parameters(self.model)
-        self.rate = None if optimizer else learning_rate
-        self.optimizer = (optimizer or torch.optim.Adam)(self.weights)
+        self.optimizer = optimizer(self.weights) if optimizer else torch.optim.Adam(self.weights, lr=learning_rate)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def task_loss(self, batch: PyTree) -> float:
         with torch.no_grad():
             return _scalar(self.task(self.model, batch))
 
-    def step(self, batch: PyTree, z: np.ndarray, noise: float, weight: float, decay: float) -> tuple[float, float]:
-        if self.rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * decay
-        self.optimizer.zero_grad()
-        loss = self.task(self.model, batch)
-        pressure = torch.zeros(())
-        if len(z):
-            with self.backend.evaluating(*self.parts[:2]):
-                severity, _ = self.scores(self.parts, self.backend.from_host(z), {})
-            pressure = self.backend.special.log_ndtr(severity / noise).mean()
-        (loss + weight * pressure).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm)
-        if torch.isfinite(norm):  # else a step would ruin the weights
+    def step(
+        self, batch: PyTree, taught: PyTree | None, hard: Hard | None, *, lesson: float, pressure: float, rate: float
+    ) -> Losses:
+        for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = full * rate
+        task = self.task(self.model, batch)
+        learnt = None if taught is None else self.task(self.model, taught)
+        pressed = None if hard is None else self._pressure(hard)
+        grads = self._clipped(task, self.max_norm)
+        for loss, weight in ((learnt, lesson), (pressed, pressure)):
+            if loss is not None:
+                grads = [a + b for a, b in zip(grads, self._clipped(weight * loss, self.max_pressure), strict=True)]
+        losses = Losses(_scalar(task), _scalar(learnt), _scalar(pressed))
+        if all(bool(torch.isfinite(grad).all()) for grad in grads):
+            for weight, grad in zip(self.weights, grads, strict=True):
+                weight.grad = grad
             self.optimizer.step()
-        return _scalar(loss), float(pressure.detach())
+            self.optimizer.zero_grad()
+        return losses
+
+    def _pressure(self, hard: Hard) -> Tensor:
+        held = {name: torch.as_tensor(value) for name, value in hard.held.items()}
+        with self.backend.evaluating(*self.parts[:2]):
+            severity, _ = self.scores(self.parts, self.backend.from_host(hard.z), held)
+        noise, share = (self.backend.from_host(value) for value in (hard.noise, hard.share))
+        total: Tensor = (share * self.backend.special.log_ndtr(severity / noise)).sum()
+        return total
+
+    def _clipped(self, loss: Tensor, most: float) -> Sequence[Tensor]:
+        """The gradient, its norm at most ``most``."""
+        found = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights, found, strict=True)]
+        norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()
+        return [g * (most / norm.clamp(min=most)).to(g.dtype) for g in grads]
 
     def arrays(self) -> dict[str, np.ndarray]:
         saved = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -66,7 +87,7 @@ class TorchTrainer:
         return {name: value.detach().cpu().numpy().copy() for name, value in saved.items()}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        tensors = {name: torch.as_tensor(value.copy()) for name, value in arrays.items()}
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         state: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
@@ -77,4 +98,6 @@ class TorchTrainer:
 
 
 def _scalar(loss: Any) -> float:
-    return float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+    if loss is None:
+        return math.nan
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

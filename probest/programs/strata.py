@@ -91,6 +91,13 @@ class Strata:
         """Values of the held sites ``(n, ...)`` in the strata k ``(n,)``."""
         return {name: value[k] for name, value in self.values.items()}
 
+    def index_of(self, z: Floats) -> np.ndarray:
+        """The stratum of each row of z ``(n, dim)``, coordinates of the whole program; -1 where it has none."""
+        drawn = self.event.discrete_draws(z)[:, np.concatenate(columns_of(self.event, self.sites))]
+        listed = np.concatenate([self.values[site.name].reshape(len(self), -1) for site in self.sites], axis=1)
+        known = {row.tobytes(): k for k, row in enumerate(listed.astype(np.float64))}
+        return np.array([known.get(row.tobytes(), -1) for row in drawn.astype(np.float64)], dtype=np.intp)
+
     def label(self, k: int) -> str:
         """The values of a stratum in words, such as ``s=1, kind=[0 2]``."""
         return ", ".join(f"{name}={np.array2string(np.asarray(v), threshold=8)}" for name, v in self[k].values.items())

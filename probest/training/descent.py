@@ -1,29 +1,43 @@
-"""The descent: particles step on the catastrophes of the present model, the model steps away from them."""
+"""The descent: a ladder of particles follows the catastrophes of the present model, which steps away from them."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 
-from probest.backends.base import Backend, PyTree, Trainer
+from probest.backends.base import Backend, Hard, PyTree, Trainer
 from probest.estimate import Estimate, estimate
-from probest.estimators.tempering import Tempering
 from probest.problem import Problem
+from probest.programs.event import Event, SeverityError
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
-from probest.training.checkpoint import Step, TrainingState, save
-from probest.training.walkers import Walkers
+from probest.training.callbacks import Callback, Control
+from probest.training.checkpoint import Kept, Step, TrainingState, save
+from probest.training.ladder import Cases, Ladder
+from probest.training.memory import Memory
+from probest.training.teacher import Teacher, as_batch
+from probest.tuning import tuned
 
-__all__ = ["Descent", "Options", "Stream", "batch_of", "level", "number"]
+__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "level", "number"]
 
-FINAL_RATE = 0.1
-SLACK = 3.0
-CALLS_A_PARTICLE = 150  # what tempering spends on each, on the way to an event of P = 1e-9 or so
+_BY = "benchmarks/below_one_over_n.py"
+
+
+@dataclass(frozen=True)
+class DescentTuning:
+    """What the loop goes by."""
+
+    final_rate: float = tuned(0.1, "of the learning rate that is left at the end", _BY)
+    later_rate: float = tuned(0.5, "of the learning rate with which a later round begins", _BY)
+    slack: float = tuned(3.0, "nats below the target at which the pressure is gone, lest the task pay for no gain", _BY)
+    look_share: float = tuned(0.1, "of the calls, for looks before the ladder says that the target is near", _BY)
+    reverts: float = tuned(5, "times that steps are taken back, at half the learning rate each, before giving up", _BY)
 
 
 class Stream(IntEnum):
@@ -35,142 +49,250 @@ class Stream(IntEnum):
     AUDIT = 3
     WALK = 4
     BATCH = 5
+    REPLAY = 6
+    PLAIN = 7
 
 
 @dataclass(frozen=True)
 class Options:
     """What a descent goes by; see the arguments of :func:`probest.train`.
 
-    target: log P below which there is no more pressure. rows: of the data. path: of the checkpoint, or None.
+    target: log P below which there is no more pressure. schedule: share of the learning rate at each step, or None for
+    a cosine. rows: of the data. path: of the checkpoint, or None.
     """
 
     target: float
-    steps: int
     weight: float
+    teacher_weight: float
     batch_size: int
-    particles: int
+    replay: int
     check_every: int
     check_budget: int
+    schedule: Callable[[int], float] | None
     rows: int
     path: Path | None
+    tuning: DescentTuning = field(default_factory=DescentTuning)
 
 
 @dataclass
 class Descent:
-    """The loop of :func:`probest.train`: everything it needs, and what changes (``state`` and ``walkers``)."""
+    """The loop of :func:`probest.train`: everything it needs, and what changes (``state``, ``ladder``, ``memory``)."""
 
     problem: Problem
     trainer: Trainer
     data: PyTree
+    teacher: Teacher | None
     options: Options
     root: np.random.SeedSequence
     line: Progress
     state: TrainingState
-    walkers: Walkers | None
+    ladder: Ladder
+    memory: Memory
+    callbacks: Sequence[Callback] = ()
+    control: Control = field(default_factory=Control)
+
+    @property
+    def parts(self) -> dict[str, Kept]:
+        """What a checkpoint holds."""
+        kept: dict[str, Kept] = {"trainer": self.trainer, "ladder": self.ladder}
+        return kept if self.teacher is None else kept | {"memory": self.memory}
+
+    @property
+    def event(self) -> Event:
+        """That of the present model, with counters at zero."""
+        return self.problem.event.replaced(model=self.trainer.model)
 
     def run(self) -> str:
         """Descend until the target is reached and held, or the steps are over. Returns why it stopped early, or ''."""
         good = self.trainer.arrays()
-        began = time.perf_counter() - self.state.seconds
+        self._tell("on_train_begin")
+        stopped = ""
         try:
-            while self.state.step < self.options.steps and not self._done():
-                loss, pressure, noise = self._step()
-                if not math.isfinite(loss + pressure):
-                    self.trainer.restore(good)
-                    return f"the loss was not finite at step {self.state.step}: lower learning_rate or weight"
-                self.state.seconds = time.perf_counter() - began
-                if self._is_checked():
-                    self._check()
-                    good = self.trainer.arrays()
-                followed = self.state.log_prob if self.walkers is None else self.walkers.log_prob
-                self.state.history.append(
-                    Step(self.state.step, loss, followed, pressure, noise, self.state.calls, self.state.seconds)
-                )
-                self.line.update(self.state.step, self.options.steps, f"log P {followed:.1f}, task loss {loss:.3g}")
-                if self.state.step % self.options.check_every == 0:
+            while not self._done() and not stopped:
+                began = time.perf_counter()
+                try:
+                    step = self._step()
+                except SeverityError:
+                    if self.state.reverts >= self.options.tuning.reverts:
+                        raise
+                    step = None
+                self.state.costs.steps.seconds += time.perf_counter() - began
+                if step is None or not math.isfinite(step.task_loss):
+                    stopped = self._revert(good)
+                    continue
+                due = self.state.step % self.options.check_every == 0
+                look = self._look() if self._is_looked_at() else None
+                self._record(step, look)
+                if due or self.control.should_save:
+                    good = self.trainer.arrays() if due else good
                     self._save()
+                if self.control.should_training_stop:
+                    stopped = self.control.reason
         except KeyboardInterrupt:
             self._save()
             return "training was interrupted"
         except Exception:
             self._save()
             raise
-        return ""
+        self._tell("on_train_end")
+        return stopped
 
-    def _step(self) -> tuple[float, float, float]:
-        """Move the particles on the present model, then the model; returns task loss, pressure and noise."""
-        state, walkers, event = self.state, self.walkers, self.problem.event
-        if walkers is not None:
-            rng = generator(child_seed(self.root, Stream.WALK, state.step + 1))
-            state.calls += walkers.advance(event.replaced(model=self.trainer.model), rng)
+    def go_on(self, steps: int) -> None:
+        """Begin another round, of so many steps at most."""
+        state = self.state
+        state.round, state.began, state.last, state.reached = state.round + 1, state.step, state.step + steps, None
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> Step:
+        """Move the ladder on the present model, then the model."""
+        state, options, event = self.state, self.options, self.event
+        self.ladder.advance(event, generator(child_seed(self.root, Stream.WALK, state.step + 1)))
+        cases = self.ladder.cases()
+        need = self._need()
+        taught = None if self.teacher is None else self._taught(event, self.teacher, cases)
+        hard = Hard(cases.z, cases.held, cases.noise, cases.share) if options.weight else None
         shuffle = generator(child_seed(self.root, Stream.BATCH, state.step))
-        chosen = shuffle.choice(self.options.rows, min(self.options.batch_size, self.options.rows), replace=False)
-        z = np.empty((0, event.dim)) if walkers is None else walkers.z
-        noise = 1.0 if walkers is None else walkers.noise
-        batch = batch_of(event.backend, self.data, chosen)
-        loss, pressure = self.trainer.step(batch, z, noise, self._weight(), self._rate())
-        state.calls += 3 * len(z)
-        state.task_calls += 3 * len(chosen)
+        chosen = shuffle.choice(options.rows, min(options.batch_size, options.rows), replace=False)
+        losses = self.trainer.step(
+            batch_of(event.backend, self.data, chosen), taught, hard,
+            lesson=need * options.teacher_weight, pressure=need * options.weight, rate=self._rate(),
+        )  # fmt: skip
+        count = len(cases.z) * (hard is not None)
+        count += (len(cases.z) + options.replay) * (taught is not None)
+        state.costs.steps.calls += event.model_calls + 3 * count
+        state.costs.task_calls += 3 * len(chosen)
         state.step += 1
-        return loss, pressure, noise
+        spent = state.costs
+        return Step(
+            step=state.step, task_loss=losses.task, taught_loss=losses.taught, log_prob=self.ladder.log_prob,
+            pressure=losses.pressure, look=None, calls=spent.steps.calls + spent.looks.calls,
+            seconds=spent.steps.seconds + spent.looks.seconds,
+        )  # fmt: skip
 
-    def _weight(self) -> float:
-        """The weight of log P; nothing from ``SLACK`` nats below the target on, lest the task pay for no gain."""
-        log_prob = self.state.log_prob if self.walkers is None else self.walkers.log_prob
-        return self.options.weight * min(max((log_prob - self.options.target) / SLACK + 1, 0.0), 1.0)
+    def _taught(self, event: Event, teacher: Teacher, cases: Cases) -> PyTree:
+        """The present cases and some from memory, with the teacher's answers, as a batch of the task."""
+        rows = teacher.rows(event, cases)
+        self.state.costs.answers += len(cases.z)
+        if event.composition.closed_loop:
+            event.model_calls += len(cases.z)
+        rng = generator(child_seed(self.root, Stream.REPLAY, self.state.step))
+        count = self.options.replay
+        if count:
+            if len(self.memory):
+                chosen = self.memory.choose(count, rng)
+                self.memory.severity[chosen] = self.ladder.severity_of(
+                    event, self.memory.z[chosen], self.memory.group[chosen]
+                )
+                replayed = [leaf[chosen] for leaf in self.memory.rows]
+            else:
+                replayed = [leaf[rng.integers(len(leaf), size=count)] for leaf in rows]
+            self.memory.add(cases, rows, self.state.step)
+            rows = [np.concatenate(pair) for pair in zip(rows, replayed, strict=True)]
+        return as_batch(event.backend, rows, self.data)
+
+    def _need(self) -> float:
+        """Share of the pressure: nothing from ``slack`` nats below the target on."""
+        followed, look = self.ladder.log_prob, self.state.look
+        worst = max((p for p in (followed, look) if p is not None and not math.isnan(p)), default=0.0)
+        return min(max((worst - self.options.target) / self.options.tuning.slack + 1.0, 0.0), 1.0)
 
     def _rate(self) -> float:
         """Share of the learning rate: a cosine over the steps, and a quicker one once the target has been reached."""
-        state = self.state
-        rate = _cosine(state.step / self.options.steps)
+        state, options = self.state, self.options
+        if options.schedule is not None:
+            return state.rate * float(options.schedule(state.step))
+        final = options.tuning.final_rate
+        rate = state.rate * cosine((state.step - state.began) / max(1, state.last - state.began), final)
+        if state.round:
+            rate *= options.tuning.later_rate
         if state.reached is not None:
-            rate *= _cosine((state.step - state.reached) / self.options.check_every)
+            rate *= cosine((state.step - state.reached) / options.check_every, final)
         return rate
 
+    def _revert(self, good: dict[str, np.ndarray]) -> str:
+        """Back to the last good weights, at half the learning rate; why to give up, or ''."""
+        self.trainer.restore(good)
+        state = self.state
+        state.reverts += 1
+        state.rate *= 0.5
+        state.step += 1  # another batch and other draws: the same would end the same
+        if state.reverts > self.options.tuning.reverts:
+            return f"the loss was not finite {state.reverts} times, at step {state.step} again: lower learning_rate"
+        return ""
+
+    def _record(self, step: Step, look: float | None) -> None:
+        spent = self.state.costs
+        calls, seconds = spent.steps.calls + spent.looks.calls, spent.steps.seconds + spent.looks.seconds
+        step = Step(step.step, step.task_loss, step.taught_loss, step.log_prob, step.pressure, look, calls, seconds)
+        self.state.history.append(step)
+        self._tell("on_step_end", step)
+        told = f"log P {step.log_prob:.1f}, task loss {step.task_loss:.3g}"
+        self.line.update(self.state.step, self.state.last, told)
+
+    # Looks ------------------------------------------------------------------------------------------------------------
+
     def _done(self) -> bool:
-        """Whether log P was below the target at a check and still is after as many steps at a falling rate."""
+        """Whether the steps are over, or log P was below the target at a look and still is after some steps."""
         reached = self.state.reached
+        if self.state.step >= self.state.last:
+            return True
         return reached is not None and self.state.step >= reached + self.options.check_every
 
-    def _is_checked(self) -> bool:
-        state = self.state
+    def _is_looked_at(self) -> bool:
+        state, options = self.state, self.options
+        if self.control.should_evaluate or state.step == state.last:
+            return True
         if state.reached is not None:
-            return state.step == state.reached + self.options.check_every
-        return state.step % self.options.check_every == 0 or state.step == self.options.steps
+            return state.step == state.reached + options.check_every
+        if state.step % options.check_every:
+            return False
+        spent = state.costs
+        near = self.ladder.log_prob <= options.target
+        return near or spent.looks.calls + options.check_budget <= options.tuning.look_share * spent.steps.calls
 
-    def _check(self) -> None:
-        """A fresh look for catastrophes; its particles replace the warm ones."""
+    def _look(self) -> float:
+        """A fresh look for catastrophes; what it finds joins the ladder."""
         state = self.state
+        began = time.perf_counter()
         look = estimate(
             self.problem.replaced(model=self.trainer.model),
             budget=self.options.check_budget,
-            estimator=Tempering(particles=max(256, self.options.check_budget // CALLS_A_PARTICLE)),
             seed=number(self.root, Stream.CHECK, state.step),
             progress=False,
         )
-        state.calls += look.calls
-        state.log_prob = level(look)
-        if state.log_prob >= self.options.target:
+        state.costs.looks.add(look.calls, time.perf_counter() - began)
+        found = level(look)
+        state.look = look.log_prob if math.isfinite(look.log_prob) else None
+        if found >= self.options.target:
             state.reached = None
         elif state.reached is None:
             state.reached = state.step
-        found = look.conclusion.particles
-        if found is None or not math.isfinite(look.log_prob):
-            return
-        rng = generator(child_seed(self.root, Stream.WALK, state.step, Stream.CHECK))
-        if self.walkers is None:
-            self.walkers = Walkers.seeded(found, look.log_prob, self.options.particles, rng)
-        else:
-            self.walkers.reseed(found, look.log_prob, rng)
+        self.welcome(look, state.step, Stream.CHECK)
+        self._tell("on_evaluate", look)
+        return found
+
+    def welcome(self, found: Estimate, *key: int) -> None:
+        """Let the catastrophes of an estimate onto the ladder."""
+        particles = found.conclusion.particles
+        if particles is not None and len(particles.z) and math.isfinite(found.log_prob):
+            self.ladder.welcome(particles, generator(child_seed(self.root, Stream.WALK, *key)))
 
     def _save(self) -> None:
         if self.options.path is not None:
-            save(self.options.path, self.trainer, self.walkers, self.state)
+            save(self.options.path, self.parts, self.state)
+            self._tell("on_save")
+
+    def _tell(self, name: str, *what: object) -> None:
+        if name == "on_step_end":
+            self.control.should_evaluate = self.control.should_save = False
+        for callback in self.callbacks:
+            getattr(callback, name)(self.state, self.control, *what)
 
 
-def _cosine(share: float) -> float:
-    """From 1 at 0 down to ``FINAL_RATE`` at 1."""
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
+def cosine(share: float, final: float) -> float:
+    """From 1 at 0 down to ``final`` at 1."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
 def level(found: Estimate) -> float:
