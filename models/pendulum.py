@@ -44,7 +44,7 @@ DRAWN, KEPT = 256, 16  # of the baseline: cases sampled a step, and trained on
 WORST_WEIGHT = 0.1
 
 # Arguments of ``probest.train`` that work here.
-TRAINING = {"until_log_prob": -22.0, "weight": 3e-3, "learning_rate": 1e-3, "batch_size": BATCH}
+TRAINING = {"until_log_prob": -22.0, "learning_rate": 1e-3, "batch_size": BATCH}
 
 Controller = Callable[[Array], Array]
 
