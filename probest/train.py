@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Costs", "Step", "TrainingRun", "train"]
 
-PLAIN_SHARE = 0.1
-"""Of the audit's budget, for plain sampling."""
+AUDIT = {"default": 0.6, "tempering": 0.3, "plain": 0.1}
+"""Shares of the audit's budget: the default strategy of ``estimate``, tempering of many particles, plain sampling."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def train(
     A ladder of particles follows the catastrophes of the present model and what leads to them, from what one draw in
     ten reaches to the event itself. With a ``teacher``, the task is also learnt on these cases, with the teacher's
     answers; what is nearly a catastrophe is remembered and replayed. Without one, log P, smoothed at each of these
-    widths, is stepped down. Once a fresh look finds log P below the target, the learning rate falls for another
-    ``check_every`` steps; training ends if log P is still below, or after ``steps``. Then log P is estimated afresh,
-    and audited by other methods from other seeds; if the audit finds more, above the target, training goes on
-    from there.
+    widths, is stepped down. Once the ladder has log P below the target and a fresh look finds nothing above it, the
+    learning rate falls for another ``check_every`` steps; training ends if that still holds, or after ``steps``. Then
+    log P is estimated afresh, and audited by other methods from other seeds; if the audit finds more, above the target,
+    training goes on from there.
 
     Args:
         problem: its model is trained: a torch ``nn.Module`` or a jax pytree with floating-point arrays.
@@ -170,7 +170,8 @@ def train(
         check_every: steps between fresh looks, where they are due.
         budget: model calls of each full estimate (before, after).
         check_budget: model calls of each fresh look.
-        audit: a method, or several; by default tempering with many particles, and plain sampling.
+        audit: a method, or several, which share four times ``budget``. By default what ``estimate`` does by itself,
+            tempering with many particles, and plain sampling.
         audit_rounds: how often training goes on from what an audit found, for a quarter of ``steps`` each, at most.
         callbacks: told of each step, look and checkpoint; see :class:`probest.training.callbacks.Callback`.
         seed: the same seed gives the same run.
@@ -206,6 +207,8 @@ def train(
         raise ValueError("weight=0 without a teacher that counts: nothing would drive the catastrophes away")
     if teacher is not None and not callable(teacher):
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
+    if isinstance(audit, Sequence) and not audit:
+        raise ValueError("audit is empty: name an estimator, or None for the default ones")
     event = problem.event
     if not event.differentiable:
         raise ValueError(
@@ -291,25 +294,29 @@ def _timed(cost: Cost, problem: Problem, **options: Any) -> Estimate:
     return found
 
 
-def _panel(audit: Estimator | Sequence[Estimator] | None, budget: int) -> dict[Estimator, float]:
-    """The methods of the audit, each with its share of the budget."""
+def _panel(audit: Estimator | Sequence[Estimator] | None, budget: int) -> list[tuple[Estimator | None, float]]:
+    """The methods of the audit (None is the default strategy), each with its share of the budget."""
     if audit is None:
-        return {Tempering(particles=max(1024, budget // 100)): 1.0 - PLAIN_SHARE, MonteCarlo(): PLAIN_SHARE}
+        many = Tempering(particles=max(1024, budget // 100))
+        return [(None, AUDIT["default"]), (many, AUDIT["tempering"]), (MonteCarlo(), AUDIT["plain"])]
     methods = list(audit) if isinstance(audit, Sequence) else [audit]
-    if not methods:
-        raise ValueError("audit is empty: name an estimator, or None for the default ones")
-    return {method: 1.0 / len(methods) for method in methods}
+    return [(method, 1.0 / len(methods)) for method in methods]
 
 
 def _audited(
-    cost: Cost, problem: Problem, panel: dict[Estimator, float], budget: int, root: np.random.SeedSequence, turn: int
+    cost: Cost,
+    problem: Problem,
+    panel: list[tuple[Estimator | None, float]],
+    budget: int,
+    root: np.random.SeedSequence,
+    turn: int,
 ) -> tuple[Estimate, ...]:
     return tuple(
         _timed(
             cost, problem, estimator=method, budget=max(1, int(share * budget)),
             seed=number(root, Stream.AUDIT, turn, i),
         )
-        for i, (method, share) in enumerate(panel.items())
+        for i, (method, share) in enumerate(panel)
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class Step:
 
     task_loss: on its minibatch. taught_loss: on hard cases with the teacher's answers, NaN without a teacher. log_prob:
     log P as the ladder follows it, in nats. pressure: mean of log Φ(severity / noise) over its particles. look: what a
-    fresh look after this step says of log P (its upper bound where it found nothing), or None. calls: model calls on
+    fresh look after this step says of log P (``-inf`` where it found nothing), or None. calls: model calls on
     steps and looks so far. seconds: likewise.
     """
 

@@ -24,7 +24,7 @@ from probest.training.memory import Memory
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
 
-__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "level", "number"]
+__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "number"]
 
 _BY = "benchmarks/below_one_over_n.py"
 
@@ -195,6 +195,8 @@ class Descent:
         """Share of the pressure: nothing from ``slack`` nats below the target on."""
         followed, look = self.ladder.log_prob, self.state.look
         worst = max((p for p in (followed, look) if p is not None and not math.isnan(p)), default=0.0)
+        if worst == -math.inf:
+            return 0.0
         return min(max((worst - self.options.target) / self.options.tuning.slack + 1.0, 0.0), 1.0)
 
     def _rate(self) -> float:
@@ -233,7 +235,7 @@ class Descent:
     # Looks ------------------------------------------------------------------------------------------------------------
 
     def _done(self) -> bool:
-        """Whether the steps are over, or log P was below the target at a look and still is after some steps."""
+        """Whether the steps are over, or log P was below the target and still is some steps later."""
         reached = self.state.reached
         if self.state.step >= self.state.last:
             return True
@@ -262,15 +264,14 @@ class Descent:
             progress=False,
         )
         state.costs.looks.add(look.calls, time.perf_counter() - began)
-        found = level(look)
-        state.look = look.log_prob if math.isfinite(look.log_prob) else None
-        if found >= self.options.target:
+        state.look = look.log_prob
+        if max(look.log_prob, self.ladder.log_prob) >= self.options.target:
             state.reached = None
         elif state.reached is None:
             state.reached = state.step
         self.welcome(look, state.step, Stream.CHECK)
         self._tell("on_evaluate", look)
-        return found
+        return look.log_prob
 
     def welcome(self, found: Estimate, *key: int) -> None:
         """Let the catastrophes of an estimate onto the ladder."""
@@ -293,11 +294,6 @@ class Descent:
 def cosine(share: float, final: float) -> float:
     """From 1 at 0 down to ``final`` at 1."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
-
-
-def level(found: Estimate) -> float:
-    """log P, or the upper bound when no catastrophe was found: not finding any is no reason to stop training."""
-    return found.log_prob if math.isfinite(found.log_prob) else found.upper
 
 
 def batch_of(backend: Backend, data: PyTree, rows: np.ndarray) -> PyTree:
