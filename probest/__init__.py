@@ -16,6 +16,7 @@ from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
+from probest.search import Search, search
 from probest.train import TrainingRun, train
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "ProgramGuide",
+    "Search",
     "SeverityError",
     "SiteError",
     "Stratified",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "checkers",
     "estimate",
+    "search",
     "train",
 ]
 

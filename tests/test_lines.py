@@ -450,3 +450,11 @@ def test_a_few_lines_that_agree_do_not_conclude(event: ExactEvent) -> None:
         assert error < 0.1 + 4.5 * found.std_error or not found.converged
         assert found.interval[0] - 0.2 <= event.log_prob <= found.interval[1] + 0.2
         assert found.converged or event.name.startswith("gate")
+
+
+def test_more_modes_than_the_budget_has_lines_for_is_said() -> None:
+    event = union(8, tuple(np.linspace(3.0, 4.0, 8)))
+    for budget in range(20, 400, 20):
+        run = LineSampling().run(event, budget=budget, seed=np.random.SeedSequence(budget))
+        assert run.calls <= budget
+        assert run.conclusion.converged or run.conclusion.notes

@@ -21,6 +21,7 @@ __all__ = [
     "BatchingError",
     "Hard",
     "Losses",
+    "Minimizer",
     "Parts",
     "PyTree",
     "RowFunction",
@@ -117,6 +118,9 @@ class Backend(Protocol):
     def snapshot(self, leaf: Any) -> Any:
         """A NumPy copy of a leaf that can be written to in place, or the leaf itself if it cannot."""
 
+    def constant(self, value: Array) -> Array:
+        """The value as a constant of any gradient."""
+
     def no_gradient(self) -> AbstractContextManager[Any]:
         """No gradient is recorded inside."""
 
@@ -138,6 +142,12 @@ class Backend(Protocol):
 
         max_norm, max_pressure: to which norm the two gradients are clipped, see :class:`Trainer`.
         """
+
+    def minimizer(self, parts: Parts, loss: Callable[..., Any], *, learning_rate: float) -> Minimizer:
+        """A :class:`Minimizer` of ``loss(parts, *arrays)`` in the adversary of ``parts`` and in its ``params``."""
+
+    def bind(self, function: Callable[..., Any], params: dict[str, np.ndarray]) -> Any:
+        """``function(params, *args)`` as a callable of ``args`` that owns ``params``, so that gradients reach them."""
 
 
 class Losses(NamedTuple):
@@ -191,6 +201,22 @@ class Trainer(Protocol):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything a checkpoint needs, by name."""
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None: ...
+
+
+class Minimizer(Protocol):
+    """The parameters of an adversary, being fitted."""
+
+    @property
+    def parts(self) -> Parts:
+        """The parts with the present parameters."""
+
+    def step(self, *arrays: PyTree) -> float:
+        """One step of Adam down ``loss(parts, *arrays)``; the loss before it. A gradient that is not finite is none."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The parameters, by name."""
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None: ...
 

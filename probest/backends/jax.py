@@ -19,6 +19,7 @@ import numpy as np
 
 from probest.backends import special_jax
 from probest.backends.base import Array, BatchingError, Parts, PyTree, RowFunction
+from probest.backends.fitting_jax import JaxMinimizer
 from probest.backends.training_jax import JaxTrainer
 
 __all__ = ["JaxBackend"]
@@ -117,6 +118,16 @@ class JaxBackend:
 
     def trainer(self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any) -> JaxTrainer:
         return JaxTrainer(self, parts, scores, task, **options)
+
+    def minimizer(self, parts: Parts, loss: Callable[..., Any], *, learning_rate: float) -> JaxMinimizer:
+        return JaxMinimizer(self, parts, loss, learning_rate=learning_rate)
+
+    def bind(self, function: Callable[..., Any], params: dict[str, np.ndarray]) -> Any:
+        arrays = {name: jnp.asarray(value, dtype=float) for name, value in params.items()}
+        return jax.tree_util.Partial(function, arrays)  # type: ignore[no-untyped-call]
+
+    def constant(self, value: Array) -> Array:
+        return jax.lax.stop_gradient(value)
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         return nullcontext()

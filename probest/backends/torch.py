@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from probest.backends import special_torch
 from probest.backends.base import Array, BatchingError, Parts, PyTree, RowFunction
+from probest.backends.fitting_torch import Bound, TorchMinimizer
 from probest.backends.training_torch import TorchTrainer
 
 __all__ = ["TorchBackend"]
@@ -107,6 +108,15 @@ class TorchBackend:
         self, parts: Parts, scores: Callable[..., Any], task: Callable[..., Any], **options: Any
     ) -> TorchTrainer:
         return TorchTrainer(self, parts, scores, task, **options)
+
+    def minimizer(self, parts: Parts, loss: Callable[..., Any], *, learning_rate: float) -> TorchMinimizer:
+        return TorchMinimizer(self, parts, loss, learning_rate=learning_rate)
+
+    def bind(self, function: Callable[..., Any], params: dict[str, np.ndarray]) -> Any:
+        return Bound(function, params)
+
+    def constant(self, value: Array) -> Array:
+        return value.detach()
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         return torch.no_grad()

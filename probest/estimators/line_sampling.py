@@ -132,6 +132,9 @@ class _Campaign:
             around = _endless(points, self.method.tuning)
         if around:
             self._surround(points)
+        if not all(mode.rounds for mode in self.modes):
+            sentence = f"the budget is too small for lines through {len(self.modes)} modes: raise it."
+            return [*ledger, self._nothing(Code.FEW_COUNT, sentence)]
         self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
         if not math.isfinite(self.modes.scale):
             return [*ledger, self._nothing(Code.NO_HITS, "no line through the design points meets the event.")]
@@ -185,6 +188,8 @@ class _Campaign:
             for k in range(len(self.modes)):
                 if not self.modes.members[k].rounds:
                     self.modes.learn(k)
+            if not all(mode.rounds for mode in self.modes):  # the budget has no lines for them
+                break
             suspects = self.modes.suspects()
             last = attempt == self.method.tuning.looks - 1 or len(self.modes) > self.method.tuning.most_modes
             if last or not len(suspects) or not search.start_from(suspects):

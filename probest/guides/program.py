@@ -99,11 +99,11 @@ class BoundProgram:
         """
         own, other = (int(m) for m in allocate(n, (1.0 - self.prior, self.prior), rng))
         size = sum(site.size for site in self.sites)
-        drawn = self._values(self.parts, self.sites, rng.standard_normal((own, size)))
-        plain = self._values(self.event.parts, self.event.sites, rng.standard_normal((other, self.dim)))
+        drawn = self.values(self.parts, self.sites, rng.standard_normal((own, size)))
+        plain = self.values(self.event.parts, self.event.sites, rng.standard_normal((other, self.dim)))
         order = rng.permutation(n)
         values = {name: np.concatenate([drawn[name], plain[name]])[order] for name in drawn}
-        log_p, inside = self._density(self.event.parts, values)
+        log_p, inside = self.density(self.event.parts, values)
         possible = np.flatnonzero(inside | (order >= own))  # the adversary's own may be on the edge by rounding
         kept = {name: value[possible] for name, value in values.items()}
         meter.charge(len(possible))
@@ -115,27 +115,45 @@ class BoundProgram:
 
     def log_ratio(self, z: Floats) -> Floats:
         """log of the adversary's density over the proposal's at the sites that z stands for, ``(n,)``."""
-        values = self._values(self.event.parts, self.event.sites, z)
-        log_p, _ = self._density(self.event.parts, values)
+        values = self.values(self.event.parts, self.event.sites, z)
+        log_p, _ = self.density(self.event.parts, values)
         return log_p - self._log_mixture(log_p, values)
 
     def _log_mixture(self, log_p: Floats, values: Values) -> Floats:
-        log_q, inside = self._density(self.parts, values)
+        log_q, inside = self.density(self.parts, values)
         log_q = np.where(inside, log_q, -np.inf)
         mixed = np.logaddexp(np.log1p(-self.prior) + log_q, np.log(self.prior) + log_p)
         return np.asarray(mixed, dtype=np.float64)
 
-    def _values(self, parts: Parts, sites: tuple[Site, ...], z: Floats) -> Values:
+    def values(self, parts: Parts, sites: tuple[Site, ...], z: Floats) -> Values:
         """Native values of the named sites, each ``(n, ...)``."""
         values: Values = self._run(_Draw(self.event.composition.frontend, sites), parts, z, {})
         return values
 
-    def _density(self, parts: Parts, values: Values) -> tuple[Floats, np.ndarray]:
+    def density(self, parts: Parts, values: Values) -> tuple[Floats, np.ndarray]:
         """Log-density of all sites together, ``(n,)``, and whether each value is in the support."""
         terms = self.densities(parts, values)
         log_density = np.sum([log for log, _ in terms.values()], axis=0)
         inside = np.all([ok for _, ok in terms.values()], axis=0)
         return np.asarray(log_density, dtype=np.float64), np.asarray(inside, dtype=np.bool_)
+
+    def log_density(self, parts: Parts, values: dict[str, Array]) -> Array:
+        """Log-density of all sites together at values of the library ``(n, ...)``, ``(n,)``: differentiable."""
+        backend = self.event.backend
+        n = len(next(iter(values.values())))
+        rows = _Density(self.event.composition.frontend, tuple(values))(
+            parts, backend.from_host(np.zeros((n, 1))), values
+        )
+        terms = [log for log, _ in rows.values()]
+        return sum(terms[1:], start=terms[0])
+
+    def draws(self, parts: Parts, scope: str) -> dict[str, Array]:
+        """One draw of the guide's sites, inside another program of the library, where they are ``scope/…``."""
+        frontend = self.event.composition.frontend
+        drawn = frontend.scoped(lambda: frontend.values(parts.adversary, parts.params), scope)()
+        names = {site.name for site in self.sites if site.parent is None}
+        plain = {name.removeprefix(f"{scope}/"): value for name, value in drawn.items()}
+        return {name: value for name, value in plain.items() if name in names}
 
     def densities(self, parts: Parts, values: Values) -> dict[str, tuple[Floats, np.ndarray]]:
         """Log-density ``(n,)`` of each site, and whether its value is in the support."""
@@ -248,7 +266,7 @@ def _check_draws(bound: BoundProgram) -> None:
     """The guide's values must be possible for the adversary, and have a density under both."""
     rng = np.random.default_rng(0)
     size = sum(site.size for site in bound.sites)
-    values = bound._values(bound.parts, bound.sites, rng.standard_normal((_REHEARSALS, size)))
+    values = bound.values(bound.parts, bound.sites, rng.standard_normal((_REHEARSALS, size)))
     laws = {site.name: site.distribution for site in bound.event.sites}
     theirs = bound.densities(bound.event.parts, values)
     for name, (log_q, _) in bound.densities(bound.parts, values).items():

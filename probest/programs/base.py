@@ -100,5 +100,20 @@ class Frontend(Protocol):
     def deterministic(self, name: str, value: Array) -> None:
         """Record a deterministic site."""
 
+    def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
+        """Draw a site of the library's distribution ``law``, whose last ``event_dims`` axes are one event."""
+
+    def factor(self, name: str, log_weight: Array) -> None:
+        """Add to the log-density of the program."""
+
+    def hidden(self) -> AbstractContextManager[Any]:
+        """What is drawn inside is not seen by handlers outside."""
+
+    def values(self, program: Callable[..., Any], params: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a program inside another, with these values of ``param`` sites; the values of its sites."""
+
+    def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+        """The program with ``prefix/`` before the names of its sites."""
+
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         """The program with every latent site reparameterised; an ordinary program of the library."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,6 +55,23 @@ class NumPyroFrontend:
 
     def deterministic(self, name: str, value: Array) -> None:
         numpyro.deterministic(name, value)
+
+    def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
+        return numpyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
+
+    def factor(self, name: str, log_weight: Array) -> None:
+        numpyro.factor(name, log_weight)
+
+    def hidden(self) -> AbstractContextManager[Any]:
+        return handlers.block()  # type: ignore[no-any-return]
+
+    def values(self, program: Callable[..., Any], params: Mapping[str, Array]) -> dict[str, Array]:
+        with handlers.trace() as seen, handlers.substitute(data=dict(params)):
+            program()
+        return {name: site["value"] for name, site in seen.items() if site["type"] in {"sample", "deterministic"}}
+
+    def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+        return handlers.scope(program, prefix=prefix)  # type: ignore[no-any-return]
 
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         gaussianized: Callable[..., Any] = handlers.reparam(program, config=_Gaussianize(self.backend, {}))

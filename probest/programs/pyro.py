@@ -7,7 +7,7 @@ inside a context that restores them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -60,8 +60,47 @@ class PyroFrontend:
     def deterministic(self, name: str, value: Array) -> None:
         pyro.deterministic(name, value)
 
+    def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
+        return pyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
+
+    def factor(self, name: str, log_weight: Array) -> None:
+        pyro.factor(name, log_weight)
+
+    def hidden(self) -> AbstractContextManager[Any]:
+        return poutine.block()
+
+    def values(self, program: Callable[..., Any], params: Mapping[str, Array]) -> dict[str, Array]:
+        with _Values() as seen, _Params(params):
+            program()
+        return seen.values
+
+    def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+        return _Scope(prefix)(program)
+
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         return poutine.reparam(program, config=_Gaussianize(self.backend, {}))
+
+
+class _Values(Messenger):
+    """Values of the sites drawn inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Array] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.values[msg["name"]] = msg["value"]
+
+
+class _Scope(Messenger):
+    """Sites under the names of a scope."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["name"] = f"{self.prefix}/{msg['name']}"
 
 
 class PyroRecording:
@@ -115,23 +154,30 @@ class _Record(Messenger):
             self.observed[name] = msg["fn"], msg["value"]
 
 
-class _Supply(Messenger):
+class _Params(Messenger):
+    """Gives ``param`` sites their overriding values."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        super().__init__()
+        self.given = params
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.given:
+            msg["value"] = self.given[msg["name"]]
+            msg["done"] = True
+
+
+class _Supply(_Params):
     """Gives base sites their coordinates, and ``param`` sites their overriding values."""
 
     def __init__(self, source: BaseSource, params: Mapping[str, Array]) -> None:
-        super().__init__()
+        super().__init__(params)
         self.source = source
-        self.given = params
 
     def _pyro_sample(self, msg: Any) -> None:
         of = msg["infer"].get("probest_base")
         if of is not None:
             msg["value"] = self.source(of, tuple(msg["fn"].batch_shape + msg["fn"].event_shape))
-            msg["done"] = True
-
-    def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self.given:
-            msg["value"] = self.given[msg["name"]]
             msg["done"] = True
 
 
