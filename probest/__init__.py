@@ -1,6 +1,7 @@
 """How likely is a model to do something catastrophic, and how to train it until that is vanishingly unlikely."""
 
 from probest import checkers
+from probest.audit import Audit, audit
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
 from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
@@ -20,6 +21,7 @@ from probest.search import Search, search
 from probest.train import TrainingRun, train
 
 __all__ = [
+    "Audit",
     "Catastrophes",
     "Combined",
     "CrossEntropy",
@@ -41,6 +43,7 @@ __all__ = [
     "TrainingRun",
     "UnmetNeedError",
     "__version__",
+    "audit",
     "checkers",
     "estimate",
     "search",

@@ -94,7 +94,7 @@ def _train(options: argparse.Namespace) -> int:
             seed=options.seed,
             checkpoint=options.checkpoint,
         )
-    result = run.audit or run.after  # no audit where training was interrupted
+    result = run.believed
     _show(result, as_json=options.json)
     for line in run.advice:
         Console(stderr=True).print(f"• {line}", markup=False, soft_wrap=True)
@@ -208,7 +208,7 @@ def _problem_errors(spec: str) -> Iterator[None]:
 
 def _demo(options: argparse.Namespace) -> int:
     """Train M the ordinary way, on sampled adversarial examples, and with probest: the three side by side."""
-    from probest import Tempering, estimate, train
+    from probest import audit, estimate, train
 
     console = Console()
     module = _ready_problem(options.model)
@@ -218,11 +218,11 @@ def _demo(options: argparse.Namespace) -> int:
     budget = settings["budget"]
 
     def judged(name: str, model: Any, calls: int, seconds: float) -> Candidate:
-        """An estimate of ``model``, and an audit of it by the method and budget that train() uses for its own."""
+        """An estimate of ``model``, and an audit of it by the methods and budget that train() uses for its own."""
         problem = module.problem(model)
         found = estimate(problem, budget=budget, seed=1)
-        audit = estimate(problem, budget=4 * budget, estimator=Tempering(particles=max(1024, budget // 100)), seed=2)
-        return Candidate(name, module.accuracy(model), found, audit, calls, seconds)
+        checked = audit(problem, budget=4 * budget, seed=2)
+        return Candidate(name, module.accuracy(model), found, checked, calls, seconds)
 
     console.print(f"Training M ({options.model}) the ordinary way")
     model, seconds = _timed(module.train_model)
@@ -241,12 +241,12 @@ def _demo(options: argparse.Namespace) -> int:
         **({"until_log_prob": ordinary.estimate.log_prob - DEMO_NATS} | settings),
     )
     console.print(run.after)
-    audit = run.audit or run.after
-    trained = Candidate("probest", module.accuracy(run.model), run.after, audit, run.calls, run.seconds)
+    spent = run.costs.steps.calls + run.costs.looks.calls, run.costs.steps.seconds + run.costs.looks.seconds
+    trained = Candidate("probest", module.accuracy(run.model), run.after, run.audit or run.after, *spent)
 
     console.print("Training M on catastrophes found by sampling, for as many model calls")
-    sampled, seconds = _timed(lambda: module.adversarial_baseline(model, run.calls, 4))
-    baseline = judged("sampled adversarial", sampled, run.calls, seconds)
+    sampled, seconds = _timed(lambda: module.adversarial_baseline(model, spent[0], 4))
+    baseline = judged("sampled adversarial", sampled, spent[0], seconds)
 
     console.print(comparison_table(f"{options.model}, before and after", [ordinary, baseline, trained]))
     for line in run.advice:

@@ -6,22 +6,22 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probest.audit import Audit, believed, number, panel, refutes, run_panel
 from probest.backends.base import Backend, PyTree
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
-from probest.estimators.monte_carlo import MonteCarlo
-from probest.estimators.tempering import Tempering
 from probest.problem import Problem
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
 from probest.training.callbacks import Callback
 from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
-from probest.training.descent import Descent, Options, Stream, batch_of, number
+from probest.training.descent import Descent, Options, Stream, batch_of
 from probest.training.ladder import Ladder
 from probest.training.memory import Memory
 from probest.training.teacher import Teacher
@@ -32,17 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Costs", "Step", "TrainingRun", "train"]
 
-AUDIT = {"default": 0.6, "tempering": 0.3, "plain": 0.1}
-"""Shares of the audit's budget: the default strategy of ``estimate``, tempering of many particles, plain sampling."""
-
 
 @dataclass(frozen=True)
 class TrainingRun:
     """A trained model and the evidence about it.
 
     model: the trained model (the problem's own is unchanged). adversary: that of the problem. problem: the problem with
-    the trained model. before, after: estimates by the same method. audits: estimates by other methods and seeds, none
-    if training was interrupted. converged: log P is below the target, audited. advice: what is missing. costs: model
+    the trained model. before, after: estimates by the same method. audit: estimates by other methods and seeds, None if
+    training was interrupted. converged: log P is below the target, audited. advice: what is missing. costs: model
     calls and seconds, by what they were spent on.
     """
 
@@ -52,15 +49,10 @@ class TrainingRun:
     history: tuple[Step, ...]
     before: Estimate
     after: Estimate
-    audits: tuple[Estimate, ...]
+    audit: Audit | None
     converged: bool
     advice: tuple[str, ...]
     costs: Costs
-
-    @property
-    def audit(self) -> Estimate | None:
-        """The audit that says most: the highest of them, or where none found a catastrophe the least upper bound."""
-        return max(self.audits, key=lambda found: (found.log_prob, -found.upper), default=None)
 
     @property
     def audit_gap(self) -> tuple[float, float, float]:
@@ -69,19 +61,18 @@ class TrainingRun:
         Below 0 the audit found more than the estimate knows of. NaN, and as wide as they come, where either found no
         catastrophe.
         """
-        audit = self.audit
-        if audit is None or not (math.isfinite(audit.log_prob) and math.isfinite(self.after.log_prob)):
+        if self.audit is None or not (math.isfinite(self.audit.log_prob) and math.isfinite(self.after.log_prob)):
             return math.nan, -math.inf, math.inf
-        gap = self.after.log_prob - audit.log_prob
-        below = math.hypot(self.after.log_prob - self.after.lower, audit.upper - audit.log_prob)
-        above = math.hypot(self.after.upper - self.after.log_prob, audit.log_prob - audit.lower)
+        after, audit = self.after, self.audit.estimate
+        gap = after.log_prob - audit.log_prob
+        below = math.hypot(after.log_prob - after.lower, audit.upper - audit.log_prob)
+        above = math.hypot(after.upper - after.log_prob, audit.log_prob - audit.lower)
         return gap, gap - below, gap + above
 
     @property
     def believed(self) -> Estimate:
-        """The audit where it is above the estimate after training beyond their errors, else that estimate."""
-        audit = self.audit
-        return audit if audit is not None and _refutes(audit, self.after) else self.after
+        """Of the estimate after training and those of the audit, the one to believe (:class:`probest.Audit`)."""
+        return self.after if self.audit is None else believed((self.after, *self.audit.estimates))
 
     @property
     def calls(self) -> int:
@@ -207,8 +198,7 @@ def train(
         raise ValueError("weight=0 without a teacher that counts: nothing would drive the catastrophes away")
     if teacher is not None and not callable(teacher):
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
-    if isinstance(audit, Sequence) and not audit:
-        raise ValueError("audit is empty: name an estimator, or None for the default ones")
+    panel(audit, budget)
     event = problem.event
     if not event.differentiable:
         raise ValueError(
@@ -254,6 +244,7 @@ def train(
         descent.welcome(before, 0)
         if options.path is not None and options.path.exists():
             descent.state = resume(options.path, descent.parts)
+        audits = panel(audit, 4 * budget)
         while True:
             stopped = descent.run()
             state = descent.state
@@ -261,18 +252,19 @@ def train(
             line.update(state.step, state.last, "estimating log P after training")
             spend = check_budget if stopped else budget
             after = _timed(state.costs.estimates, trained, budget=spend, seed=number(root, Stream.AFTER, state.round))
-            audits: tuple[Estimate, ...] = ()
+            audited = None
             if stopped:
                 break
             line.update(state.step, state.last, "auditing")
-            audits = _audited(state.costs.audit, trained, _panel(audit, budget), 4 * budget, root, state.round)
-            higher = max(audits, key=lambda found: found.log_prob)
-            fooled = higher.log_prob > until_log_prob and (after.log_prob <= until_log_prob or _refutes(higher, after))
-            if not fooled or state.round >= audit_rounds:
+            audited = run_panel(trained, audits, partial(number, root, Stream.AUDIT, state.round))
+            state.costs.audit.add(audited.calls, audited.seconds)
+            higher = max(audited.estimates, key=lambda found: found.log_prob)
+            below = after.log_prob <= until_log_prob or refutes((higher,), after)
+            if not (below and higher.log_prob > until_log_prob) or state.round >= audit_rounds:
                 break
             descent.go_on(max(check_every, steps // 4))
             descent.welcome(higher, state.step, Stream.AUDIT)
-    advice = _verdict(after, audits, until_log_prob, stopped)
+    advice = _verdict(after, audited, until_log_prob, stopped)
     return TrainingRun(
         model=trainer.model,
         adversary=problem.adversary,
@@ -280,7 +272,7 @@ def train(
         history=tuple(state.history),
         before=before,
         after=after,
-        audits=audits,
+        audit=audited,
         converged=not advice,
         advice=advice,
         costs=state.costs,
@@ -294,71 +286,34 @@ def _timed(cost: Cost, problem: Problem, **options: Any) -> Estimate:
     return found
 
 
-def _panel(audit: Estimator | Sequence[Estimator] | None, budget: int) -> list[tuple[Estimator | None, float]]:
-    """The methods of the audit (None is the default strategy), each with its share of the budget."""
-    if audit is None:
-        many = Tempering(particles=max(1024, budget // 100))
-        return [(None, AUDIT["default"]), (many, AUDIT["tempering"]), (MonteCarlo(), AUDIT["plain"])]
-    methods = list(audit) if isinstance(audit, Sequence) else [audit]
-    return [(method, 1.0 / len(methods)) for method in methods]
-
-
-def _audited(
-    cost: Cost,
-    problem: Problem,
-    panel: list[tuple[Estimator | None, float]],
-    budget: int,
-    root: np.random.SeedSequence,
-    turn: int,
-) -> tuple[Estimate, ...]:
-    return tuple(
-        _timed(
-            cost, problem, estimator=method, budget=max(1, int(share * budget)),
-            seed=number(root, Stream.AUDIT, turn, i),
-        )
-        for i, (method, share) in enumerate(panel)
-    )  # fmt: skip
-
-
 def _as_it_is(step: int) -> float:  # noqa: ARG001
     """The learning rate of an optimizer that the user brought."""
     return 1.0
 
 
-def _agree(after: Estimate, audit: Estimate) -> bool:
-    return agree(after.conclusion, audit.conclusion)
+def _verdict(after: Estimate, audit: Audit | None, target: float, stopped: str) -> tuple[str, ...]:
+    """What stands between the run and its promise; empty when it is kept.
 
-
-def _refutes(audit: Estimate, after: Estimate) -> bool:
-    """Whether the audit is higher beyond the errors of both."""
-    return audit.log_prob > after.log_prob and not _agree(after, audit)
-
-
-def _verdict(after: Estimate, audits: Sequence[Estimate], target: float, stopped: str) -> tuple[str, ...]:
-    """What stands between the run and its promise; empty when it is kept."""
-    advice = []
-    if after.upper > target:
+    It is kept if one of all estimates has converged with an upper end below the target, and all others agree.
+    """
+    if audit is None:
+        return (f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself",)
+    every = (after, *audit.estimates)
+    best, advice = believed(every), []
+    if best.upper > target:
         advice.append(
-            f"log P is not known to be below {target:g} (upper end {after.upper:.4g}): train for more steps, raise "
-            "max_pressure or learning_rate, or give the estimate a larger budget"
+            f"log P is not known to be below {target:g} (upper end {best.upper:.4g}): train for more steps, raise "
+            "max_pressure or learning_rate, or give the estimates a larger budget"
         )
-    if not after.converged:
-        advice.append("the estimate after training has not converged: " + "; ".join(after.advice))
-    if not audits:
-        advice.append(
-            f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself"
-        )
-        return tuple(advice)
-    for audit in audits:
-        if math.isfinite(audit.log_prob) and not _agree(after, audit):
-            higher = "it is the higher, so believe it, and" if audit.log_prob > after.log_prob else "believe neither;"
-            advice.append(
-                f"the audit by {audit.conclusion.method} disagrees: {audit.log_prob:.4g} [{audit.lower:.4g}, "
-                f"{audit.upper:.4g}] against {after.log_prob:.4g} [{after.lower:.4g}, {after.upper:.4g}]. "
-                f"{higher} estimate again with larger budgets"
-            )
-    if not any(audit.converged for audit in audits):
-        advice.append("no audit has converged: " + "; ".join(dict.fromkeys(n for a in audits for n in a.advice)))
+    if not best.converged:
+        advice.append("no estimate that stands has converged: " + "; ".join(best.advice))
+    advice += [
+        f"{one.conclusion.method} says {one.log_prob:.4g} [{one.lower:.4g}, {one.upper:.4g}] and "
+        f"{best.conclusion.method} {best.log_prob:.4g} [{best.lower:.4g}, {best.upper:.4g}]: believe the higher, and "
+        "estimate again with larger budgets"
+        for one in every
+        if one is not best and math.isfinite(one.log_prob) and not agree(one.conclusion, best.conclusion)
+    ]
     return tuple(advice)
 
 

@@ -171,7 +171,7 @@ def test_train_passes_everything_on(
 
     def train(problem: Any, **options: Any) -> Any:
         seen.update(options)
-        return SimpleNamespace(converged=converged, audit="the audit", advice=("train on",))
+        return SimpleNamespace(converged=converged, believed="the estimate", advice=("train on",))
 
     monkeypatch.setattr(probest, "train", train)
     halfspace.write_text(HALFSPACE + "\ntask = len\ndata = (1, 2)\n")
@@ -179,7 +179,7 @@ def test_train_passes_everything_on(
     expected = {"task": len, "data": (1, 2), "until_log_prob": -20.0, "steps": 7, "seed": 3, "checkpoint": None}
     assert expected.items() <= seen.items()
     output = capsys.readouterr()
-    assert output.out == "the audit\n"
+    assert output.out == "the estimate\n"
     assert output.err == "• train on\n"
 
 

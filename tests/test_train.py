@@ -71,7 +71,7 @@ def test_log_prob_falls_and_the_audit_agrees(backend: str) -> None:
     assert run.after.log_prob < run.before.log_prob - 5
     assert abs(run.after.log_prob - exact(**after)) < 5 * run.after.std_error + 0.05
     assert run.audit is not None
-    assert agree(run.after.conclusion, run.audit.conclusion)
+    assert agree(run.after.conclusion, run.audit.estimate.conclusion)
     assert after["gain"] == pytest.approx(TRUE, abs=0.15)
     assert run.history[-1].calls <= run.calls
     # what the warm particles follow stays near the truth of the end

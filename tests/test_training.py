@@ -16,7 +16,10 @@ from library import library, parameters
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Problem, train
+import probest
+from probest import Problem, Tempering, audit, train
+from probest.budget import Meter
+from probest.evidence import Evidence, Run
 from probest.testing import FAILURE_RATE
 from probest.training.callbacks import Callback, Control, EarlyStopping
 from probest.training.checkpoint import Step, TrainingState
@@ -253,7 +256,8 @@ def test_costs_add_up(backend: str) -> None:
     problem, data = regression(backend)
     run = train(problem, **data, **QUICK)
     assert run.calls == sum(part.calls for part in run.costs.parts.values())
-    assert run.costs.audit.calls == sum(audit.calls for audit in run.audits)
+    assert run.audit is not None
+    assert run.costs.audit.calls == run.audit.calls == sum(found.calls for found in run.audit.estimates)
     assert run.costs.estimates.calls == run.before.calls + run.after.calls
     assert run.history[-1].calls == run.costs.steps.calls + run.costs.looks.calls
     assert run.costs.steps.calls == 30 * 32 * (3 + 3 + 3) + 30 * 4 * 16
@@ -377,3 +381,67 @@ def test_a_run_that_was_killed_ends_where_it_would_have(backend: str, tmp_path: 
     assert [step.step for step in rest.history] == list(range(1, 31))
     for name in ("gain", "bias"):
         assert weight(rest.model, name) == pytest.approx(weight(whole.model, name), abs=1e-6)
+
+
+# Audits ---------------------------------------------------------------------------------------------------------------
+
+
+class Fooled:
+    """An estimator that training has fooled: it says, and states with confidence, what it would be told."""
+
+    name = "fooled"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, log_prob: float = -60.0) -> None:
+        self.log_prob = log_prob
+
+    def run(self, event: Any, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        meter = Meter(event, budget)
+        meter.evaluate(np.zeros((1, event.dim)))
+        low, high = self.log_prob - 0.1, self.log_prob + 0.1
+        return Run.of(Evidence(self.name, self.log_prob, 0.05, (low, high), "unbiased", meter.calls, 0.0, True))
+
+
+def test_an_audit_believes_the_higher(backend: str) -> None:
+    problem = half_space(backend)
+    found = audit(problem, methods=[Fooled(), Tempering(particles=512), Fooled(-70.0)], budget=60_000, progress=False)
+    assert found.estimate.conclusion.method == "tempering"
+    assert found.log_prob == pytest.approx(float(log_ndtr(-BETA)), abs=5 * found.std_error)
+    assert found.calls == sum(one.calls for one in found.estimates)
+    assert "fooled" in repr(found)
+
+
+def test_an_audit_of_its_own_methods(backend: str) -> None:
+    found = audit(half_space(backend), budget=20_000, progress=False)
+    assert [one.conclusion.method for one in found.estimates][1:] == ["tempering", "monte carlo"]
+    assert found.converged
+    assert found.lower <= float(log_ndtr(-BETA)) <= found.upper
+    with pytest.raises(ValueError, match="no methods"):
+        audit(half_space(backend), methods=[])
+
+
+def test_where_training_has_fooled_an_estimator_the_audit_says_so(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate after training is made to say what training wants to hear; training then goes on from the audit."""
+    problem, data = regression(backend)
+    honest = probest.train.__globals__["estimate"]
+
+    def fooled(problem: Problem, **options: Any) -> Any:
+        return (
+            honest(problem, **options, estimator=Fooled()) if "estimator" not in options else honest(problem, **options)
+        )
+
+    monkeypatch.setitem(probest.train.__globals__, "estimate", fooled)
+    options = QUICK | {"until_log_prob": -50.0, "audit_rounds": 1, "learning_rate": 1e-4}
+    run = train(problem, **data, **options, audit=Tempering(particles=512))
+    assert run.after.log_prob == -60.0
+    assert run.after.converged
+    assert not run.converged
+    assert run.believed is run.audit.estimate  # type: ignore[union-attr]
+    gap, low, high = run.audit_gap
+    assert low <= gap <= high
+    assert high < -10.0
+    assert any("not known to be below" in line for line in run.advice)
+    assert any("fooled says" in line for line in run.advice)
+    assert len(run.history) == 30 + 10  # a further round, from what the audit found

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probest.audit import number
 from probest.backends.base import Backend, Hard, PyTree, Trainer
 from probest.estimate import Estimate, estimate
 from probest.problem import Problem
@@ -24,7 +25,7 @@ from probest.training.memory import Memory
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
 
-__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "number"]
+__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine"]
 
 _BY = "benchmarks/below_one_over_n.py"
 
@@ -299,8 +300,3 @@ def cosine(share: float, final: float) -> float:
 def batch_of(backend: Backend, data: PyTree, rows: np.ndarray) -> PyTree:
     """These rows of every array."""
     return backend.tree_map(lambda leaf: leaf[rows], data)
-
-
-def number(root: np.random.SeedSequence, *key: int) -> int:
-    """A seed for estimate() from a key, different for each purpose and step."""
-    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,167 @@
+"""``audit()``: several estimates of one problem by different means and seeds, and which of them to believe.
+
+Whoever trained against an estimator, or chose a model by one, has an estimate that is too low (the optimizer's curse).
+An audit asks others: the default strategy afresh, tempering of many particles, plain sampling as far as it reaches, or
+methods of the user's own.
+
+Reference: Smith & Winkler (2006), The optimizer's curse.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from probest.estimate import Catastrophes, Estimate, check_whole, estimate
+from probest.estimators.base import Estimator
+from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.tempering import Tempering
+from probest.evidence import Evidence
+from probest.problem import Problem
+from probest.seeds import child_seed
+from probest.verdict import agree, refuted
+
+__all__ = ["Audit", "audit"]
+
+SHARES = (0.6, 0.3, 0.1)
+"""Of the budget: for the default strategy of ``estimate``, tempering of many particles, plain sampling."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Estimates of one problem by different means, none of which knows of another. seconds: of all together."""
+
+    estimates: tuple[Estimate, ...]
+    seconds: float
+
+    @property
+    def estimate(self) -> Estimate:
+        """The one to believe: of the converged ones the highest, unless another refutes it.
+
+        One is refuted by a higher one with which it does not agree: what was missed makes an estimate too low.
+        """
+        return believed(self.estimates)
+
+    @property
+    def log_prob(self) -> float:
+        """That of the estimate to believe, as the properties that follow."""
+        return self.estimate.log_prob
+
+    @property
+    def std_error(self) -> float:
+        return self.estimate.std_error
+
+    @property
+    def lower(self) -> float:
+        return self.estimate.lower
+
+    @property
+    def upper(self) -> float:
+        return self.estimate.upper
+
+    @property
+    def converged(self) -> bool:
+        """Whether one has converged and none refutes it."""
+        return self.estimate.converged
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        return self.estimate.advice
+
+    @property
+    def ledger(self) -> tuple[Evidence, ...]:
+        """Conclusions of all the estimates."""
+        return tuple(found.conclusion for found in self.estimates)
+
+    @property
+    def conclusion(self) -> Evidence:
+        return self.estimate.conclusion
+
+    @property
+    def catastrophes(self) -> Catastrophes | None:
+        return self.estimate.catastrophes
+
+    @property
+    def calls(self) -> int:
+        """Model calls of all together."""
+        return sum(found.calls for found in self.estimates)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{e.conclusion.method} {e.log_prob:.4g} ± {e.std_error:.2g}" for e in self.estimates)
+        return f"Audit({shown}; converged={self.converged})"
+
+
+def audit(
+    problem: Problem,
+    *,
+    methods: Estimator | Sequence[Estimator] | None = None,
+    budget: int = 200_000,
+    seed: int = 1,
+    progress: bool = True,
+) -> Audit:
+    """Estimate log P by several means.
+
+    Args:
+        problem: the problem.
+        methods: an estimator, or several that share the budget equally; by default those of ``SHARES``.
+        budget: model calls of all together.
+        seed: the same seed gives the same audit. It should not be one that training used.
+        progress: show a progress line (only ever in a terminal or notebook).
+
+    Raises:
+        ValueError: no methods, or an argument is out of range; and whatever ``estimate`` raises.
+    """
+    check_whole("budget", budget, least=1, unit=" of model calls")
+    check_whole("seed", seed, least=0)
+    return run_panel(problem, panel(methods, budget), lambda i: number(np.random.SeedSequence(seed), i), progress)
+
+
+Panel = Sequence[tuple[Estimator | None, int]]
+
+
+def panel(methods: Estimator | Sequence[Estimator] | None, budget: int) -> Panel:
+    """The methods (None is the default strategy), each with its part of the budget."""
+    if methods is None:
+        # a particle for each 150 calls or so, which reach an event of P = 1e-9
+        many = Tempering(particles=max(256, int(SHARES[1] * budget) // 150))
+        return [(m, max(1, int(share * budget))) for m, share in zip((None, many, MonteCarlo()), SHARES, strict=True)]
+    chosen = list(methods) if isinstance(methods, Sequence) else [methods]
+    if not chosen:
+        raise ValueError("audit: no methods. Name an estimator, or None for the default ones")
+    return [(method, max(1, budget // len(chosen))) for method in chosen]
+
+
+def run_panel(problem: Problem, methods: Panel, seed_of: Callable[[int], int], progress: bool = False) -> Audit:
+    """An audit by these methods, the i-th from the seed ``seed_of(i)``."""
+    start = time.perf_counter()
+    found = [
+        estimate(problem, budget=budget, estimator=method, seed=seed_of(i), progress=progress)
+        for i, (method, budget) in enumerate(methods)
+    ]
+    return Audit(tuple(found), time.perf_counter() - start)
+
+
+def believed(estimates: Sequence[Estimate]) -> Estimate:
+    """See :attr:`Audit.estimate`."""
+    stand = [e for e in estimates if e.converged and not refutes(estimates, e)]
+    rest = [e for e in estimates if not refutes(estimates, e)]
+    return max(stand or rest or estimates, key=lambda e: (e.log_prob, -e.upper))
+
+
+def refutes(others: Sequence[Estimate], one: Estimate) -> bool:
+    """Whether one of the others is higher, and disagrees."""
+    found = [e.conclusion for e in others if e is not one and math.isfinite(e.log_prob)]
+    return (
+        refuted(one.conclusion, found)
+        if math.isfinite(one.log_prob)
+        else any(not agree(one.conclusion, other) for other in found)
+    )
+
+
+def number(root: np.random.SeedSequence, *key: int) -> int:
+    """A seed for ``estimate`` from a key, different for each purpose."""
+    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))
