@@ -86,10 +86,11 @@ def _train(options: argparse.Namespace) -> int:
             problem,
             task=task,
             data=data,
+            teacher=getattr(file, "teacher", None),
             until_log_prob=options.until,
             steps=options.steps,
             budget=options.budget,
-            weight=options.weight,
+            max_pressure=options.max_pressure,
             learning_rate=options.learning_rate,
             seed=options.seed,
             checkpoint=options.checkpoint,
@@ -335,12 +336,16 @@ def _parser() -> argparse.ArgumentParser:
     estimate.set_defaults(run=_estimate)
 
     train = commands.add_parser(
-        "train", parents=[shared], help="train M until log P is low enough; FILE.py must have problem, task and data"
+        "train",
+        parents=[shared],
+        help="train M until log P is low enough; FILE.py has problem, task and data, and perhaps a teacher",
     )
     train.add_argument("--until", type=float, required=True, metavar="LOG_P", help="stop when log P is below this")
     train.add_argument("--steps", type=_at_least(1), default=1_000, help="at most (1,000)")
     train.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="of each estimate (50,000)")
-    train.add_argument("--weight", type=_positive, default=1.0, help="task loss that a nat of log P is worth (1)")
+    train.add_argument(
+        "--max-pressure", type=_positive, default=0.3, help="gradient of safety beside the task's, at most (0.3)"
+    )
     train.add_argument("--learning-rate", type=_positive, default=1e-3, help="of Adam (0.001)")
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="where to save, and to resume from")
     train.set_defaults(run=_train)

@@ -62,3 +62,38 @@ def test_an_estimator_of_ones_own() -> None:
     outcomes = check_estimator(names["Doubled"](), [half_space(2, 3.0), conditioned(3, 2.0, 1.0, 0.5)])
     assert [outcome.run is None for outcome in outcomes] == [False, True]
     assert abs(outcomes[0].error) < 0.3
+
+
+@pytest.mark.global_rng
+def test_training(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("pyro")
+    import pyro
+    import pyro.distributions as dist
+
+    from probest import Problem
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    inputs = torch.randn(200, 4) * torch.tensor([1.0, 0.0, 0.0, 0.0])  # the data say nothing of three weights
+    names: dict[str, Any] = {
+        "problem": Problem(
+            lambda: pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1)),
+            model,
+            lambda x, y: y.squeeze(-1) - 3.0,
+        ),
+        "task": lambda model, batch: ((model(batch[0]).squeeze(-1) - batch[1]) ** 2).mean(),
+        "inputs": inputs,
+        "targets": 0.4 * inputs[:, 0],
+        "teacher": lambda x: 0.4 * x[0],
+    }
+    (program,) = (text for text in PROGRAMS if "teacher=teacher" in text)
+    exec(compile(program, "README.md", "exec"), names)
+    run, worst, again = names["run"], names["worst"], names["again"]
+    weight, bias = run.model.weight.detach().double().numpy().ravel(), run.model.bias.item()
+    beta = (3.0 - bias) / math.sqrt(weight @ weight)
+    assert abs(run.believed.log_prob - norm.logsf(beta)) < 5 * run.believed.std_error
+    assert run.believed.log_prob < run.before.log_prob
+    assert worst.efficiency > 0.5
+    assert abs(again.log_prob - worst.log_prob) < 0.1
+    capsys.readouterr()
