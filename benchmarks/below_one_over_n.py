@@ -2,6 +2,7 @@
 
     python benchmarks/below_one_over_n.py --models digits pendulum --seeds 5 --out below.json
     python benchmarks/below_one_over_n.py --models digits --methods train teacher --calls 300000 --seeds 2
+    python benchmarks/below_one_over_n.py --steps
 
 Both models learn from n = 1,000 observations (models/digits.py, torch; models/pendulum.py, JAX). Each method starts
 from the ordinarily trained network and may spend as many model calls (a forward pass is 1, a gradient 3); those on the
@@ -147,8 +148,8 @@ def pendulum_peer(method: str, ordinary: Any, calls: int, seed: int) -> Any:
     return model
 
 
-def trained(name: str, method: str, ordinary: Any, calls: int, seed: int) -> Any:
-    """By ``train()``, with options that leave all calls to its steps."""
+def trained(name: str, method: str, ordinary: Any, calls: int, seed: int, *, only_steps: bool = False) -> Any:
+    """By ``train()``, with options that leave all calls to its steps. only_steps: their seconds, not the model."""
     module = MODELS[name]
     teachers: dict[str, Callable[[Any], Any]] = {
         "digits": lambda image: digits.reader_log_beliefs(image).argmax(),
@@ -160,10 +161,11 @@ def trained(name: str, method: str, ordinary: Any, calls: int, seed: int) -> Any
         "until_log_prob": -1e6, "steps": steps, "check_every": steps, "check_budget": 1_000, "budget": 1_000,
         "audit_rounds": 0,
     }  # fmt: skip
-    return train(
+    run = train(
         module.problem(ordinary), task=module.task_loss, data=module.load_data()[0],
         teacher=teachers[name] if taught else None, seed=seed, progress=False, **options,
-    ).model  # fmt: skip
+    )  # fmt: skip
+    return run.costs.steps.seconds if only_steps else run.model
 
 
 def result_of(name: str, method: str, ordinary: Any, calls: int, seed: int) -> Any:
@@ -217,6 +219,24 @@ def worst(log_p: float, kl: float) -> float:
     return math.exp(low)
 
 
+def step_costs(console: Console, steps: int = 100) -> None:
+    """Seconds of a training step of `train()` over those of PGD-10, at as many hard cases, the two in turns."""
+    ordinary = digits.train_model()
+    pgd_calls = KEPT * (3 * PGD_STEPS + 3)
+    for warm in (10, steps):  # the first round is not counted
+        seconds = {}
+        for method, calls in (("pgd", pgd_calls), ("train", STEP_CALLS), ("teacher", STEP_CALLS + LESSON_CALLS)):
+            start = time.perf_counter()
+            if method == "pgd":
+                digits_peer(method, ordinary, warm * calls, 0)
+                seconds[method] = time.perf_counter() - start
+            else:
+                seconds[method] = trained("digits", method, ordinary, warm * calls, 0, only_steps=True)
+    pgd = seconds.pop("pgd")
+    console.print("a step, in steps of PGD-10: " + ", ".join(f"{m} {s / pgd:.2f}" for m, s in seconds.items()))
+    console.print(f"a step of PGD-10: {1000 * pgd / steps:.0f} ms, {pgd_calls} calls")
+
+
 # Table ----------------------------------------------------------------------------------------------------------------
 
 
@@ -229,10 +249,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--judge", type=int, default=100_000, help="calls of an estimate of a stratum")
     parser.add_argument("--judges", type=int, default=2)
+    parser.add_argument("--steps", action="store_true", help="only what a step costs beside one of PGD-10")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     console, records = Console(), []
+    if options.steps:
+        step_costs(console)
+        return
     for name in options.models:
         module = MODELS[name]
         ordinary = module.train_model()
