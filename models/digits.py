@@ -60,7 +60,7 @@ DRAWN, KEPT = 1024, 128  # of the baseline: images sampled a step, and trained o
 
 # Arguments of ``probest.train`` that work here. There are many modes, and a call is cheap: the budgets are large.
 TRAINING = {
-    "until_log_prob": -20.0,
+    "until_log_prob": -26.0,
     "learning_rate": 3e-3,
     "batch_size": BATCH,
     "steps": 700,

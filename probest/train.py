@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probest.audit import Audit, believed, number, panel, refutes, run_panel
+from probest.audit import PRECISE, Audit, believed, number, panel, refutes, run_panel, settles
 from probest.backends.base import Backend, PyTree
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
@@ -294,7 +294,7 @@ def _as_it_is(step: int) -> float:  # noqa: ARG001
 def _verdict(after: Estimate, audit: Audit | None, target: float, stopped: str) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept.
 
-    It is kept if one of all estimates has converged with an upper end below the target, and all others agree.
+    It is kept if an estimate has converged, is precise and below the target with its upper end, and all others agree.
     """
     if audit is None:
         return (f"there is no audit, because {stopped}. Resume from the checkpoint, or audit run.problem yourself",)
@@ -305,8 +305,9 @@ def _verdict(after: Estimate, audit: Audit | None, target: float, stopped: str) 
             f"log P is not known to be below {target:g} (upper end {best.upper:.4g}): train for more steps, raise "
             "max_pressure or learning_rate, or give the estimates a larger budget"
         )
-    if not best.converged:
-        advice.append("no estimate that stands has converged: " + "; ".join(best.advice))
+    if not settles(best):
+        why = "; ".join(best.advice) or f"the standard error is {best.std_error:.2f}"
+        advice.append(f"no estimate that stands has converged to {PRECISE:g}: {why}")
     advice += [
         f"{one.conclusion.method} says {one.log_prob:.4g} [{one.lower:.4g}, {one.upper:.4g}] and "
         f"{best.conclusion.method} {best.log_prob:.4g} [{best.lower:.4g}, {best.upper:.4g}]: believe the higher, and "

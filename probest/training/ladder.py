@@ -20,9 +20,11 @@ it leaves π_j as it is. What this costs is two gradients a particle and one cal
 Columns are given to strata in proportion to a share, half of it p_k P_k / P, the other half the same for all: a stratum
 in which nothing happens today is where it happens next. Where there are more strata than columns, columns are lent.
 
-*What it says.* The product of the mean weights from rung to rung, each averaged over recent steps, is
-:math:`P_J`; times 1 + b² it is what the run shows as log P. It follows, it does not estimate: what is reported is never
-taken from here.
+*What it says.* The product of the mean weights from rung to rung, each averaged over recent steps, is :math:`P_j`.
+With :math:`x_j = j / (J (1 + b^2))`, the index :math:`-\Phi^{-1}(P_j)` over :math:`\sqrt{x_j}` is the distance of a
+half-space, and nearly linear in x elsewhere: the last rungs, continued to x = 1, are what the run shows as log P. It is
+at most log 2P_J, since Φ(s/σ) is a half or more on the event. It follows, it does not estimate: what is reported is
+never taken from here.
 
 *When it fails.* A severity that is flat where draws fall gives nothing to climb, and a narrow mode that no fresh draw
 leads to is met only by a fresh look or an audit, whose catastrophes join the last rungs (:meth:`Ladder.welcome`).
@@ -39,7 +41,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import erfcx, log_ndtr
+from scipy.special import erfcx, log_ndtr, ndtri_exp
 
 from probest.diagnostics import log_sum_exp, systematic_resample
 from probest.evidence import Evaluation, Floats, Particles
@@ -58,11 +60,12 @@ class LadderTuning:
     """How a ladder is built and moved."""
 
     rungs: int = tuned(8, "rungs", _BY)
-    breadth: float = tuned(0.4, "b: width of the last rung, of what the severity changes over a deviation of z", _BY)
+    breadth: float = tuned(0.3, "b: width of the last rung, of what the severity changes over a deviation of z", _BY)
     fresh: int = tuned(16, "fresh draws a column and step", _BY)
     even: float = tuned(0.5, "of the columns that strata have whatever their probability of catastrophe", _BY)
     acceptance: float = tuned(0.55, "that steps aim at (Roberts & Rosenthal 1998: 0.574)", _BY)
     memory: float = tuned(0.9, "of yesterday's averages that stays at each step", _BY)
+    continued: int = tuned(3, "rungs, the last, that are continued to the event for log P", _BY)
     lend_every: int = tuned(10, "steps between which columns keep their stratum", _BY)
 
 
@@ -391,9 +394,19 @@ class Ladder:
     def _levels(self) -> Floats:
         """log P_k of each stratum, NaN where no column has been."""
         with np.errstate(divide="ignore"):
-            joint = np.log(self.ratio).sum(axis=1)
-        evidence = self.log_evidence + self._log_share() if self.weighted else 0.0
-        return np.asarray(np.minimum((1.0 + self.tuning.breadth**2) * (joint - evidence), 0.0))
+            joint = np.cumsum(np.log(self.ratio), axis=1)
+        rungs = self.z.shape[1]
+        x = np.arange(1, rungs + 1) / (rungs * (1.0 + self.tuning.breadth**2))
+        last = slice(max(0, rungs - self.tuning.continued), rungs)
+        if self.weighted:  # the rungs have the evidence to the power of j/J: only the last has all of it
+            joint = joint - self.log_evidence - self._log_share()[:, None]
+            last = slice(rungs - 1, rungs)
+        basis = np.column_stack([np.ones(rungs), x])[last, : min(2, last.stop - last.start)]
+        onwards = np.linalg.pinv(basis).T @ np.ones(basis.shape[1])
+        with np.errstate(invalid="ignore"):
+            distance = -ndtri_exp(np.minimum(joint[:, last], -1e-12)) / np.sqrt(x[last])
+            level = log_ndtr(-(distance @ onwards))
+        return np.asarray(np.minimum(np.minimum(level, joint[:, -1] + math.log(2.0)), 0.0))
 
     def _averaged(self, old: float, new: float) -> float:
         keep = min(self.tuning.memory, self.steps / (self.steps + 1.0))
