@@ -18,7 +18,7 @@ from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
 from probest.search import Search, search
-from probest.train import TrainingRun, train
+from probest.train import Pool, TrainingRun, train
 
 __all__ = [
     "Audit",
@@ -31,6 +31,7 @@ __all__ = [
     "Importance",
     "LineSampling",
     "MonteCarlo",
+    "Pool",
     "Problem",
     "ProblemError",
     "ProgramGuide",

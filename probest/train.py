@@ -24,13 +24,14 @@ from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
 from probest.training.descent import Descent, Options, Stream, batch_of
 from probest.training.ladder import Ladder
 from probest.training.memory import Memory
+from probest.training.opponents import Opponents, Pool
 from probest.training.teacher import Teacher
 from probest.verdict import agree
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["Cost", "Costs", "Step", "TrainingRun", "train"]
+__all__ = ["Cost", "Costs", "Pool", "Step", "TrainingRun", "train"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrainingRun:
     model: the trained model (the problem's own is unchanged). adversary: that of the problem. problem: the problem with
     the trained model. before, after: estimates by the same method. audit: estimates by other methods and seeds, None if
     training was interrupted. converged: log P is below the target, audited. advice: what is missing. costs: model
-    calls and seconds, by what they were spent on.
+    calls and seconds, by what they were spent on. adversaries: those that were searched for and kept, as programs.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class TrainingRun:
     converged: bool
     advice: tuple[str, ...]
     costs: Costs
+    adversaries: tuple[Callable[..., Any], ...] = ()
 
     @property
     def audit_gap(self) -> tuple[float, float, float]:
@@ -120,6 +122,7 @@ def train(
     check_budget: int = 20_000,
     audit: Estimator | Sequence[Estimator] | None = None,
     audit_rounds: int = 1,
+    adversaries: Pool | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -164,6 +167,7 @@ def train(
         audit: a method, or several, which share four times ``budget``. By default what ``estimate`` does by itself,
             tempering with many particles, and plain sampling.
         audit_rounds: how often training goes on from what an audit found, for a quarter of ``steps`` each, at most.
+        adversaries: adversaries to search for during training and to play against beside the given one; None for none.
         callbacks: told of each step, look and checkpoint; see :class:`probest.training.callbacks.Callback`.
         seed: the same seed gives the same run.
         checkpoint: a file to write every ``check_every`` steps, and to resume from if it exists.
@@ -238,9 +242,11 @@ def train(
             rows=rows, path=None if checkpoint is None else Path(checkpoint),
         )  # fmt: skip
         state = TrainingState(last=steps, costs=costs)
+        opponents = None if adversaries is None else Opponents(event, adversaries.most)
         descent = Descent(
-            problem, trainer, data, taught, options, root, line, state, ladder, Memory(memory), tuple(callbacks)
-        )
+            problem, trainer, data, taught, options, root, line, state, ladder, Memory(memory), adversaries, opponents,
+            tuple(callbacks),
+        )  # fmt: skip
         descent.welcome(before, 0)
         if options.path is not None and options.path.exists():
             descent.state = resume(options.path, descent.parts)
@@ -276,6 +282,7 @@ def train(
         converged=not advice,
         advice=advice,
         costs=state.costs,
+        adversaries=() if opponents is None else tuple(law.program(law.parts, 1.0) for law in opponents.laws),
     )
 
 

@@ -24,9 +24,11 @@ GROUND_FLOOR = {
 }
 FLOORS = (
     ("probest.cli", "probest.testing"),
-    ("probest.train", "probest.search"),
+    ("probest.train",),
     ("probest.training",),
+    ("probest.search", "probest.audit"),
     ("probest.estimate",),
+    ("probest.adversaries",),
     ("probest.gradient",),
     ("probest.estimators",),
     ("probest.smc", "probest.lines", "probest.surrogates"),

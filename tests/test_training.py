@@ -17,14 +17,16 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 import probest
-from probest import Problem, Tempering, audit, train
+from probest import Pool, Problem, Tempering, audit, estimate, search, train
 from probest.budget import Meter
 from probest.evidence import Evidence, Run
 from probest.testing import FAILURE_RATE
 from probest.training.callbacks import Callback, Control, EarlyStopping
 from probest.training.checkpoint import Step, TrainingState
+from probest.training.descent import Descent
 from probest.training.ladder import Cases, Ladder
 from probest.training.memory import Memory
+from probest.training.opponents import Opponents
 from probest.training.teacher import Teacher, TeacherError, as_batch
 
 BETA = 4.0
@@ -445,3 +447,55 @@ def test_where_training_has_fooled_an_estimator_the_audit_says_so(
     assert any("not known to be below" in line for line in run.advice)
     assert any("fooled says" in line for line in run.advice)
     assert len(run.history) == 30 + 10  # a further round, from what the audit found
+
+
+# Opponents ------------------------------------------------------------------------------------------------------------
+
+
+def test_opponents_are_searched_for_kept_and_played_against(backend: str, tmp_path: Path) -> None:
+    problem, data = regression(backend)
+    options = QUICK | {"adversaries": Pool(kl=2.0, every=10, most=2), "check_budget": 4_000}
+    run = train(problem, **data, **options)
+    assert 1 <= len(run.adversaries) <= 2
+    given = estimate(problem, budget=4_000, progress=False)
+    under = estimate(problem.replaced(adversary=run.adversaries[-1]), budget=4_000, progress=False)
+    assert under.log_prob > given.log_prob + 3.0  # what was found against a later model is bad for the first, too
+    assert abs(weight(run.model, "bias")) < 0.95
+
+    def stop(self: Descent) -> Step | None:
+        if self.state.step == 20:
+            raise KeyboardInterrupt
+        return step(self)
+
+    step, path = Descent._step, tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Descent, "_step", stop)
+        train(problem, **data, **options, checkpoint=path)
+    rest = train(problem, **data, **options, checkpoint=path)
+    for name in ("gain", "bias"):
+        assert weight(rest.model, name) == pytest.approx(weight(run.model, name), abs=1e-5)
+
+
+def test_an_opponent_replaces_the_one_that_it_resembles(backend: str) -> None:
+    problem = half_space(backend)
+    rng = np.random.default_rng(0)
+    opponents = Opponents(problem.event, 2)
+    found = [search(problem, kl=2.0, steps=5, refine=0, seed=seed, progress=False) for seed in range(2)]
+    for one in found:
+        opponents.add(one, rng)
+    assert len(opponents) == 1
+    ladder = Ladder.built(problem.event, None, 32, rng)
+    ladder.advance(problem.event, rng)
+    cases = opponents.cases(problem.event, ladder, 64, rng)
+    assert cases.share.sum() == pytest.approx(1.0)
+    assert (cases.severity > -2.0).mean() > 0.9  # all but catastrophes, where draws of the adversary are at -4
+    again = Opponents(problem.event, 2)
+    again.restore(opponents.arrays())
+    drawn = [one.laws[0].draw(one.laws[0].parts, 5, np.random.default_rng(1))["z"] for one in (opponents, again)]
+    assert drawn[0] == pytest.approx(drawn[1], abs=1e-5)
+
+
+def test_what_a_pool_may_not_be() -> None:
+    for words, change in (("kl=", {"kl": 0.0}), ("every=", {"every": 0}), ("family", {"family": "worse"})):
+        with pytest.raises(ValueError, match=words):
+            Pool(**change)  # type: ignore[arg-type]

@@ -10,15 +10,17 @@ import pytest
 
 from probest.estimators import Combined, Importance, LineSampling, Stratified, Surrogate, Tempering
 from probest.gradient.surface import SurfaceTuning
+from probest.search import SearchTuning
 from probest.testing.events import half_space, union
 from probest.training.descent import DescentTuning
 from probest.training.ladder import LadderTuning
 from probest.training.memory import MemoryTuning
+from probest.training.opponents import OpponentsTuning
 from probest.tuning import meanings
 from probest.verdict import Rules
 
 METHODS = (Combined(), Importance(), LineSampling(), Stratified(), Surrogate(), Tempering())
-TRAINING = (LadderTuning(), DescentTuning(), MemoryTuning())
+TRAINING = (LadderTuning(), DescentTuning(), MemoryTuning(), OpponentsTuning(), SearchTuning())
 TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), *TRAINING, Rules())
 
 

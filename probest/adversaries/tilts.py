@@ -56,9 +56,7 @@ class Tilt:
 
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> TiltLaw:
         z = particles.z[systematic_resample(particles.log_weight, _FITTED, rng)]
-        strata = strata_of(event, _STRATA)
-        if strata is not None and (strata.varies or event.weighted):
-            strata = None
+        strata = _strata(event)
         group = np.zeros(len(z), dtype=np.intp) if strata is None else strata.index_of(z)
         z, group = z[group >= 0], group[group >= 0]
         strata_count = 1 if strata is None else len(strata)
@@ -79,9 +77,7 @@ class Tilt:
             "log_scale": -np.log(np.einsum("kii->ki", inverse)),
             "choice": np.log(choice),
         }
-        log_p = np.zeros(1) if strata is None else strata.log_prob
-        learnt = event.backend.bind(partial(_log_ratio, event.backend, log_p), params)
-        return TiltLaw(event, basis, strata, event.parts._replace(adversary=learnt, params={}))
+        return TiltLaw.of(event, params | {"basis": basis}, strata)
 
     def _fitted(
         self,
@@ -152,6 +148,20 @@ class TiltLaw:
     strata: Strata | None
     parts: Parts
 
+    @classmethod
+    def of(cls, event: Event, arrays: dict[str, np.ndarray], strata: Strata | None = None) -> TiltLaw:
+        """The law with these parameters, as :meth:`arrays` gives them."""
+        strata = strata or _strata(event)
+        log_p = np.zeros(1) if strata is None else strata.log_prob
+        params = {name: value for name, value in arrays.items() if name != "basis"}
+        learnt = event.backend.bind(partial(_log_ratio, event.backend, log_p), params)
+        return cls(event, arrays["basis"], strata, event.parts._replace(adversary=learnt, params={}))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The parameters and the basis, by name."""
+        owned = _owned(self.parts.adversary)
+        return {name: self.event.backend.to_host(value) for name, value in owned.items()} | {"basis": self.basis}
+
     def log_ratio(self, parts: Parts, points: dict[str, Array]) -> Array:
         return parts.adversary(points["u"], points["k"])
 
@@ -218,12 +228,22 @@ class TiltLaw:
 
     def _mixture(self, parts: Parts) -> tuple[Floats, Floats, Floats, Floats]:
         """Weights ``(k,)``, means ``(k, r)``, lower Cholesky factors ``(k, r, r)``, choices of strata ``(k, s)``."""
-        bound = parts.adversary
-        owned = bound.params if hasattr(bound, "params") else bound.args[0]
+        owned = _owned(parts.adversary)
         params = {name: self.event.backend.to_host(value) for name, value in owned.items()}
         inverse = np.tril(params["below"], -1)
         inverse[:, np.arange(inverse.shape[1]), np.arange(inverse.shape[1])] = np.exp(-params["log_scale"])
         return _softmax(params["logits"]), params["means"], np.linalg.inv(inverse), _softmax(params["choice"])
+
+
+def _strata(event: Event) -> Strata | None:
+    """What a tilt chooses among: strata of fixed probability."""
+    strata = strata_of(event, _STRATA)
+    return None if strata is None or strata.varies or event.weighted else strata
+
+
+def _owned(bound: Any) -> dict[str, Array]:
+    """The parameters of a bound function, in either library."""
+    return dict(bound.params.items()) if hasattr(bound, "params") else bound.args[0]
 
 
 def _row(xp: Any, values: Array, k: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from probest.estimate import Estimate, estimate
 from probest.problem import Problem
 from probest.programs.event import Event, SeverityError
 from probest.report.progress import Progress
+from probest.search import search
 from probest.seeds import child_seed, generator
 from probest.training.callbacks import Callback, Control
 from probest.training.checkpoint import Kept, Step, TrainingState, save
 from probest.training.ladder import Cases, Ladder
 from probest.training.memory import Memory
+from probest.training.opponents import QUICK, Opponents, Pool
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
 
@@ -51,7 +53,7 @@ class Stream(IntEnum):
     WALK = 4
     BATCH = 5
     REPLAY = 6
-    PLAIN = 7
+    OPPONENTS = 7
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Descent:
     state: TrainingState
     ladder: Ladder
     memory: Memory
+    pool: Pool | None = None
+    opponents: Opponents | None = None
     callbacks: Sequence[Callback] = ()
     control: Control = field(default_factory=Control)
 
@@ -96,7 +100,11 @@ class Descent:
     def parts(self) -> dict[str, Kept]:
         """What a checkpoint holds."""
         kept: dict[str, Kept] = {"trainer": self.trainer, "ladder": self.ladder}
-        return kept if self.teacher is None else kept | {"memory": self.memory}
+        if self.teacher is not None:
+            kept["memory"] = self.memory
+        if self.opponents is not None:
+            kept["opponents"] = self.opponents
+        return kept
 
     @property
     def event(self) -> Event:
@@ -123,6 +131,8 @@ class Descent:
                     continue
                 due = self.state.step % self.options.check_every == 0
                 look = self._look() if self._is_looked_at() else None
+                if self.pool is not None and self.state.step % self.pool.every == 0:
+                    self._search()
                 self._record(step, look)
                 if due or self.control.should_save:
                     good = self.trainer.arrays() if due else good
@@ -150,6 +160,10 @@ class Descent:
         state, options, event = self.state, self.options, self.event
         self.ladder.advance(event, generator(child_seed(self.root, Stream.WALK, state.step + 1)))
         cases = self.ladder.cases()
+        if self.opponents is not None:
+            rng = generator(child_seed(self.root, Stream.OPPONENTS, state.step))
+            count = max(1, len(cases.z) // 2)
+            cases = joined(cases, self.opponents.cases(event, self.ladder, count, rng))
         need = self._need()
         taught = None if self.teacher is None else self._taught(event, self.teacher, cases)
         hard = Hard(cases.z, cases.held, cases.noise, cases.share) if options.weight else None
@@ -274,6 +288,26 @@ class Descent:
         self._tell("on_evaluate", look)
         return look.log_prob
 
+    def _search(self) -> None:
+        """Look for another opponent: by turns from the catastrophes of a fresh look, and from random places."""
+        assert self.pool is not None
+        assert self.opponents is not None
+        state, began = self.state, time.perf_counter()
+        problem = self.problem.replaced(model=self.trainer.model)
+        seed = number(self.root, Stream.OPPONENTS, state.step, 1)
+        base = estimate(problem, budget=self.options.check_budget, seed=seed, progress=False)
+        self.welcome(base, state.step, Stream.OPPONENTS)
+        calls, turn = base.calls, state.step // self.pool.every
+        if math.isfinite(base.log_prob) and base.conclusion.particles is not None:
+            family = replace(self.pool.family, from_particles=turn % 2 == 1)
+            found = search(
+                problem, family, kl=self.pool.kl, base=base, steps=200, refine=0, judge=512, seed=seed, progress=False,
+                tuning=QUICK,
+            )  # fmt: skip
+            calls += found.calls
+            self.opponents.add(found, generator(child_seed(self.root, Stream.OPPONENTS, state.step, 2)))
+        state.costs.looks.add(calls, time.perf_counter() - began)
+
     def welcome(self, found: Estimate, *key: int) -> None:
         """Let the catastrophes of an estimate onto the ladder."""
         particles = found.conclusion.particles
@@ -290,6 +324,21 @@ class Descent:
             self.control.should_evaluate = self.control.should_save = False
         for callback in self.callbacks:
             getattr(callback, name)(self.state, self.control, *what)
+
+
+def joined(one: Cases, other: Cases) -> Cases:
+    """Both, each with half of the gradient."""
+    held = {name: np.concatenate([value, other.held[name]]) for name, value in one.held.items()}
+    z, severity, noise, group = (
+        np.concatenate(pair)
+        for pair in (
+            (one.z, other.z),
+            (one.severity, other.severity),
+            (one.noise, other.noise),
+            (one.group, other.group),
+        )
+    )
+    return Cases(z, held, severity, noise, np.concatenate([0.5 * one.share, 0.5 * other.share]), group)
 
 
 def cosine(share: float, final: float) -> float:

@@ -184,6 +184,12 @@ class Ladder:
         """Severities ``(n,)`` at z ``(n, dim)`` in the strata ``group`` ``(n,)``, a call each."""
         return self._evaluate(event, z, group, gradient=False).severity
 
+    def noise_of(self, group: np.ndarray) -> Floats:
+        """σ of the last rung in the strata ``group`` ``(n,)``; the usual one where no column has been."""
+        usual = float(np.nanmedian(self.spread)) if np.isfinite(self.spread).any() else 1.0
+        spread = np.where(np.isnan(self.spread), usual, self.spread)
+        return np.asarray(self.tuning.breadth * spread[group])
+
     def welcome(self, particles: Particles, rng: np.random.Generator) -> None:
         """Put catastrophes that another search found on the last rung, as many as there are columns at most."""
         columns = len(self.z)
