@@ -344,7 +344,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=_at_least(1), default=1_000, help="at most (1,000)")
     train.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="of each estimate (50,000)")
     train.add_argument(
-        "--max-pressure", type=_positive, default=0.3, help="gradient of safety beside the task's, at most (0.3)"
+        "--max-pressure",
+        type=_positive,
+        default=0.06,
+        help="gradient of safety, at most, in units of what the task is worth (0.06)",
     )
     train.add_argument("--learning-rate", type=_positive, default=1e-3, help="of Adam (0.001)")
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="where to save, and to resume from")

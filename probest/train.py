@@ -21,7 +21,7 @@ from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
 from probest.training.callbacks import Callback
 from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
-from probest.training.descent import Descent, Options, Stream, batch_of
+from probest.training.descent import Descent, Options, Stream, batch_of, worth
 from probest.training.ladder import Ladder
 from probest.training.memory import Memory
 from probest.training.opponents import Opponents, Pool
@@ -112,8 +112,8 @@ def train(
     learning_rate: float = 1e-3,
     optimizer: Any = None,
     schedule: Callable[[int], float] | None = None,
-    max_norm: float = 1.0,
-    max_pressure: float = 0.3,
+    max_norm: float = 0.2,
+    max_pressure: float = 0.06,
     particles: int = 128,
     memory: int = 1_024,
     replay: int = 32,
@@ -155,9 +155,10 @@ def train(
         optimizer: torch: a function of the parameters to a ``torch.optim.Optimizer``; jax: an optax transformation.
         schedule: share of the learning rate at each step, from 0 on, such as ``optax.cosine_decay_schedule(1.0, 900)``;
             by default a cosine down to a tenth over ``steps``, and a quicker one once the target has been reached.
-        max_norm: the norm of the task's gradient is clipped to this.
-        max_pressure: the norm of the gradient of log P is clipped to this, apart from the task's: it bounds how much
-            of the task is given up for safety.
+        max_norm: the norm of the task's gradient is clipped to so many times what the task is worth: by how much its
+            loss changes, on a minibatch, when the model's weights are shuffled. So train M on its task beforehand.
+        max_pressure: the gradients of log P and of the lessons are clipped to so many times that, apart from the
+            task's: it bounds how much of the task is given up for safety, whatever the units of its loss.
         particles: size of the ladder.
         memory: cases that are remembered with the teacher's answers, at most.
         replay: cases from memory a step.
@@ -220,7 +221,7 @@ def train(
     taught = None if teacher is None else Teacher(teacher, event, data)
     trainer = backend.trainer(
         event.parts, event.composition, task,
-        optimizer=optimizer, learning_rate=learning_rate, max_norm=max_norm, max_pressure=max_pressure,
+        optimizer=optimizer, learning_rate=learning_rate,
     )  # fmt: skip
     loss = trainer.task_loss(batch_of(backend, data, np.arange(min(batch_size, rows))))
     if not math.isfinite(loss):
@@ -229,6 +230,12 @@ def train(
         schedule = _as_it_is
 
     root = np.random.SeedSequence(seed)
+    unit = worth(trainer, backend, data, rows, batch_size, generator(child_seed(root, Stream.WORTH)))
+    if unit == 0.0:
+        raise ValueError(
+            "task: its loss does not change when the model's weights are shuffled, so it does not depend on them. Give "
+            "a loss of the model that is passed to it"
+        )
     with Progress("train", enabled=progress) as line:
         line.update(0, steps, "estimating log P before training")
         costs = Costs()
@@ -237,7 +244,8 @@ def train(
         evidence = before.conclusion.log_evidence
         ladder = Ladder.built(event, problem.strata, particles, rng, log_evidence=evidence)
         options = Options(
-            target=until_log_prob, weight=weight, teacher_weight=teacher_weight, batch_size=batch_size,
+            target=until_log_prob, weight=weight, teacher_weight=teacher_weight,
+            limits=(max_norm * unit, max_pressure * unit), batch_size=batch_size,
             replay=replay if memory else 0, check_every=check_every, check_budget=check_budget, schedule=schedule,
             rows=rows, path=None if checkpoint is None else Path(checkpoint),
         )  # fmt: skip

@@ -499,3 +499,16 @@ def test_what_a_pool_may_not_be() -> None:
     for words, change in (("kl=", {"kl": 0.0}), ("every=", {"every": 0}), ("family", {"family": "worse"})):
         with pytest.raises(ValueError, match=words):
             Pool(**change)  # type: ignore[arg-type]
+
+
+def test_the_units_of_the_loss_do_not_matter(backend: str) -> None:
+    problem, data = regression(backend)
+    runs = []
+    for unit in (1.0, 1e-4):
+
+        def task(m: Any, batch: Any, unit: float = unit) -> Any:
+            return unit * data["task"](m, batch)
+
+        runs.append(train(problem, task=task, data=data["data"], **QUICK))
+    for name in ("gain", "bias"):
+        assert weight(runs[0].model, name) == pytest.approx(weight(runs[1].model, name), abs=0.02)

@@ -135,13 +135,8 @@ class Backend(Protocol):
         *,
         optimizer: Any,
         learning_rate: float,
-        max_norm: float,
-        max_pressure: float,
     ) -> Trainer:
-        """A :class:`Trainer` of ``parts.model``. ``scores(parts, z, held)`` gives severities and log-weights.
-
-        max_norm, max_pressure: to which norm the two gradients are clipped, see :class:`Trainer`.
-        """
+        """A :class:`Trainer` of ``parts.model``. ``scores(parts, z, held)`` gives severities and log-weights."""
 
     def minimizer(self, parts: Parts, loss: Callable[..., Any], *, learning_rate: float) -> Minimizer:
         """A :class:`Minimizer` of ``loss(parts, *arrays)`` in the adversary of ``parts`` and in its ``params``."""
@@ -184,6 +179,9 @@ class Trainer(Protocol):
 
     def task_loss(self, batch: PyTree) -> float: ...
 
+    def shuffled_loss(self, batch: PyTree, rng: np.random.Generator) -> float:
+        """The task's loss with the entries of each array of weights in random order; a single one changes its sign."""
+
     def step(
         self,
         batch: PyTree,
@@ -193,10 +191,12 @@ class Trainer(Protocol):
         lesson: float,
         pressure: float,
         rate: float,
+        limits: tuple[float, float],
     ) -> Losses:
         """One step down ``task(batch) + lesson · task(taught) + pressure · mean log Φ(severity / noise)``.
 
-        rate: share of the learning rate. A step with a loss or gradient that is not finite is left out.
+        rate: share of the learning rate. limits: the norms to which the gradient of the first and those of the others
+        are clipped. A step with a loss or gradient that is not finite is left out.
         """
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -30,8 +30,6 @@ class JaxTrainer:
         *,
         optimizer: optax.GradientTransformation | None,
         learning_rate: float,
-        max_norm: float,
-        max_pressure: float,
     ) -> None:
         self.weights, self.fixed = eqx.partition(parts.model, eqx.is_inexact_array)
         self.weights = jax.tree.map(jnp.asarray, self.weights)
@@ -54,20 +52,21 @@ class JaxTrainer:
         def step(
             weights: PyTree, state: Any, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Array
         ) -> Any:
-            lesson, pressure, rate = by
+            lesson, pressure, rate, most, most_pressure = by
             grads, loss = jax.grad(of_task, has_aux=True)(weights, batch, 1.0)
-            grads, losses = _clipped(grads, max_norm), [loss]
+            grads, losses = _clipped(grads, most), [loss]
             for part, hardest, weight in ((of_task, taught, lesson), (of_event, hard, pressure)):
                 found: Array | float = jnp.nan
                 if hardest is not None:
                     steeper, found = jax.grad(part, has_aux=True)(weights, hardest, weight)
-                    grads = jax.tree.map(jnp.add, grads, _clipped(steeper, max_pressure))
+                    grads = jax.tree.map(jnp.add, grads, _clipped(steeper, most_pressure))
                 losses.append(found)
             updates, state = self.optimizer.update(grads, state, weights)
             updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
             return optax.apply_updates(weights, updates), state, jnp.stack(losses)
 
         self._step = jax.jit(step)
+        self._loss = jax.jit(lambda weights, batch: of_task(weights, batch, 1.0)[1])
 
     @property
     def model(self) -> Any:
@@ -76,12 +75,27 @@ class JaxTrainer:
     def task_loss(self, batch: PyTree) -> float:
         return float(self.task(self.model, batch))
 
+    def shuffled_loss(self, batch: PyTree, rng: np.random.Generator) -> float:
+        def shuffled(weight: Array) -> Array:
+            entries = rng.permutation(np.asarray(weight).ravel()) if weight.size > 1 else -np.asarray(weight)
+            return jnp.asarray(entries.reshape(weight.shape), weight.dtype)
+
+        return float(self._loss(jax.tree.map(shuffled, self.weights), batch))
+
     def step(
-        self, batch: PyTree, taught: PyTree | None, hard: Hard | None, *, lesson: float, pressure: float, rate: float
+        self,
+        batch: PyTree,
+        taught: PyTree | None,
+        hard: Hard | None,
+        *,
+        lesson: float,
+        pressure: float,
+        rate: float,
+        limits: tuple[float, float],
     ) -> Losses:
         if hard is not None:
             hard = jax.tree.map(self.backend.from_host, hard)
-        by = jnp.asarray([lesson, pressure, rate])
+        by = jnp.asarray([lesson, pressure, rate, *limits])
         self.weights, self.state, losses = self._step(self.weights, self.state, batch, taught, hard, by)
         return Losses(*(float(loss) for loss in losses))
 
@@ -96,7 +110,7 @@ class JaxTrainer:
         self.state = _filled("optimizer", self.state, arrays)
 
 
-def _clipped(grads: PyTree, most: float) -> PyTree:
+def _clipped(grads: PyTree, most: Array) -> PyTree:
     """The gradient, its norm at most ``most``."""
     scale = most / jnp.maximum(optax.tree.norm(grads), most)
     return jax.tree.map(lambda grad: grad * scale, grads)

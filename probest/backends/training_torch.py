@@ -28,15 +28,12 @@ class TorchTrainer:
         *,
         optimizer: Callable[..., Any] | None,
         learning_rate: float,
-        max_norm: float,
-        max_pressure: float,
     ) -> None:
         self.backend = backend
         self.model = copy.deepcopy(parts.model)
         self.parts = parts._replace(model=self.model)
         self.scores: RowFunction = scores
         self.task = task
-        self.max_norm, self.max_pressure = max_norm, max_pressure
         self.weights = backend.parameters(self.model)
         self.optimizer = optimizer(self.weights) if optimizer else torch.optim.Adam(self.weights, lr=learning_rate)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -45,18 +42,37 @@ class TorchTrainer:
         with torch.no_grad():
             return _scalar(self.task(self.model, batch))
 
+    def shuffled_loss(self, batch: PyTree, rng: np.random.Generator) -> float:
+        kept = [weight.detach().clone() for weight in self.weights]
+        with torch.no_grad():
+            for weight in self.weights:
+                order = torch.as_tensor(rng.permutation(weight.numel()), device=weight.device)
+                weight.copy_((weight.reshape(-1)[order] if weight.numel() > 1 else -weight).reshape(weight.shape))
+            loss = _scalar(self.task(self.model, batch))
+            for weight, value in zip(self.weights, kept, strict=True):
+                weight.copy_(value)
+        return loss
+
     def step(
-        self, batch: PyTree, taught: PyTree | None, hard: Hard | None, *, lesson: float, pressure: float, rate: float
+        self,
+        batch: PyTree,
+        taught: PyTree | None,
+        hard: Hard | None,
+        *,
+        lesson: float,
+        pressure: float,
+        rate: float,
+        limits: tuple[float, float],
     ) -> Losses:
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         task = self.task(self.model, batch)
         learnt = None if taught is None else self.task(self.model, taught)
         pressed = None if hard is None else self._pressure(hard)
-        grads = self._clipped(task, self.max_norm)
+        grads = self._clipped(task, limits[0])
         for loss, weight in ((learnt, lesson), (pressed, pressure)):
             if loss is not None:
-                grads = [a + b for a, b in zip(grads, self._clipped(weight * loss, self.max_pressure), strict=True)]
+                grads = [a + b for a, b in zip(grads, self._clipped(weight * loss, limits[1]), strict=True)]
         losses = Losses(_scalar(task), _scalar(learnt), _scalar(pressed))
         if all(bool(torch.isfinite(grad).all()) for grad in grads):
             for weight, grad in zip(self.weights, grads, strict=True):

@@ -27,7 +27,7 @@ from probest.training.opponents import QUICK, Opponents, Pool
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
 
-__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine"]
+__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "worth"]
 
 _BY = "benchmarks/below_one_over_n.py"
 
@@ -39,6 +39,7 @@ class DescentTuning:
     final_rate: float = tuned(0.1, "of the learning rate that is left at the end", _BY)
     later_rate: float = tuned(0.5, "of the learning rate with which a later round begins", _BY)
     slack: float = tuned(3.0, "nats below the target at which the pressure is gone, lest the task pay for no gain", _BY)
+    shuffles: int = tuned(99, "of the weights, whose median loss says what the task is worth", _BY)
     look_share: float = tuned(0.1, "of the calls, for looks before the ladder says that the target is near", _BY)
     reverts: float = tuned(5, "times that steps are taken back, at half the learning rate each, before giving up", _BY)
 
@@ -54,19 +55,21 @@ class Stream(IntEnum):
     BATCH = 5
     REPLAY = 6
     OPPONENTS = 7
+    WORTH = 8
 
 
 @dataclass(frozen=True)
 class Options:
     """What a descent goes by; see the arguments of :func:`probest.train`.
 
-    target: log P below which there is no more pressure. schedule: share of the learning rate at each step, or None for
-    a cosine. rows: of the data. path: of the checkpoint, or None.
+    target: log P below which there is no more pressure. limits: norms that gradients are clipped to. schedule: share of
+    the learning rate at each step, or None for a cosine. rows: of the data. path: of the checkpoint, or None.
     """
 
     target: float
     weight: float
     teacher_weight: float
+    limits: tuple[float, float]
     batch_size: int
     replay: int
     check_every: int
@@ -172,6 +175,7 @@ class Descent:
         losses = self.trainer.step(
             batch_of(event.backend, self.data, chosen), taught, hard,
             lesson=need * options.teacher_weight, pressure=need * options.weight, rate=self._rate(),
+            limits=options.limits,
         )  # fmt: skip
         count = len(cases.z) * (hard is not None)
         count += (len(cases.z) + options.replay) * (taught is not None)
@@ -339,6 +343,22 @@ def joined(one: Cases, other: Cases) -> Cases:
         )
     )
     return Cases(z, held, severity, noise, np.concatenate([0.5 * one.share, 0.5 * other.share]), group)
+
+
+def worth(
+    trainer: Trainer, backend: Backend, data: PyTree, rows: int, batch_size: int, rng: np.random.Generator
+) -> float:
+    """By how much the task's loss changes when the model's weights are shuffled: the unit of what gradients may be.
+
+    It is in the units of the loss, so that what is given up for safety does not depend on them. 0 where shuffling
+    changes nothing; the loss itself where every shuffle makes it infinite.
+    """
+    chosen = rng.choice(rows, min(batch_size, rows), replace=False)
+    batch = batch_of(backend, data, chosen)
+    loss = trainer.task_loss(batch)
+    changes = np.array([trainer.shuffled_loss(batch, rng) - loss for _ in range(DescentTuning().shuffles)])
+    changes = np.abs(changes[np.isfinite(changes)])
+    return float(np.median(changes)) if changes.size else abs(loss) or 1.0
 
 
 def cosine(share: float, final: float) -> float:
