@@ -165,7 +165,8 @@ def search(
         The search. ``found.problem`` is the problem under the adversary found. After Ctrl-C it holds what was best.
 
     Raises:
-        ValueError: an argument is out of range, or the estimate has no catastrophes to learn from.
+        ValueError: an argument is out of range, the problem's adversary is conditioned, or the estimate has no
+            catastrophes to learn from.
         ProblemError: the program draws other sites than the problem's adversary, or has no parameters.
     """
     if not isinstance(problem, Problem):
@@ -178,6 +179,11 @@ def search(
         check_whole(name, count, least=0)
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate={learning_rate!r}: expected a positive number")
+    if problem.event.weighted:
+        raise ValueError(
+            "problem: its adversary is conditioned on observations, so it cannot be drawn from, and nothing says how "
+            "far another is from it. Search from the program without them"
+        )
     family = Tilt() if adversary is None else adversary
     if not hasattr(family, "build"):
         if not callable(family):

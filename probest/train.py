@@ -210,6 +210,11 @@ def train(
             "checker: training needs a real severity with a gradient, and this checker returns a bool or integer, "
             "or is a black_box"
         )
+    if adversaries is not None and event.weighted:
+        raise ValueError(
+            "adversaries: the problem's own is conditioned on observations, so none can be searched for within nats of "
+            "it. Leave them out"
+        )
     backend = event.backend
     if not backend.parameters(problem.model):
         raise ValueError(

@@ -182,6 +182,13 @@ def test_what_cannot_be_searched(backend: str) -> None:
     other = lib.module(lambda w: lib.sample("y", lib.dist.Normal(w["m"], 1.0)), {"m": 0.0})
     with pytest.raises(ProblemError, match="x"):
         search(problem, other, kl=1.0, base=base, progress=False)
+    seen = Problem(
+        lambda: (lambda x: (lib.sample("y", lib.dist.Normal(x[0], 1.0), obs=lib.array(1.0)), x)[1])(normal()),
+        lambda x: x.sum(),
+        lambda x, y: y - 9.0,
+    )
+    with pytest.raises(ValueError, match="conditioned"):
+        search(seen, kl=1.0, progress=False)
     safe = Problem(normal, lambda x: x.sum(), lambda x, y: y * 0.0 - 1.0)
     with pytest.raises(ValueError, match="no catastrophes"):
         search(safe, kl=1.0, budget=500, progress=False)

@@ -88,7 +88,7 @@ class ProgramLaw:
             chosen = frontend.sample("learnt", "Bernoulli", backend.from_host(np.asarray(share)))
             given = frontend.scoped(event.parts.adversary, "given")()
             held = self.bound.draws(parts, "other")
-            other, _ = event.composition.replay(event.parts, xp.zeros(event.dim), held=held)
+            other = event.composition.replay(event.parts, xp.zeros(event.dim), held=held)
             return backend.tree_map(lambda a, b: xp.where(chosen == 1, a, b), other, given)
 
         return mixed

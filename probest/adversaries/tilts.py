@@ -113,7 +113,7 @@ class Tilt:
         if event.differentiable:
             held = None if strata is None else strata.held(np.full(len(asked), k))
             at = event.evaluate(asked, gradient=True, held=held)
-            rows = gradient_rows(asked, equal, at.severity_grad, at.log_weight_grad if strata is None else None)
+            rows = gradient_rows(asked, equal, at.severity_grad, None)
         basis = informed_basis(z, np.zeros(len(z)), rows, threshold=_THRESHOLD, rank=self.rank)
         if strata is None:
             return basis
@@ -217,10 +217,7 @@ class TiltLaw:
             if given is not None:
                 k = frontend.sample("stratum", "Categorical", xp.where(chosen == 1, one @ choice, given))
                 held = {name: _row(xp, value, k) for name, value in values.items()}
-            observation, log_weight = event.composition.replay(event.parts, z, *model, held=held)
-            if event.weighted:
-                frontend.factor("observed", log_weight)
-            return observation
+            return event.composition.replay(event.parts, z, *model, held=held)
 
         if event.composition.closed_loop:
             return lambda model: tilted(model)
@@ -238,7 +235,7 @@ class TiltLaw:
 def _strata(event: Event) -> Strata | None:
     """What a tilt chooses among: strata of fixed probability."""
     strata = strata_of(event, _STRATA)
-    return None if strata is None or strata.varies or event.weighted else strata
+    return None if strata is None or strata.varies else strata
 
 
 def _owned(bound: Any) -> dict[str, Array]:
@@ -249,11 +246,7 @@ def _owned(bound: Any) -> dict[str, Array]:
 def _row(xp: Any, values: Array, k: Array) -> Array:
     """The k-th of ``values``, by its indicator, with its type."""
     one = xp.reshape(xp.arange(len(values)) == k, (-1,) + (1,) * (values.ndim - 1))
-    return (
-        xp.where(one, values, xp.zeros_like(values)).sum(0).astype(values.dtype)
-        if hasattr(values, "astype")
-        else (xp.where(one, values, xp.zeros_like(values)).sum(0).to(values.dtype))
-    )
+    return xp.astype(xp.where(one, values, xp.zeros_like(values)).sum(0), values.dtype)
 
 
 def _softmax(logits: Floats) -> Floats:

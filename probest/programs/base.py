@@ -103,9 +103,6 @@ class Frontend(Protocol):
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         """Draw a site of the library's distribution ``law``, whose last ``event_dims`` axes are one event."""
 
-    def factor(self, name: str, log_weight: Array) -> None:
-        """Add to the log-density of the program."""
-
     def hidden(self) -> AbstractContextManager[Any]:
         """What is drawn inside is not seen by handlers outside."""
 

@@ -139,16 +139,13 @@ class Composition:
             value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, self.judge)()
         return recording.finish(value)
 
-    def replay(
-        self, parts: Parts, z: Array, *model: Any, held: Mapping[str, Array] | None = None
-    ) -> tuple[PyTree, Array]:
-        """What the adversary returns at z, and its log-weight, inside another program, which sees none of its sites.
+    def replay(self, parts: Parts, z: Array, *model: Any, held: Mapping[str, Array] | None = None) -> PyTree:
+        """What the adversary returns at z, inside another program, which sees none of its sites.
 
         held: values of sites that replace what z says.
         """
-        with self.frontend.hidden(), self.frontend.recording(self._source(z), held or {}, parts.params) as recording:
-            value = parts.adversary(*model)
-        return value, recording.finish(value).log_weight
+        with self.frontend.hidden(), self.frontend.recording(self._source(z), held or {}, parts.params):
+            return parts.adversary(*model)
 
     def _score(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array]:
         run = self.run(parts, z, held)

@@ -59,9 +59,6 @@ class NumPyroFrontend:
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         return numpyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
 
-    def factor(self, name: str, log_weight: Array) -> None:
-        numpyro.factor(name, log_weight)
-
     def hidden(self) -> AbstractContextManager[Any]:
         return handlers.block()  # type: ignore[no-any-return]
 

@@ -63,9 +63,6 @@ class PyroFrontend:
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         return pyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
 
-    def factor(self, name: str, log_weight: Array) -> None:
-        pyro.factor(name, log_weight)
-
     def hidden(self) -> AbstractContextManager[Any]:
         return poutine.block()
 
