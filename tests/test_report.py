@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from probest.evidence import Evidence
 from probest.report import arviz as report_arviz
+from probest.report.comparison import Candidate, comparison_table
 from probest.report.html import estimate_html
 from probest.report.progress import Progress
 from probest.report.tables import estimate_table, estimate_text, ledger_rows, verdict
@@ -251,3 +254,15 @@ def test_progress_shows_the_outermost_line_only(
     with Progress("again") as again:
         assert again._line is not None
     assert capfd.readouterr().out == ""
+
+
+def test_a_comparison_bounds_what_was_not_found() -> None:
+    nothing = SimpleNamespace(log_prob=-math.inf, lower=-math.inf, upper=-9.5, converged=False)
+    found = SimpleNamespace(log_prob=-20.0, lower=-21.0, upper=-19.0, converged=True)
+    one = Candidate("trained", 0.98, nothing, found, 1_000, 2.0)  # type: ignore[arg-type]
+    console = Console(width=80, file=StringIO())
+    console.print(comparison_table("before and after", [one]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "≤ 7.5e-05" in text
+    assert "≤ −9.5" in text.replace("-9.5", "−9.5")
+    assert "20" in text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -30,10 +31,10 @@ def comparison_table(title: str, candidates: Sequence[Candidate]) -> Table:
     """A column for each candidate."""
     rows: list[tuple[str, list[str]]] = [
         ("task accuracy", [f"{100 * c.accuracy:.1f} %" for c in candidates]),
-        ("P", [format_prob(c.estimate.log_prob) for c in candidates]),
-        ("log P", [format_log(c.estimate.log_prob) for c in candidates]),
+        ("P", [_level(c.estimate, format_prob) for c in candidates]),
+        ("log P", [_level(c.estimate, format_log) for c in candidates]),
         ("  95 % interval", [_interval(c.estimate) for c in candidates]),
-        ("log P, audit", [format_log(c.audit.log_prob) for c in candidates]),
+        ("log P, audit", [_level(c.audit, format_log) for c in candidates]),
         ("  95 % interval", [_interval(c.audit) for c in candidates]),
         ("converged", [_converged(c) for c in candidates]),
         ("model calls", [format_count(c.calls) for c in candidates]),
@@ -45,6 +46,13 @@ def comparison_table(title: str, candidates: Sequence[Candidate]) -> Table:
     for name, cells in rows:
         table.add_row(Text(name, style="bold"), *map(Text, cells))
     return table
+
+
+def _level(estimate: EstimateLike, shown: Callable[[float], str]) -> str:
+    """log P or P; where no catastrophe was found, what it is at most."""
+    if math.isfinite(estimate.log_prob):
+        return shown(estimate.log_prob)
+    return f"≤ {shown(estimate.upper)}"
 
 
 def _interval(estimate: EstimateLike) -> str:
