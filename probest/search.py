@@ -45,12 +45,12 @@ from scipy.spatial import cKDTree
 
 from probest.adversaries import Learnable, Tilt
 from probest.adversaries.base import Family, Law, Points
+from probest.adversaries.tilts import subspace
 from probest.backends.base import Array, Backend, Parts
 from probest.budget import Meter
 from probest.diagnostics import binomial_interval, systematic_resample
 from probest.estimate import Estimate, check_whole, estimate
 from probest.evidence import Floats, Particles
-from probest.guides.subspace import gradient_rows, informed_basis
 from probest.problem import Problem
 from probest.report.progress import Progress
 from probest.seeds import child_seed, generator
@@ -238,11 +238,8 @@ class _Learner:
         rng = generator(child_seed(root, 1))
         half = len(particles.z) // 2
         order = rng.permutation(len(particles.z))
-        self.sets = [
-            self._chosen(particles, order[:half] if half else order, rng),
-            self._chosen(particles, order[half:], rng),
-        ]
-        self.z = [particles.z[rows] for rows in self.sets]
+        halves = (order[:half] if half else order, order[half:])
+        self.z = [particles.z[self._chosen(particles, rows, rng)] for rows in halves]
         self.shown, self.unseen = (law.points(z) for z in self.z)
         self.parts = law.parts
         self.history: list[tuple[float, float, float]] = []
@@ -297,7 +294,7 @@ class _Learner:
                 share, spent = _share(self.kl, *ratios)
                 given, q = math.exp(self.log_prob), float(hit.mean())
                 under = (1.0 - share) * given + share * q
-                paid = (_spent(min(1.02 * share, 0.9999), *ratios) - _spent(0.98 * share, *ratios)) / (0.04 * share)
+                paid = _price(share, *ratios)
                 rate = (q - given) / (under * paid) if paid > 0.0 and under > 0.0 else 0.0
                 recent.append(math.log(under) if under > 0.0 else -math.inf)
                 self.history.append((recent[-1], spent, rate))
@@ -384,11 +381,22 @@ def _share(kl: float, plain: Floats, drawn: Floats) -> tuple[float, float]:
     return share, _spent(share, plain, drawn)
 
 
+def _around(share: float) -> tuple[float, float]:
+    """Shares a little below and above, for differences."""
+    return 0.98 * share, min(1.02 * share, 0.9999)
+
+
+def _price(share: float, plain: Floats, drawn: Floats) -> float:
+    """KL by the share: its derivative."""
+    low, high = _around(share)
+    return (_spent(high, plain, drawn) - _spent(low, plain, drawn)) / (high - low)
+
+
 def _exchange_rate(share: float, plain: Floats, drawn: Floats, shown: Floats) -> float:
     """Nats of log P that a nat of KL buys, through the share."""
-    low, high = 0.98 * share, min(1.02 * share, 0.9999)
-    bought = _gain(high, shown) - _gain(low, shown)
-    paid = _spent(high, plain, drawn) - _spent(low, plain, drawn)
+    low, high = _around(share)
+    bought = (_gain(high, shown) - _gain(low, shown)) / (high - low)
+    paid = _price(share, plain, drawn)
     return max(bought, 0.0) / paid if paid > 0.0 else 0.0
 
 
@@ -440,12 +448,7 @@ def _judged(
 
 def _owners(event: Any, z: Floats, alike: float) -> np.ndarray:
     """The mode of each catastrophe z ``(n, dim)``: what lies one way in the subspace of the severity's gradients."""
-    rows = None
-    if event.differentiable:
-        asked = z[:: max(1, len(z) // 128)]
-        at = event.evaluate(asked, gradient=True)
-        rows = gradient_rows(asked, np.zeros(len(asked)), at.severity_grad, at.log_weight_grad)
-    u = z @ informed_basis(z, np.zeros(len(z)), rows, threshold=0.15)
+    u = z @ subspace(event, z, threshold=0.15, asked=128)
     u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-300)
     owner, left, count = np.full(len(u), -1), np.arange(len(u)), 0
     while len(left):

@@ -203,7 +203,7 @@ def train(
         raise ValueError("weight=0 without a teacher that counts: nothing would drive the catastrophes away")
     if teacher is not None and not callable(teacher):
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
-    panel(audit, budget)
+    audits = panel(audit, 4 * budget)
     event = problem.event
     if not event.differentiable:
         raise ValueError(
@@ -263,7 +263,6 @@ def train(
         descent.welcome(before, 0)
         if options.path is not None and options.path.exists():
             descent.state = resume(options.path, descent.parts)
-        audits = panel(audit, 4 * budget)
         while True:
             stopped = descent.run()
             state = descent.state

@@ -12,7 +12,7 @@ from library import library, parameters
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate, train
-from probest.train import Step
+from probest.backends.base import Losses
 from probest.training.descent import Descent
 from probest.verdict import agree
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_resumes_where_it_was(backend: str, tmp_path: Path, monkeyp
     path = tmp_path / "run.safetensors"
     step = Descent._step
 
-    def interrupted(self: Descent) -> Step:
+    def interrupted(self: Descent) -> Losses:
         if self.state.step == 20:
             raise KeyboardInterrupt
         return step(self)

@@ -11,7 +11,7 @@ Reference: Au & Beck (1999) and Papaioannou, Geyer & Straub (2019) fit such mixt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,9 +25,9 @@ from probest.guides.base import stratify
 from probest.guides.mixture import fit_mixture
 from probest.guides.subspace import gradient_rows, informed_basis
 from probest.programs.event import Event
-from probest.programs.strata import Strata, strata_of
+from probest.programs.strata import Strata, held_rows, strata_of
 
-__all__ = ["Tilt", "TiltLaw"]
+__all__ = ["Tilt", "TiltLaw", "subspace"]
 
 _FITTED = 2_000  # particles that the first law is fitted to, at most
 _ASKED = 256  # particles whose gradients find the subspace
@@ -108,17 +108,34 @@ class Tilt:
 
     def _basis(self, event: Event, strata: Strata | None, z: Floats, k: int) -> Floats:
         """Orthonormal directions ``(dim, r)`` that matter to catastrophes z of the stratum k."""
-        asked, rows = z[:: max(1, len(z) // _ASKED)], None
-        equal = np.zeros(len(asked))
-        if event.differentiable:
-            held = None if strata is None else strata.held(np.full(len(asked), k))
-            at = event.evaluate(asked, gradient=True, held=held)
-            rows = gradient_rows(asked, equal, at.severity_grad, None)
-        basis = informed_basis(z, np.zeros(len(z)), rows, threshold=_THRESHOLD, rank=self.rank)
+        held = None if strata is None else strata[k].values
+        basis = subspace(event, z, threshold=_THRESHOLD, asked=_ASKED, rank=self.rank, held=held)
         if strata is None:
             return basis
         left, size, _ = np.linalg.svd(basis * np.isin(np.arange(event.dim), strata.free)[:, None], full_matrices=False)
         return left[:, size > _INDEPENDENT]
+
+
+def subspace(
+    event: Event,
+    z: Floats,
+    *,
+    threshold: float,
+    asked: int,
+    rank: int = 24,
+    held: Mapping[str, np.ndarray] | None = None,
+) -> Floats:
+    """Orthonormal directions ``(dim, r)`` that matter to equally weighted catastrophes z, by the severity's gradients.
+
+    threshold, rank: see :func:`probest.guides.subspace.informed_basis`. asked: how many of z are asked for a gradient,
+    about. held: values of sites, the same for all.
+    """
+    some, rows = z[:: max(1, len(z) // asked)], None
+    if event.differentiable:
+        kept = None if held is None else held_rows(held, len(some))
+        slope = event.evaluate(some, gradient=True, held=kept).severity_grad
+        rows = gradient_rows(some, np.zeros(len(some)), slope, None)
+    return informed_basis(z, np.zeros(len(z)), rows, threshold=threshold, rank=rank)
 
 
 def _log_ratio(backend: Backend, log_p: Floats, params: dict[str, Array], u: Array, k: Array) -> Array:

@@ -23,6 +23,7 @@ __all__ = [
     "Losses",
     "Minimizer",
     "Parts",
+    "Pull",
     "PyTree",
     "RowFunction",
     "Trainer",
@@ -155,6 +156,20 @@ class Losses(NamedTuple):
     pressure: float
 
 
+class Pull(NamedTuple):
+    """What a training step goes by.
+
+    lesson, pressure: weights of the two losses beside the task's. rate: share of the learning rate. most, most_hard:
+    the norms to which the task's gradient and those of the two are clipped.
+    """
+
+    lesson: float
+    pressure: float
+    rate: float
+    most: float
+    most_hard: float
+
+
 class Hard(NamedTuple):
     """Particles whose probability of catastrophe is stepped down.
 
@@ -182,21 +197,10 @@ class Trainer(Protocol):
     def shuffled_loss(self, batch: PyTree, rng: np.random.Generator) -> float:
         """The task's loss with the entries of each array of weights in random order; a single one changes its sign."""
 
-    def step(
-        self,
-        batch: PyTree,
-        taught: PyTree | None,
-        hard: Hard | None,
-        *,
-        lesson: float,
-        pressure: float,
-        rate: float,
-        limits: tuple[float, float],
-    ) -> Losses:
+    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
         """One step down ``task(batch) + lesson · task(taught) + pressure · mean log Φ(severity / noise)``.
 
-        rate: share of the learning rate. limits: the norms to which the gradient of the first and those of the others
-        are clipped. A step with a loss or gradient that is not finite is left out.
+        A step with a loss or gradient that is not finite is left out.
         """
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from probest.backends.base import Array, Backend, Hard, Losses, Parts, PyTree
+from probest.backends.base import Array, Backend, Hard, Losses, Parts, Pull, PyTree
 
 __all__ = ["JaxTrainer"]
 
@@ -82,21 +82,10 @@ class JaxTrainer:
 
         return float(self._loss(jax.tree.map(shuffled, self.weights), batch))
 
-    def step(
-        self,
-        batch: PyTree,
-        taught: PyTree | None,
-        hard: Hard | None,
-        *,
-        lesson: float,
-        pressure: float,
-        rate: float,
-        limits: tuple[float, float],
-    ) -> Losses:
+    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
         if hard is not None:
             hard = jax.tree.map(self.backend.from_host, hard)
-        by = jnp.asarray([lesson, pressure, rate, *limits])
-        self.weights, self.state, losses = self._step(self.weights, self.state, batch, taught, hard, by)
+        self.weights, self.state, losses = self._step(self.weights, self.state, batch, taught, hard, jnp.asarray(by))
         return Losses(*(float(loss) for loss in losses))
 
     def arrays(self) -> dict[str, np.ndarray]:

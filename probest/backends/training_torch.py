@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probest.backends.base import Backend, Hard, Losses, Parts, PyTree, RowFunction
+from probest.backends.base import Backend, Hard, Losses, Parts, Pull, PyTree, RowFunction
 
 __all__ = ["TorchTrainer"]
 
@@ -53,26 +53,16 @@ class TorchTrainer:
                 weight.copy_(value)
         return loss
 
-    def step(
-        self,
-        batch: PyTree,
-        taught: PyTree | None,
-        hard: Hard | None,
-        *,
-        lesson: float,
-        pressure: float,
-        rate: float,
-        limits: tuple[float, float],
-    ) -> Losses:
+    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = full * rate
+            group["lr"] = full * by.rate
         task = self.task(self.model, batch)
         learnt = None if taught is None else self.task(self.model, taught)
         pressed = None if hard is None else self._pressure(hard)
-        grads = self._clipped(task, limits[0])
-        for loss, weight in ((learnt, lesson), (pressed, pressure)):
+        grads = self._clipped(task, by.most)
+        for loss, weight in ((learnt, by.lesson), (pressed, by.pressure)):
             if loss is not None:
-                grads = [a + b for a, b in zip(grads, self._clipped(weight * loss, limits[1]), strict=True)]
+                grads = [a + b for a, b in zip(grads, self._clipped(weight * loss, by.most_hard), strict=True)]
         losses = Losses(_scalar(task), _scalar(learnt), _scalar(pressed))
         if all(bool(torch.isfinite(grad).all()) for grad in grads):
             for weight, grad in zip(self.weights, grads, strict=True):

@@ -30,7 +30,7 @@ from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
 
-__all__ = ["MOST", "Strata", "StratumEvent", "columns_of", "free_of", "placed", "strata_of"]
+__all__ = ["MOST", "Strata", "StratumEvent", "columns_of", "free_of", "held_rows", "placed", "strata_of"]
 
 MOST = 4096
 """Strata that are listed, at most, unless said otherwise."""
@@ -136,7 +136,7 @@ class StratumEvent:
         return self.strata.varies
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=_rows(self.held, len(z)))
+        found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=held_rows(self.held, len(z)))
         slope = None if found.severity_grad is None else found.severity_grad[:, self.free]
         if not self.weighted:
             return Evaluation(found.severity, np.zeros(len(z)), slope)
@@ -260,7 +260,8 @@ def _tail(sites: tuple[Site, ...], values: Mapping[str, np.ndarray], log_p: Floa
     return math.log(total) if total > 0.0 else -math.inf
 
 
-def _rows(held: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+def held_rows(held: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """The same values of held sites for each of n rows."""
     return {name: np.broadcast_to(value, (n, *np.shape(value))).copy() for name, value in held.items()}
 
 

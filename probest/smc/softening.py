@@ -47,9 +47,9 @@ class Softening(Protocol):
 
 @dataclass(frozen=True)
 class Noise:
-    """Φ(s/σ); ``inverse`` is 1/σ, more than 0."""
+    """Φ(s/σ); ``inverse`` is 1/σ, more than 0: one for all severities, or one for each."""
 
-    inverse: float
+    inverse: float | Floats
 
     def log(self, severity: Floats) -> Floats:
         return np.asarray(special.log_ndtr(self.inverse * severity), dtype=np.float64)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from probest.audit import number
-from probest.backends.base import Backend, Hard, PyTree, Trainer
+from probest.backends.base import Backend, Hard, Losses, Pull, PyTree, Trainer
 from probest.estimate import Estimate, estimate
 from probest.problem import Problem
 from probest.programs.event import Event, SeverityError
@@ -27,7 +27,7 @@ from probest.training.opponents import QUICK, Opponents, Pool
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
 
-__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "cosine", "worth"]
+__all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "worth"]
 
 _BY = "benchmarks/below_one_over_n.py"
 
@@ -123,20 +123,20 @@ class Descent:
             while not self._done() and not stopped:
                 began = time.perf_counter()
                 try:
-                    step = self._step()
+                    losses = self._step()
                 except SeverityError:
                     if self.state.reverts >= self.options.tuning.reverts:
                         raise
-                    step = None
+                    losses = None
                 self.state.costs.steps.seconds += time.perf_counter() - began
-                if step is None or not math.isfinite(step.task_loss):
+                if losses is None or not math.isfinite(losses.task):
                     stopped = self._revert(good)
                     continue
                 due = self.state.step % self.options.check_every == 0
                 look = self._look() if self._is_looked_at() else None
                 if self.pool is not None and self.state.step % self.pool.every == 0:
                     self._search()
-                self._record(step, look)
+                self._record(losses, look)
                 if due or self.control.should_save:
                     good = self.trainer.arrays() if due else good
                     self._save()
@@ -158,7 +158,7 @@ class Descent:
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def _step(self) -> Step:
+    def _step(self) -> Losses:
         """Move the ladder on the present model, then the model."""
         state, options, event = self.state, self.options, self.event
         self.ladder.advance(event, generator(child_seed(self.root, Stream.WALK, state.step + 1)))
@@ -172,22 +172,14 @@ class Descent:
         hard = Hard(cases.z, cases.held, cases.noise, cases.share) if options.weight else None
         shuffle = generator(child_seed(self.root, Stream.BATCH, state.step))
         chosen = shuffle.choice(options.rows, min(options.batch_size, options.rows), replace=False)
-        losses = self.trainer.step(
-            batch_of(event.backend, self.data, chosen), taught, hard,
-            lesson=need * options.teacher_weight, pressure=need * options.weight, rate=self._rate(),
-            limits=options.limits,
-        )  # fmt: skip
+        by = Pull(need * options.teacher_weight, need * options.weight, self._rate(), *options.limits)
+        losses = self.trainer.step(batch_of(event.backend, self.data, chosen), taught, hard, by)
         count = len(cases.z) * (hard is not None)
         count += (len(cases.z) + options.replay) * (taught is not None)
         state.costs.steps.calls += event.model_calls + 3 * count
         state.costs.task_calls += 3 * len(chosen)
         state.step += 1
-        spent = state.costs
-        return Step(
-            step=state.step, task_loss=losses.task, taught_loss=losses.taught, log_prob=self.ladder.log_prob,
-            pressure=losses.pressure, look=None, calls=spent.steps.calls + spent.looks.calls,
-            seconds=spent.steps.seconds + spent.looks.seconds,
-        )  # fmt: skip
+        return losses
 
     def _taught(self, event: Event, teacher: Teacher, cases: Cases) -> PyTree:
         """The present cases and some from memory, with the teacher's answers, as a batch of the task."""
@@ -242,10 +234,12 @@ class Descent:
             return f"the loss was not finite {state.reverts} times, at step {state.step} again: lower learning_rate"
         return ""
 
-    def _record(self, step: Step, look: float | None) -> None:
-        spent = self.state.costs
-        calls, seconds = spent.steps.calls + spent.looks.calls, spent.steps.seconds + spent.looks.seconds
-        step = Step(step.step, step.task_loss, step.taught_loss, step.log_prob, step.pressure, look, calls, seconds)
+    def _record(self, losses: Losses, look: float | None) -> None:
+        steps, looks = self.state.costs.steps, self.state.costs.looks
+        step = Step(
+            step=self.state.step, task_loss=losses.task, taught_loss=losses.taught, log_prob=self.ladder.log_prob,
+            pressure=losses.pressure, look=look, calls=steps.calls + looks.calls, seconds=steps.seconds + looks.seconds,
+        )  # fmt: skip
         self.state.history.append(step)
         self._tell("on_step_end", step)
         told = f"log P {step.log_prob:.1f}, task loss {step.task_loss:.3g}"

@@ -41,12 +41,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import erfcx, log_ndtr, ndtri_exp
+from scipy.special import log_ndtr, ndtri_exp
 
 from probest.diagnostics import log_sum_exp, systematic_resample
 from probest.evidence import Evaluation, Floats, Particles
 from probest.programs.event import Event
 from probest.programs.strata import Strata
+from probest.smc.softening import Noise
 from probest.tuning import tuned
 
 __all__ = ["Cases", "Ladder", "LadderTuning"]
@@ -262,10 +263,9 @@ class Ladder:
         """Gradient of :meth:`_target` in z, its length capped: a function of the point alone, so moves stay exact."""
         assert at.severity_grad is not None
         shape = self.z.shape
-        ratio = at.severity.reshape(shape[:2]) / width
+        slope = Noise(1.0 / width).slope(at.severity.reshape(shape[:2]))
         with np.errstate(all="ignore"):
-            slope = math.sqrt(2.0 / math.pi) / erfcx(-ratio / math.sqrt(2.0)) / width
-            drift = at.severity_grad.reshape(shape) * np.where(np.isfinite(slope), slope, 0.0)[..., None]
+            drift = at.severity_grad.reshape(shape) * slope[..., None]
             if at.log_weight_grad is not None:
                 drift += self._power()[:, None] * at.log_weight_grad.reshape(shape)
             cap = 1.5 * (math.sqrt(max(0.0, -2.0 * self._level())) + 1.0)

@@ -14,6 +14,7 @@ from probest.tuning import tuned
 
 __all__ = ["Memory", "MemoryTuning"]
 
+_COLUMNS = ("z", "group", "severity", "noise", "added")
 _BY = "benchmarks/below_one_over_n.py, digits, 1.0M calls"
 
 
@@ -74,13 +75,12 @@ class Memory:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it, by name, for a checkpoint."""
-        names = ("z", "group", "severity", "noise", "added")
         rows = {f"rows.{i}": leaf for i, leaf in enumerate(self.rows)}
-        return {name: getattr(self, name) for name in names} | rows
+        return {name: getattr(self, name) for name in _COLUMNS} | rows
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         self.rows = [arrays[f"rows.{i}"] for i in range(sum(name.startswith("rows.") for name in arrays))]
-        for name in ("z", "group", "severity", "noise", "added"):
+        for name in _COLUMNS:
             setattr(self, name, arrays[name])
 
     def _knows(self, z: Floats, group: int) -> bool:
@@ -96,7 +96,7 @@ class Memory:
         leaving = np.lexsort((self.added, ~solved))[:excess]
         kept = np.setdiff1d(np.arange(len(self)), leaving)
         self.rows = [leaf[kept] for leaf in self.rows]
-        for name in ("z", "group", "severity", "noise", "added"):
+        for name in _COLUMNS:
             setattr(self, name, getattr(self, name)[kept])
 
 
