@@ -17,6 +17,8 @@ from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
+from probest.report.netcdf import Saved, load
+from probest.result import Result, Sample
 from probest.search import Search, search
 from probest.train import Pool, TrainingRun, train
 
@@ -35,6 +37,9 @@ __all__ = [
     "Problem",
     "ProblemError",
     "ProgramGuide",
+    "Result",
+    "Sample",
+    "Saved",
     "Search",
     "SeverityError",
     "SiteError",
@@ -47,6 +52,7 @@ __all__ = [
     "audit",
     "checkers",
     "estimate",
+    "load",
     "search",
     "train",
 ]

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from probest.estimate import Catastrophes, Estimate, check_whole, estimate
+from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.tempering import Tempering
 from probest.evidence import Evidence
 from probest.problem import Problem
+from probest.programs.base import Observed
+from probest.result import Case, Catastrophes, Result, Sample
 from probest.seeds import child_seed
 from probest.verdict import agree, refuted
 
@@ -37,8 +40,8 @@ A single method's own limit is wider: tempering calls itself converged at 0.5, a
 """
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(Result):
     """Estimates of one problem by different means, none of which knows of another. seconds: of all together."""
 
     estimates: tuple[Estimate, ...]
@@ -54,21 +57,9 @@ class Audit:
         return believed(self.estimates)
 
     @property
-    def log_prob(self) -> float:
-        """That of the estimate to believe, as the properties that follow."""
-        return self.estimate.log_prob
-
-    @property
-    def std_error(self) -> float:
-        return self.estimate.std_error
-
-    @property
-    def lower(self) -> float:
-        return self.estimate.lower
-
-    @property
-    def upper(self) -> float:
-        return self.estimate.upper
+    def conclusion(self) -> Evidence:
+        """That of the estimate to believe."""
+        return self.estimate.conclusion
 
     @property
     def converged(self) -> bool:
@@ -76,26 +67,43 @@ class Audit:
         return settles(self.estimate)
 
     @property
-    def advice(self) -> tuple[str, ...]:
-        return self.estimate.advice
-
-    @property
-    def ledger(self) -> tuple[Evidence, ...]:
+    def ledger(self) -> tuple[Evidence, ...]:  # type: ignore[override]
         """Conclusions of all the estimates."""
         return tuple(found.conclusion for found in self.estimates)
-
-    @property
-    def conclusion(self) -> Evidence:
-        return self.estimate.conclusion
 
     @property
     def catastrophes(self) -> Catastrophes | None:
         return self.estimate.catastrophes
 
+    def blocks(self, rows: int) -> Iterator[Catastrophes]:
+        return self.estimate.blocks(rows)
+
     @property
-    def calls(self) -> int:
+    def drawn(self) -> Sample | None:
+        return self.estimate.drawn
+
+    @property
+    def nearest(self) -> Case | None:
+        return self.estimate.nearest
+
+    @property
+    def plates(self) -> Mapping[str, Sequence[str | None]]:
+        return self.estimate.plates
+
+    @property
+    def observed(self) -> Mapping[str, Observed]:
+        return self.estimate.observed
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
         """Model calls of all together."""
         return sum(found.calls for found in self.estimates)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """Those of the estimate to believe, with each one's method and seed."""
+        each = {e.conclusion.method: f"budget {e.settings.get('budget')}, seed {e.seed}" for e in self.estimates}
+        return {**self.estimate.settings, "audited by": each}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{e.conclusion.method} {e.log_prob:.4g} ± {e.std_error:.2g}" for e in self.estimates)

@@ -1,12 +1,16 @@
-"""The command line: ``probest demo``, ``probest estimate FILE.py:problem``, ``probest train FILE.py:problem``.
+"""The command line: ``probest estimate``, ``train``, ``audit``, ``report``, ``demo`` and ``models``.
 
-Exit codes: 0 when the result converged, 2 for input that cannot be used, 3 when the result did not converge.
-Results go to standard output, progress and errors to standard error.
+Problems are named ``FILE.py:problem``. Exit codes: 0 when the result converged, 2 for input that cannot be used, 3 when
+the result did not converge. Results go to standard output, progress and errors to standard error.
+
+Settings that are not given come from ``[tool.probest]`` of the nearest pyproject.toml, or of the file that ``--config``
+names: those of a table ``[tool.probest.COMMAND]``, then those above it, by the names of the options.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -14,8 +18,9 @@ import json
 import math
 import sys
 import time
+import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -27,8 +32,9 @@ from probest.report.comparison import Candidate, comparison_table
 from probest.report.record import estimate_record
 
 if TYPE_CHECKING:
-    from probest import Estimate, Problem, TrainingRun
-    from probest.report.protocols import EstimateLike
+    from probest import Problem, TrainingRun
+    from probest.estimators.base import Estimator
+    from probest.result import Result
 
 __all__ = ["InputError", "main"]
 
@@ -37,39 +43,80 @@ DEMOS = ("digits", "pendulum")
 DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
 DEMO_STEPS = 400
 DEMO_QUICK = {"steps": 50, "budget": 10_000, "check_budget": 10_000}
+ESTIMATORS = (
+    "Combined", "CrossEntropy", "Importance", "LineSampling", "MonteCarlo", "Stratified", "Surrogate", "Tempering",
+)  # fmt: skip
 
 
 class InputError(Exception):
-    """Something on the command line, or in the file that it names, cannot be used."""
+    """Something on the command line, or in a file that it names, cannot be used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser, commands = _parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = next((word for word in arguments if word in commands), "")
     try:
+        if command:
+            _configure(commands[command], command, arguments)
+        options = parser.parse_args(arguments)
         return int(options.run(options))
     except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(f"probest {options.command}: {error}", markup=False, style="red")
+        text = f"probest {command}: {error}"
+        Console(stderr=True, soft_wrap=True).print(text, markup=False, style="red", highlight=False)
         return BAD_INPUT
 
 
-# estimate and train ---------------------------------------------------------------------------------------------------
+# estimate, audit, report and train ------------------------------------------------------------------------------------
 
 
 def _estimate(options: argparse.Namespace) -> int:
+    result = _estimated(options)
+    _done(result, options)
+    return CONVERGED if result.converged else NOT_CONVERGED
+
+
+def _estimated(options: argparse.Namespace) -> Result:
     from probest import estimate
 
     _, problem = load_problem(options.problem)
     with _problem_errors(options.problem):
-        result = estimate(
+        return estimate(
             problem,
             budget=options.budget,
             checker_budget=options.checker_budget,
-            precision=options.precision,
+            precision=options.precision if options.estimator is None else None,
+            estimator=options.estimator,
             seed=options.seed,
         )
-    _show(result, as_json=options.json)
-    _save(result, options.netcdf)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from probest import audit
+
+    _, problem = load_problem(options.problem)
+    with _problem_errors(options.problem):
+        result = audit(problem, methods=options.estimator or None, budget=options.budget, seed=options.seed)
+    _done(result, options)
+    return CONVERGED if result.converged else NOT_CONVERGED
+
+
+def _report(options: argparse.Namespace) -> int:
+    """An HTML report of an estimate that was saved, or that is made now."""
+    from probest import load
+
+    source, show = options.problem, None
+    if Path(source).suffix in (".nc", ".netcdf"):
+        try:
+            result: Result = load(source)
+        except (FileNotFoundError, ImportError, ValueError) as error:
+            raise InputError(str(error)) from error
+    else:
+        result = _estimated(options)
+        show = getattr(load_problem(source)[0], "show", None)
+    options.out = options.out or [Path("report.html")]
+    _done(result, options, show)
     return CONVERGED if result.converged else NOT_CONVERGED
 
 
@@ -95,28 +142,68 @@ def _train(options: argparse.Namespace) -> int:
             seed=options.seed,
             checkpoint=options.checkpoint,
         )
-    result = run.believed
-    _show(result, as_json=options.json)
     for line in run.advice:
         Console(stderr=True).print(f"• {line}", markup=False, soft_wrap=True)
-    _save(result, options.netcdf)
+    _done(run.believed, options, getattr(file, "show", None), run)
     return CONVERGED if run.converged else NOT_CONVERGED
 
 
-def _show(result: Estimate, *, as_json: bool) -> None:
-    if as_json:
+def _done(
+    result: Result,
+    options: argparse.Namespace,
+    show: Callable[..., None] | None = None,
+    run: TrainingRun | None = None,
+) -> None:
+    """Print a result, and write it to the files that were asked for. The report is that of the run, if there is one."""
+    if options.json:
         print(json.dumps(estimate_record(result), indent=2))  # noqa: T201
     else:
         Console().print(result)
+    for path in options.out or []:
+        try:
+            _write(result, path, show, run)
+        except (ImportError, ValueError, OSError) as error:
+            raise InputError(f"{path} was not written: {error}") from error
+        Console(stderr=True).print(f"wrote {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def _save(result: Estimate, path: Path | None) -> None:
-    if path is None:
-        return
-    try:
+def _write(result: Result, path: Path, show: Callable[..., None] | None, run: TrainingRun | None) -> None:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(estimate_record(result), indent=2) + "\n", encoding="utf-8")
+    elif path.suffix == ".html":
+        (run or result).report(path, show=show)
+    elif path.suffix == ".nc":
         result.to_netcdf(path)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{path} was not written: {error}") from error
+    else:
+        (run or result).plot().figure.savefig(path, dpi=150)
+
+
+def _models(options: argparse.Namespace) -> int:
+    """The ready problems, as their modules' first sentences have them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    folder = _models_folder()
+    found = {}
+    for path in sorted(folder.glob("[a-z]*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem] = " ".join(said.partition("\n\n")[0].split())
+    if options.json:
+        print(json.dumps(found, indent=2))  # noqa: T201
+        return CONVERGED
+    table = Table("name", "what it is", box=SIMPLE_HEAD, pad_edge=False)
+    for name, said in found.items():
+        table.add_row(name, said)
+    console = Console()
+    console.print(table)
+    console.print("probest demo --model NAME shows digits and pendulum; models/README.md has numbers.", highlight=False)
+    return CONVERGED
+
+
+def _models_folder() -> Path:
+    """Where the ready problems are: within an installed probest, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "models" if (package / "models").is_dir() else package.parent / "models"
 
 
 # FILE.py:name ---------------------------------------------------------------------------------------------------------
@@ -257,35 +344,24 @@ def _demo(options: argparse.Namespace) -> int:
     return CONVERGED  # the demo did its job; whether the run converged is in its table
 
 
-def _save_demo(module: ModuleType, before: EstimateLike, run: TrainingRun, folder: Path) -> list[Path]:
-    from matplotlib.figure import Figure
-
-    from probest.report.arviz import to_netcdf
-    from probest.report.plots import plot_catastrophes, plot_estimate, plot_history
-
+def _save_demo(module: ModuleType, before: Result, run: TrainingRun, folder: Path) -> list[Path]:
     name = module.__name__.rpartition(".")[2]
     folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(15.0, 4.5), layout="constrained")
-    catastrophes, ledger, history = figure.subplots(1, 3, width_ratios=(1.2, 1.0, 1.0))
-    side = getattr(module, "SIDE", None)
-    netcdf = []
-    if before.catastrophes is not None:
-        plot_catastrophes(before.catastrophes, catastrophes, shape=(side, side) if side else None)
-        netcdf.append(to_netcdf(before, folder / f"{name}.nc"))
-    plot_estimate(before, ledger)
-    plot_history(run, history)
-    picture = folder / f"{name}.png"
-    figure.savefig(picture, dpi=120)
-    return [picture, *netcdf]
+    show = getattr(module, "show", None)
+    found = [
+        before.report(folder / f"{name}-before.html", title=f"{name}: the model as it is", show=show),
+        run.report(folder / f"{name}-trained.html", title=f"{name}: trained", show=show),
+    ]
+    return found if before.catastrophes is None else [*found, before.to_netcdf(folder / f"{name}.nc")]
 
 
 def _ready_problem(name: str) -> ModuleType:
     """``probest.models.NAME`` where probest is installed, ``models/NAME.py`` beside ``probest/`` in a checkout."""
-    package = Path(__file__).parent
-    if (package / "models").is_dir():
+    folder = _models_folder()
+    if folder.parent == Path(__file__).parent:
         return importlib.import_module(f"probest.models.{name}")
-    if str(package.parent) not in sys.path:
-        sys.path.append(str(package.parent))
+    if str(folder.parent) not in sys.path:
+        sys.path.append(str(folder.parent))
     try:
         return importlib.import_module(f"models.{name}")
     except ImportError as error:
@@ -302,7 +378,8 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands."""
     parser = argparse.ArgumentParser(
         prog="probest",
         description="How likely is a catastrophe, and how to train it away.",
@@ -311,36 +388,59 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="estimate a rare catastrophe, train it away, audit the result")
-    demo.add_argument("--model", choices=DEMOS, default="digits")
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the picture and the netCDF file"
-    )
-    demo.add_argument("--quick", action="store_true", help="fewer steps and smaller budgets")
-    demo.set_defaults(run=_demo)
-
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("problem", metavar="FILE.py:problem", help="a Problem, or a function that returns one")
     shared.add_argument("--seed", type=_at_least(0), default=0)
     shared.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    shared.add_argument("--netcdf", type=Path, metavar="PATH", help="write the catastrophes there")
+    shared.add_argument(
+        "--out",
+        type=_target,
+        action="append",
+        metavar="PATH",
+        help="write it there too: .html a report, .nc all particles, .json, .png or .svg a picture; may be repeated",
+    )
 
-    estimate = commands.add_parser("estimate", parents=[shared], help="estimate log P")
-    estimate.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="model calls (50,000)")
-    estimate.add_argument(
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("--config", type=Path, metavar="FILE.toml", help="settings, in place of pyproject.toml's")
+
+    estimating = argparse.ArgumentParser(add_help=False)
+    estimating.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="model calls (50,000)")
+    estimating.add_argument(
         "--checker-budget", type=_at_least(1), metavar="CASES", help="cases that the checker judges (as many as calls)"
     )
-    estimate.add_argument(
+    estimating.add_argument(
         "--precision", type=_positive, default=0.05, metavar="NATS", help="standard error to aim for (0.05)"
     )
+    estimating.add_argument(
+        "--estimator",
+        type=_estimator,
+        metavar="NAME",
+        help="one method instead of the default ones, such as tempering, or 'Tempering(particles=2000)'",
+    )
+
+    estimate = commands.add_parser("estimate", parents=[shared, estimating, config], help="estimate log P")
     estimate.set_defaults(run=_estimate)
+
+    audit = commands.add_parser("audit", parents=[shared, config], help="estimate log P by several means")
+    audit.add_argument("--budget", type=_at_least(1), default=200_000, metavar="CALLS", help="of all (200,000)")
+    audit.add_argument(
+        "--estimator", type=_estimator, action="append", metavar="NAME", help="a method; may be repeated"
+    )
+    audit.set_defaults(run=_audit, seed=1)
+
+    report = commands.add_parser(
+        "report",
+        parents=[shared, estimating, config],
+        help="write an HTML report, of a problem or of a file that estimate --out FILE.nc wrote",
+    )
+    report.set_defaults(run=_report)
 
     train = commands.add_parser(
         "train",
-        parents=[shared],
+        parents=[shared, config],
         help="train M until log P is low enough; FILE.py has problem, task and data, and perhaps a teacher",
     )
-    train.add_argument("--until", type=float, required=True, metavar="LOG_P", help="stop when log P is below this")
+    train.add_argument("--until", type=float, metavar="LOG_P", help="stop when log P is below this", default=-25.0)
     train.add_argument("--steps", type=_at_least(1), default=1_000, help="at most (1,000)")
     train.add_argument("--budget", type=_at_least(1), default=50_000, metavar="CALLS", help="of each estimate (50,000)")
     train.add_argument(
@@ -352,7 +452,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--learning-rate", type=_positive, default=1e-3, help="of Adam (0.001)")
     train.add_argument("--checkpoint", type=Path, metavar="PATH", help="where to save, and to resume from")
     train.set_defaults(run=_train)
-    return parser
+
+    demo = commands.add_parser("demo", help="estimate a rare catastrophe, train it away, audit the result")
+    demo.add_argument("--model", choices=DEMOS, default="digits")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the reports and the netCDF file"
+    )
+    demo.add_argument("--quick", action="store_true", help="fewer steps and smaller budgets")
+    demo.set_defaults(run=_demo)
+
+    models = commands.add_parser("models", help="list the ready problems")
+    models.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    models.set_defaults(run=_models)
+    return parser, dict(commands.choices)
 
 
 class _Version(argparse.Action):
@@ -368,9 +480,106 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _configure(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
+    """Make the settings of the configuration file the defaults of a command. Raises InputError for what it lacks."""
+    options = {
+        action.dest: action for action in parser._actions if action.option_strings and action.dest not in _NOT_SETTINGS
+    }
+    given, _ = _config_of().parse_known_args(arguments)
+    if "config" not in {action.dest for action in parser._actions}:
+        return
+    path, table = _settings(given.config)
+    own = table.get(command, {})
+    if not isinstance(own, Mapping):
+        raise InputError(f"{path}: {command} is a {type(own).__name__}: expected a table of the command's settings")
+    everywhere = {name: value for name, value in table.items() if not isinstance(value, Mapping)}
+    known = {action.dest for other in _parser()[1].values() for action in other._actions}
+    for name, value in {**everywhere, **own}.items():
+        dest = name.replace("-", "_")
+        if dest not in (options if name in own else known) or dest in _NOT_SETTINGS:
+            have = ", ".join(option.replace("_", "-") for option in options)
+            raise InputError(f"{path}: {name!r} is not a setting of {command}: it has {have}")
+        if dest in options:
+            parser.set_defaults(**{dest: _setting(path, name, value, options[dest])})
+
+
+_NOT_SETTINGS = frozenset({"help", "config", "version"})
+
+
+def _config_of() -> argparse.ArgumentParser:
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--config", type=Path)
+    return only
+
+
+def _settings(path: Path | None) -> tuple[Path | None, Mapping[str, Any]]:
+    """The table of settings, and the file that it is from; an empty one where there is no file."""
+    found = path
+    if found is None:
+        here = Path.cwd()
+        found = next((p for p in (folder / "pyproject.toml" for folder in (here, *here.parents)) if p.is_file()), None)
+    if found is None:
+        return None, {}
+    try:
+        read = tomllib.loads(found.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{found} cannot be read: {error}") from error
+    tool = read.get("tool", {}).get("probest")
+    if tool is None:
+        tool = {} if path is None or "tool" in read else read
+    if not isinstance(tool, Mapping):
+        raise InputError(f"{found}: tool.probest is a {type(tool).__name__}: expected a table")
+    return found, tool
+
+
+def _setting(path: Path | None, name: str, value: Any, option: argparse.Action) -> Any:
+    """A setting as the option's own type has it."""
+    if isinstance(option.const, bool):
+        if not isinstance(value, bool):
+            raise InputError(f"{path}: {name} = {value!r}: expected true or false")
+        return value
+    many, read = isinstance(option, argparse._AppendAction), option.type
+    assert callable(read)
+    try:
+        values = [read(str(v)) for v in (value if many and isinstance(value, list) else [value])]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise InputError(f"{path}: {name} = {value!r}: {error}") from error
+    return values if many else values[0]
+
+
+def _target(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".html", ".nc", ".json", ".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text} should end in .html, .nc, .json, .png, .svg or .pdf")
+    return path
+
+
+def _estimator(text: str) -> Estimator:
+    """An estimator by its class, whose name may be written in small letters with dashes, and arguments that are plain
+    numbers, strings or truth values.
+    """
+    import probest
+
+    try:
+        call = ast.parse(text.replace("-", "_"), mode="eval").body
+        name = call.func if isinstance(call, ast.Call) else call
+        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
+        wanted = name.id.replace("_", "").lower() if isinstance(name, ast.Name) else ""
+    except (SyntaxError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no estimator: write it as Tempering(particles=2000)") from error
+    found = {known.lower(): known for known in ESTIMATORS}
+    if wanted not in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no estimator: there are {', '.join(ESTIMATORS)}")
+    try:
+        built: Estimator = getattr(probest, found[wanted])(**options)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return built
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
-        value = int(text)
+        value = int(text.replace("_", ""))
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
         return value

@@ -220,9 +220,12 @@ def deviation_interval(log_mean: float, deviation: Floats, level: float = 0.95) 
     return lower, max(log_mean + t * error + shift, lower)
 
 
-def systematic_resample(log_w: Floats, n: int, rng: np.random.Generator) -> Ints:
-    """``n`` indices with expected counts proportional to the weights, from one uniform number (O(n))."""
-    return _invert(log_w, (np.arange(n) + rng.random()) / n)
+def systematic_resample(log_w: Floats, n: int, rng: np.random.Generator | None = None) -> Ints:
+    """``n`` indices with expected counts proportional to the weights, from one uniform number (O(n)).
+
+    Without ``rng`` that number is 1/2: no chance is in it, and each count is right to within one.
+    """
+    return _invert(log_w, (np.arange(n) + (0.5 if rng is None else rng.random())) / n)
 
 
 def stratified_resample(log_w: Floats, n: int, rng: np.random.Generator) -> Ints:

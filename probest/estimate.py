@@ -5,35 +5,35 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
-import scipy
-from scipy.special import ndtri
 
-from probest.backends.base import Array, PyTree
+from probest.backends.base import Array
+from probest.diagnostics import systematic_resample
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.stratified import Stratified
-from probest.evidence import Code, Evidence, Floats, Note, Run
+from probest.evidence import Code, Evidence, Floats, Note, Particles, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
+from probest.programs.base import Observed
 from probest.programs.event import Event
 from probest.programs.strata import MOST
-from probest.report.progress import Progress
+from probest.report.progress import Progress, Told
+from probest.report.record import versions
+from probest.result import Case, Catastrophes, Result, Sample
+from probest.seeds import generator
 
-if TYPE_CHECKING:
-    import os
-    from pathlib import Path
-
-__all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "estimate"]
+__all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
 MAX_DECODED = 4_000
+DRAWN = 500
 GRADIENT_LINES = 400
 PRECISION = 0.05
 
@@ -49,6 +49,7 @@ def estimate(
     guide: Callable[[], Any] | ProgramGuide | None = None,
     max_strata: int = MOST,
     warm_start: Estimate | Evidence | None = None,
+    callback: Told | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimate log P, the log-probability of a catastrophe.
@@ -67,6 +68,8 @@ def estimate(
             ``infer={"enumerate": False}`` at a site leaves that site out.
         warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
             steps. Its catastrophes say where to look; the new estimate does not rest on them.
+        callback: ``callback(done, total, text)`` is told of model calls as they are spent, for a progress line of your
+            own. What it raises ends the estimate; a ``KeyboardInterrupt`` ends it as Ctrl-C does.
         progress: show a progress line (only ever in a terminal or notebook).
 
     Returns:
@@ -104,7 +107,7 @@ def estimate(
         method = _warmed(method, warm_start)
     check_needs(method, event)
     start = time.perf_counter()
-    with Progress("estimate", enabled=progress) as line:
+    with Progress("estimate", enabled=progress, callback=callback) as line:
         event.on_calls = lambda spent: line.update(spent, calls, method.name)
         run = method.run(event, budget=calls, seed=np.random.SeedSequence(int(seed)))
     event.on_calls = None
@@ -118,7 +121,9 @@ def estimate(
             Code.CHECKER_BUDGET_SPENT, f"checker_budget={checker_budget} left no more cases to judge: raise it."
         )
         ledger[-1] = replace(ledger[-1], notes=(*ledger[-1].notes, note))
-    return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=time.perf_counter() - start)
+    settings = {"budget": budget, "checker_budget": checker_budget, "estimator": repr(method)}
+    seconds = time.perf_counter() - start
+    return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=seconds, settings=settings)
 
 
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
@@ -150,91 +155,78 @@ def check_whole(name: str, value: Any, *, least: int, unit: str = "") -> None:
         raise ValueError(f"{name}={value!r}: expected a whole number{unit}, {least} or more")
 
 
-class Estimate:
-    """How likely a catastrophe is, and how far to believe it.
-
-    The ledger holds the evidence in the order in which it was gathered; the last line is the conclusion. All
-    log-probabilities are natural logarithms; intervals are intervals of log P.
-    """
+class Estimate(Result):
+    """What :func:`estimate` returns: a :class:`~probest.result.Result` that knows its problem, and has a gradient."""
 
     def __init__(
-        self, problem: Problem, event: Event, ledger: tuple[Evidence, ...], *, seed: int, seconds: float
+        self,
+        problem: Problem,
+        event: Event,
+        ledger: tuple[Evidence, ...],
+        *,
+        seed: int,
+        seconds: float,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.problem = problem
         self.ledger = ledger
         self.seed = seed
         self.seconds = seconds
+        self._asked = {"seed": seed, **(settings or {})}
         self.calls = event.model_calls
         self.checker_calls = event.checker_calls
         self._event = event
 
-    @property
-    def conclusion(self) -> Evidence:
-        """The last line of the ledger."""
-        return self.ledger[-1]
-
-    @property
-    def log_prob(self) -> float:
-        """log P; ``-inf`` when no catastrophe was found (then ``upper`` says how likely it can still be)."""
-        return self.conclusion.log_prob
-
-    @property
-    def prob(self) -> float:
-        """P; 0 if it underflows."""
-        return math.exp(self.log_prob)
-
-    @property
-    def std_error(self) -> float:
-        """Standard error of ``log_prob`` in nats (about the relative error of P)."""
-        return self.conclusion.std_error
-
-    @property
-    def converged(self) -> bool:
-        """Whether the methods agree and their diagnostics hold. If not, ``advice`` says what to do."""
-        return self.conclusion.converged
-
-    @property
-    def advice(self) -> tuple[str, ...]:
-        """What was wrong and what to do about it; empty when there is nothing to say."""
-        return self.conclusion.notes
-
-    @property
-    def lower(self) -> float:
-        """Lower end of the 95 % interval of log P; ``-inf`` when nothing bounds it from below."""
-        return self.conclusion.interval[0]
-
-    @property
-    def upper(self) -> float:
-        """Upper end of the 95 % interval of log P."""
-        return self.conclusion.interval[1]
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Interval of log P at a confidence ``level`` in (0, 1), rescaled from the 95 % one."""
-        if not 0 < level < 1:
-            raise ValueError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
-        lower, upper = self.conclusion.interval
-        if not math.isfinite(self.log_prob):
-            # No hits: (1 - u)^n = alpha at the exact binomial bound u.
-            miss = -math.expm1(upper) if upper < 0 else 0.0
-            power = math.log1p(-level) / math.log(0.05)
-            return lower, math.log(-math.expm1(power * math.log(miss))) if 0 < miss < 1 else upper
-        factor = float(ndtri(0.5 + level / 2) / ndtri(0.975))
-        return self.log_prob + factor * (lower - self.log_prob), min(
-            self.log_prob + factor * (upper - self.log_prob), 0.0
-        )
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
+        composition = self._event.composition
+        versioned = versions(composition.frontend.name, composition.frontend.backend.name)
+        return {**self._asked, "problem": repr(self.problem), "dim": self._event.dim, "versions": versioned}
 
     @cached_property
     def catastrophes(self) -> Catastrophes | None:
-        """A weighted sample of catastrophes with their named sites, or None if none was found."""
+        """A weighted sample of catastrophes with their named sites, at most ``MAX_DECODED``; None if none was found."""
         particles = self.conclusion.particles
         if particles is None or not len(particles.z):
             return None
-        best = np.sort(np.argsort(-particles.log_weight, kind="stable")[:MAX_DECODED])
-        cases = self._event.decode(particles.z[best])
-        weights = np.exp(particles.log_weight[best] - particles.log_weight.max())
-        return Catastrophes(
-            cases.sites, weights / weights.sum(), particles.severity[best], cases.observation, cases.action
-        )
+        kept, counts = np.arange(len(particles.z)), None
+        if len(kept) > MAX_DECODED:  # systematically, so that each has its weight to within one part of them
+            kept, counts = np.unique(systematic_resample(particles.log_weight, MAX_DECODED), return_counts=True)
+        log_w = particles.log_weight[kept] if counts is None else np.log(counts)
+        weights = np.exp(log_w - log_w.max())
+        return self._decoded(Particles(particles.z[kept], log_w, particles.severity[kept]), weights / weights.sum())
+
+    def blocks(self, rows: int) -> Iterator[Catastrophes]:
+        particles = self.conclusion.particles
+        if particles is None or not len(particles.z):
+            return
+        top = float(particles.log_weight.max())
+        total = float(np.exp(particles.log_weight - top).sum())
+        for start in range(0, len(particles.z), rows):
+            part = Particles(*(column[start : start + rows] for column in particles))
+            yield self._decoded(part, np.exp(part.log_weight - top) / total)
+
+    def _decoded(self, particles: Particles, weights: Floats) -> Catastrophes:
+        cases = self._event.decode(particles.z)
+        return Catastrophes(cases.sites, weights, particles.severity, cases.observation, cases.action)
+
+    @cached_property
+    def drawn(self) -> Sample | None:
+        """``DRAWN`` draws of the adversary itself, with what the model did; None where it cannot be drawn from.
+
+        Of a conditioned adversary these are particles, where the method left some. Neither budget nor calls count them.
+        """
+        event, conclusion = self._event.replaced(), self.conclusion
+        if event.weighted:
+            given = conclusion.prior_particles
+            if given is None or not len(given.z):
+                return None
+            z = given.z[systematic_resample(given.log_weight, DRAWN)]
+        else:
+            seed = np.random.SeedSequence([self.seed, 0x6472_6177])
+            z = generator(seed).standard_normal((DRAWN, event.dim))
+        cases = event.decode(z)
+        return Sample(cases.sites, np.full(len(z), 1.0 / len(z)), event.severity(z), cases.observation, cases.action)
 
     @cached_property
     def nearest(self) -> Case | None:
@@ -253,27 +245,13 @@ class Estimate:
         sites = {name: value[0] for name, value in {**found.held, **cases.sites}.items()}
         return Case(sites, found.severity, observation, action)
 
-    def worst_case(self, kl: float) -> float:
-        """The largest probability of a catastrophe under any adversary q with KL(q ‖ D) ≤ ``kl`` nats.
+    @property
+    def plates(self) -> Mapping[str, Sequence[str | None]]:
+        return {site.name: site.plates for site in self._event.sites}
 
-        Closed form: it solves kl_bin(q ‖ P) = kl, by the data-processing inequality; tilting D towards the catastrophes
-        attains it. 1 when ``kl`` ≥ −log P.
-        """
-        if not kl >= 0:
-            raise ValueError(f"kl={kl!r}: expected a number of nats, 0 or more")
-        log_p = self.log_prob
-        if not math.isfinite(log_p):
-            raise ValueError("no catastrophe was found, so only a bound is known: estimate again with a larger budget")
-        if kl >= -log_p:
-            return 1.0
-        log_safe = math.log1p(-math.exp(log_p))
-
-        def excess(log_q: float) -> float:
-            q = math.exp(log_q)
-            rest = 0.0 if q >= 1 else (1 - q) * (math.log1p(-q) - log_safe)
-            return q * (log_q - log_p) + rest - kl
-
-        return 1.0 if excess(0.0) < 0 else math.exp(float(scipy.optimize.brentq(excess, log_p, 0.0, xtol=1e-14)))
+    @property
+    def observed(self) -> Mapping[str, Observed]:
+        return self._event.observed
 
     def log_prob_at(
         self,
@@ -310,83 +288,3 @@ class Estimate:
     def _weigher(self) -> Weigher:
         seed = np.random.SeedSequence([self.seed, 0x6772_6164])
         return Weigher.at(self._event.replaced(), self.conclusion, lines=GRADIENT_LINES, seed=seed)
-
-    def to_arviz(self) -> Any:
-        """Catastrophes as ArviZ data: equally weighted draws in ``posterior``, weighted ones in ``catastrophes``."""
-        from probest.report.arviz import to_arviz
-
-        return to_arviz(self)
-
-    def to_netcdf(self, path: str | os.PathLike[str]) -> Path:
-        """Write the catastrophes and the numbers of the estimate to a netCDF file."""
-        from probest.report.arviz import to_netcdf
-
-        return to_netcdf(self, path)
-
-    def plot(self, **options: Any) -> Any:
-        """The ledger as a forest plot (a matplotlib Axes)."""
-        from probest.report.plots import plot_estimate
-
-        return plot_estimate(self, **options)
-
-    def __rich__(self) -> Any:
-        from probest.report.tables import estimate_table
-
-        return estimate_table(self)
-
-    def __str__(self) -> str:
-        from probest.report.tables import estimate_text
-
-        return estimate_text(self)
-
-    def _repr_html_(self) -> str:
-        from probest.report.html import estimate_html
-
-        return estimate_html(self)
-
-    def __repr__(self) -> str:
-        return (
-            f"Estimate(log_prob={self.log_prob:.4g}, std_error={self.std_error:.2g}, "
-            f"interval=({self.lower:.4g}, {self.upper:.4g}), converged={self.converged}, calls={self.calls})"
-        )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One case: values of its sites by name, what M saw and did (pytrees of arrays), and its severity, at least 0 for a
-    catastrophe.
-    """
-
-    sites: dict[str, np.ndarray]
-    severity: float
-    observation: PyTree
-    action: PyTree
-
-
-class Catastrophes(Mapping[str, np.ndarray]):
-    """Weighted catastrophes: a mapping from site names to arrays ``(n, ...)``.
-
-    weights: ``(n,)``, summing to 1. severity: ``(n,)``, at least 0. observation, action: pytrees of ``(n, ...)``
-    arrays.
-    """
-
-    def __init__(
-        self, sites: dict[str, np.ndarray], weights: Floats, severity: Floats, observation: PyTree, action: PyTree
-    ) -> None:
-        self._sites = sites
-        self.weights = weights
-        self.severity = severity
-        self.observation = observation
-        self.action = action
-
-    def __getitem__(self, name: str, /) -> np.ndarray:
-        return self._sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __repr__(self) -> str:
-        return f"Catastrophes({len(self.weights)} cases of {', '.join(self._sites)})"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "QUANTILES",
     "Claim",
     "Code",
     "Counts",
@@ -26,6 +27,7 @@ __all__ = [
     "Evidence",
     "Families",
     "Floats",
+    "Level",
     "Note",
     "Particles",
     "Population",
@@ -87,6 +89,30 @@ class Particles(NamedTuple):
     severity: Floats
 
 
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Level(NamedTuple):
+    """A level of a tempering run, after its moves.
+
+    severity: ``(5,)`` quantiles of the population's severities, at the shares ``QUANTILES``. log_prob: log of what is
+    left of the adversary's mass so far, in nats; the last is log P. particles: size of the population. acceptance: of
+    its last move. conditioning: whether the observed sites were still being brought in.
+    """
+
+    severity: tuple[float, ...]
+    log_prob: float
+    particles: int
+    acceptance: float
+    conditioning: bool = False
+
+    @classmethod
+    def of(cls, severity: Floats, log_prob: float, acceptance: float, *, conditioning: bool = False) -> Level:
+        """The level of a population with these severities ``(n,)``."""
+        ends = np.quantile(severity, QUANTILES, method="inverted_cdf")  # no sum of infinities
+        return cls(tuple(map(float, ends)), log_prob, len(severity), acceptance, conditioning)
+
+
 class Code(StrEnum):
     """What a note is about."""
 
@@ -142,6 +168,8 @@ class Evidence:
     calls: model calls spent (forward 1, gradient 3). seconds: wall clock.
     converged: the method's own verdict; ``notes`` say why not and what to do.
     diagnostics: named numbers (``ess``, ``khat``, ``acceptance`` ...).
+    stratum: what the line is about, where it is only a part of the event; it then says what that part adds to P.
+    levels: the way of a tempering run from the adversary's draws to the event; empty for other methods.
     prior_particles: for a conditioned adversary, a weighted sample of the adversary itself (not of catastrophes).
     log_evidence: log of the adversary's own evidence (the normaliser of its observed sites); 0 when there are none.
     """
@@ -159,6 +187,8 @@ class Evidence:
     log_evidence: float = 0.0
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stratum: str | None = None
+    levels: tuple[Level, ...] = field(default=(), repr=False)
 
     @classmethod
     def nothing(

@@ -122,6 +122,17 @@ class Search:
         given, found = self.modes.T
         return float(given[found >= 0.5 * given].sum())
 
+    def plot(self, **options: Any) -> Any:
+        """log P, as it is learnt, with the KL that it spends (a matplotlib Axes)."""
+        from probest.report.plots import plot_search
+
+        return plot_search(self, **options)
+
+    def _repr_html_(self) -> str:
+        from probest.report.html import search_html
+
+        return search_html(self)
+
     def __repr__(self) -> str:
         return (
             f"Search(log P {self.base.log_prob:.4g} -> {self.log_prob:.4g} for {self.kl:.3g} nats, "

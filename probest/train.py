@@ -91,11 +91,29 @@ class TrainingRun:
             f"converged={self.converged}, calls={self.calls})"
         )
 
-    def plot(self, **options: Any) -> Any:
-        """Task loss and log P over the steps (a matplotlib Axes)."""
-        from probest.report.plots import plot_history
+    def plot(self, kind: str = "history", **options: Any) -> Any:
+        """A picture, in matplotlib.
 
-        return plot_history(self, **options)
+        Args:
+            kind: ``"history"``: log P and the task's loss over training, with looks, estimates and audit.
+                ``"costs"``: what calls and seconds were spent on. Or a kind of :meth:`probest.result.Result.plot`, of
+                the estimate to believe.
+            options: of the function in :mod:`probest.report.plots` that draws it.
+        """
+        from probest.report.plots import plot_run
+
+        return plot_run(self, kind, **options)
+
+    def report(self, path: str | os.PathLike[str], *, title: str = "", show: Callable[..., None] | None = None) -> Path:
+        """Write an HTML file that stands alone, as :meth:`probest.result.Result.report` does of an estimate."""
+        from probest.report.document import write_run_report
+
+        return write_run_report(self, path, title=title, show=show)
+
+    def _repr_html_(self) -> str:
+        from probest.report.html import run_html
+
+        return run_html(self)
 
 
 def train(

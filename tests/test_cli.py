@@ -92,10 +92,90 @@ def test_estimate_prints_json(halfspace: Path, name: str, capsys: pytest.Capture
 
 
 def test_estimate_prints_the_ledger_and_saves(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    netcdf = halfspace.with_name("catastrophes.nc")
-    assert cli.main(["estimate", str(halfspace), "--precision", "0.2", "--netcdf", str(netcdf)]) == 0
+    written = [halfspace.with_name(f"found{suffix}") for suffix in (".nc", ".html", ".json", ".png")]
+    wanted = [word for path in written for word in ("--out", str(path))]
+    assert cli.main(["estimate", str(halfspace), "--precision", "0.2", *wanted]) == 0
     assert "Converged" in capsys.readouterr().out
-    assert netcdf.stat().st_size > 0
+    assert json.loads(written[2].read_text())["converged"]
+    report = halfspace.with_name("again.html")
+    assert cli.main(["report", str(written[0]), "--out", str(report)]) == 0
+    for path in (*written, report):
+        assert path.stat().st_size > 1_000
+
+
+def test_a_method_by_its_name(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("tempering", "Tempering(particles=256)", "line-sampling"):
+        cli.main(["estimate", str(halfspace), "--json", "--budget", "5000", "--estimator", name])
+        row = json.loads(capsys.readouterr().out)["ledger"][-1]
+        assert row["method"] == name.partition("(")[0].replace("-", " ").lower()
+
+
+def test_an_audit_has_a_row_for_each_method(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["--estimator", "line-sampling", "--estimator", "tempering"]
+    assert cli.main(["audit", str(halfspace), "--json", "--budget", "20000", *methods]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in record["ledger"]] == ["line sampling", "tempering"]
+    exact = math.log(0.5 * math.erfc(4.0 / math.sqrt(2.0)))
+    assert abs(record["log_prob"] - exact) < 0.5
+
+
+CONFIG = """
+[tool.probest]
+seed = 5
+steps = 3  # of train, and no concern of estimate
+
+[tool.probest.estimate]
+budget = 7_000
+estimator = "Tempering(particles=256)"
+json = true
+"""
+
+
+@pytest.mark.parametrize("by", ["pyproject", "option"])
+def test_settings_come_from_a_file(
+    halfspace: Path, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = halfspace.parent / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    text = CONFIG if by == "pyproject" else CONFIG.replace("[tool.probest]", "").replace("tool.probest.", "")
+    path = halfspace.with_name("pyproject.toml" if by == "pyproject" else "own.toml")
+    path.write_text(text)
+    extra = [] if by == "pyproject" else ["--config", str(path)]
+    cli.main(["estimate", str(halfspace), *extra])
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["seed"], settings["budget"]) == (5, 7_000)
+    assert settings["estimator"].startswith("Tempering(particles=256")
+    cli.main(["estimate", str(halfspace), *extra, "--seed", "6", "--budget", "6000"])  # what is given wins
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["seed"], settings["budget"]) == (6, 6_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[tool.probest]\nbudgets = 3", "'budgets' is not a setting of estimate: it has seed, json, out, budget"),
+        ("[tool.probest.estimate]\nsteps = 3", "'steps' is not a setting of estimate"),
+        ("[tool.probest]\nbudget = 0", "budget = 0: 0 must be at least 1"),
+        ("[tool.probest]\njson = 1", "json = 1: expected true or false"),
+        ("[tool.probest]\nestimate = 1", "'estimate' is not a setting|estimate is a int"),
+        ("[tool.probest", "cannot be read"),
+    ],
+)
+def test_bad_settings(
+    halfspace: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(halfspace.parent)
+    halfspace.with_name("pyproject.toml").write_text(text)
+    assert cli.main(["estimate", str(halfspace)]) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_ready_problems_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"digits", "halfspace", "pendulum"} <= set(found)
+    assert all(found.values())
 
 
 def test_a_result_that_did_not_converge_is_exit_code_3(halfspace: Path) -> None:
@@ -145,7 +225,10 @@ def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["estimate"],
         ["estimate", "f.py", "--budget", "0"],
         ["estimate", "f.py", "--precision", "-1"],
-        ["train", "f.py"],
+        ["estimate", "f.py", "--out", "catastrophes.txt"],
+        ["estimate", "f.py", "--estimator", "guessing"],
+        ["estimate", "f.py", "--estimator", "Tempering(particles=2)"],
+        ["estimate", "f.py", "--estimator", "Tempering(particles=print(1))"],
     ],
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

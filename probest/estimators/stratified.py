@@ -628,6 +628,7 @@ class _Campaign:
                 replace(
                     line,
                     method=self._name(part),
+                    stratum=self._name(part),
                     log_prob=min(part.joint, 0.0),
                     interval=(low, high),
                     calls=part.calls,

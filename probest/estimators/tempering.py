@@ -182,7 +182,7 @@ def _climb_to_event(
     """Harden the softened event until it is the event; says what went wrong, or nothing."""
     tuning = method.tuning
     index: Index | None = None
-    before = total(state)
+    before = state.conditioned = total(state)
     while True:
         n = len(state.z)
         log_w = total(state) - before - math.log(n) - state.soft.log(state.severity)
@@ -276,7 +276,9 @@ def _init(method: Tempering, meter: Meter, rng: np.random.Generator) -> tuple[St
                 break
     hits = int(np.count_nonzero(severity >= 0.0))
     size = float(k * each)
-    return State(z, severity, log_weight, None, None, log_z, size=size, first_hits=hits, tuning=tuning), drawn
+    state = State(z, severity, log_weight, None, None, log_z, size=size, first_hits=hits, tuning=tuning)
+    state.record()
+    return state, drawn
 
 
 def _next_softening(state: State, index: Index | None, target: float) -> Tilt:
@@ -326,6 +328,7 @@ def _move_level(
     n = len(state.z)
     done = _move(state, method, meter, rng, gradient, allowance)
     state.cost = 0.5 * state.cost + 0.5 * (meter.calls - calls) / n
+    state.record()
     return done
 
 
@@ -446,6 +449,7 @@ def _report(
         log_evidence=0.0 if prior is None else diagnostics.log_mean_exp(prior.log_z)[0],
         diagnostics=info,
         notes=notes,
+        levels=() if state is None else tuple(state.path),
     )
     return Run.of(
         evidence,

@@ -241,9 +241,9 @@ def _check_sites(event: Event, run: Run, library: str) -> None:
     wanted, given = _names(event.sites), _names(run.layout)
     if not given:
         raise ProblemError(f"guide draws no site: it must draw the adversary's sites with {library}.sample")
-    if run.conditioned:
+    if run.observed:
         raise ProblemError(
-            f"guide has observed sites or factors ({', '.join(map(repr, run.conditioned))}): it only draws the "
+            f"guide has observed sites or factors ({', '.join(map(repr, run.observed))}): it only draws the "
             "adversary's latent sites"
         )
     for label, names in (

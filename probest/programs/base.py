@@ -8,14 +8,25 @@ guides run on the reparameterised program too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 from probest.backends.base import Array, Backend, PyTree
 
-__all__ = ["BASE", "COMPONENT", "BaseSource", "Frontend", "Recording", "Run", "Site", "SiteError"]
+__all__ = [
+    "BASE",
+    "COMPONENT",
+    "BaseSource",
+    "Frontend",
+    "Observed",
+    "Recording",
+    "Run",
+    "Site",
+    "SiteError",
+    "plates_of",
+]
 
 BASE = "_base"
 COMPONENT = "_component"
@@ -31,6 +42,7 @@ class Site(NamedTuple):
     base_shape: shape of its standard-normal coordinates. discrete: whether its value is piecewise constant in
     them. distribution: class name. parent: the mixture site that this site chooses the component of, or None.
     choices: the values of each element where they can be listed, else empty; complete: whether these are all.
+    plates: for each leading axis of its value the name of the plate that it lies along, or None.
     """
 
     name: str
@@ -40,18 +52,35 @@ class Site(NamedTuple):
     parent: str | None = None
     choices: tuple[int, ...] = ()
     complete: bool = True
+    plates: tuple[str | None, ...] = ()
 
     @property
     def size(self) -> int:
         return prod(self.base_shape)
 
 
+class Observed(NamedTuple):
+    """The value of an observed site (empty for a factor), and its plates as in :class:`Site`."""
+
+    value: Any
+    plates: tuple[str | None, ...]
+
+
+def plates_of(frames: Iterable[Any], batch_shape: Sequence[int]) -> tuple[str | None, ...]:
+    """For each axis of a site's batch shape the plate along it. frames: ``cond_indep_stack`` of the site's message."""
+    names: list[str | None] = [None] * len(batch_shape)
+    for frame in frames:
+        if frame.dim is not None and -frame.dim <= len(names):
+            names[frame.dim] = frame.name
+    return tuple(names)
+
+
 class Run(NamedTuple):
     """One run of a program.
 
     value: what it returned. log_weight: scalar; observed sites, factors and held sites. sites: value of every latent
-    and deterministic site. layout: the latent sites in order. params: value of every ``param`` site. conditioned:
-    names of observed sites and factors.
+    and deterministic site. layout: the latent sites in order. params: value of every ``param`` site. observed:
+    observed sites and factors.
     """
 
     value: PyTree
@@ -59,7 +88,7 @@ class Run(NamedTuple):
     sites: dict[str, Array]
     layout: tuple[Site, ...]
     params: dict[str, Array]
-    conditioned: tuple[str, ...]
+    observed: dict[str, Observed]
 
 
 BaseSource = Callable[[str, tuple[int, ...]], Array]

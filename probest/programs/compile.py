@@ -74,11 +74,12 @@ def compile_event(
         composition=composition,
         parts=parts,
         boolean=boolean,
-        weighted=bool(first.conditioned),
+        weighted=bool(first.observed),
         differentiable=smooth
         and not composition.black_boxes
         and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
+        observed=first.observed,
     )
     try:
         _check_repeatable(event, rng)
@@ -191,18 +192,22 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
     def arrays() -> tuple[Any, ...]:
         run = _run_checked(composition, parts, rng)
         kept.append(run)
-        return run.value, run.log_weight, run.sites, run.params
+        return run.value, run.log_weight, run.sites, run.params, {k: seen.value for k, seen in run.observed.items()}
 
     backend = composition.frontend.backend
     outputs = arrays() if composition.batching == "loop" else backend.rehearse(arrays)
-    value, log_weight, sites, params = outputs
+    value, log_weight, sites, params, values = outputs
     if composition.black_boxes:
         value = (*value[:2], _ask(composition, *value))
     if np.isnan(backend.to_host(backend.as_array(value[2])).astype(float)):
         raise SeverityError("severity is NaN: the checker must return a number for every observation and action")
     if np.isnan(backend.to_host(log_weight)):
-        raise ProblemError(f"the log-density of the observed sites ({', '.join(kept[-1].conditioned)}) is NaN")
-    return kept[-1]._replace(value=value, log_weight=log_weight, sites=sites, params=params)
+        raise ProblemError(f"the log-density of the observed sites ({', '.join(values)}) is NaN")
+    observed = {
+        name: seen._replace(value=backend.to_host(backend.as_array(values[name])))
+        for name, seen in kept[-1].observed.items()
+    }
+    return kept[-1]._replace(value=value, log_weight=log_weight, sites=sites, params=params, observed=observed)
 
 
 def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generator) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from probest.backends.base import Array, Backend, Parts, PyTree, chunks
 from probest.budget import FORWARD_CALLS, GRADIENT_CALLS
 from probest.checkers import BlackBox, SeverityError
 from probest.evidence import Evaluation, Floats
-from probest.programs.base import Frontend, Run, Site
+from probest.programs.base import Frontend, Observed, Run, Site
 
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
 
@@ -312,6 +312,7 @@ class Event:
 
     ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
     ``on_calls`` is told after each chunk; ``nearest`` is the case nearest to a likely catastrophe that was evaluated.
+    observed: values of observed sites and factors, with their plates.
     """
 
     composition: Composition
@@ -324,6 +325,7 @@ class Event:
     checker_calls: int = 0
     on_calls: Callable[[int], None] | None = None
     nearest: Nearest | None = None
+    observed: Mapping[str, Observed] = field(default_factory=dict)
 
     @property
     def dim(self) -> int:

@@ -14,7 +14,7 @@ from numpyro.infer.reparam import Reparam
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
+from probest.programs.base import BASE, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
 from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
 
 __all__ = ["NumPyroFrontend"]
@@ -84,7 +84,7 @@ class NumPyroRecording:
 
     def finish(self, value: PyTree) -> Run:
         log_weight = jnp.zeros(())
-        sites, params, conditioned = {}, {}, []
+        sites, params, observed = {}, {}, {}
         for name, site in self.trace.items():
             if site["type"] == "param":
                 params[name] = site["value"]
@@ -93,8 +93,8 @@ class NumPyroRecording:
             elif site["type"] == "sample" and site["is_observed"]:
                 term = site["fn"].log_prob(site["value"])
                 log_weight = log_weight + jnp.sum(term if site["scale"] is None else site["scale"] * term)
-                conditioned.append(name)
-        return Run(value, log_weight, sites, tuple(self.layout), params, tuple(conditioned))
+                observed[name] = Observed(site["value"], plates_of(site["cond_indep_stack"], site["fn"].batch_shape))
+        return Run(value, log_weight, sites, tuple(self.layout), params, observed)
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
@@ -146,6 +146,7 @@ class _ToGaussian(Reparam):
         infer = message.get("infer", {})
         self.parent = infer.get("probest_component")
         self.listed = infer.get("enumerate") is not False
+        self.frames = tuple(message["cond_indep_stack"])
 
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
         if self.sample_shape:
@@ -164,7 +165,8 @@ class _ToGaussian(Reparam):
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
         listed = choices(fn) if discrete and self.listed else ((), True)
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed))
+        plates = plates_of(self.frames, fn.batch_shape)
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates))
         normal = dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return numpyro.sample(name + BASE, normal, infer={"probest_base": name})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +20,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COMPONENT, BaseSource, Run, Site, SiteError
+from probest.programs.base import BASE, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
 from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
@@ -111,15 +111,23 @@ class PyroRecording:
         log_weight = torch.zeros(())
         for term in self.trace.terms.values():
             log_weight = log_weight + term
-        conditioned = tuple(self.trace.terms)
-        return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, conditioned)
+        observed = {name: Observed(at.value, at.plates) for name, at in self.trace.observed.items()}
+        return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, observed)
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
         for name in names:
-            law, value = self.trace.observed[name]
+            law, value, _ = self.trace.observed[name]
             found[name] = self.trace.terms[name], law.support.check(value).all()
         return found
+
+
+class _Seen(NamedTuple):
+    """An observed site, with its law."""
+
+    law: Any
+    value: Array
+    plates: tuple[str | None, ...]
 
 
 class _Record(Messenger):
@@ -129,7 +137,7 @@ class _Record(Messenger):
         super().__init__()
         self.sites: dict[str, Array] = {}
         self.terms: dict[str, Array] = {}
-        self.observed: dict[str, tuple[Any, Array]] = {}
+        self.observed: dict[str, _Seen] = {}
         self.params: dict[str, Array] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
@@ -148,7 +156,8 @@ class _Record(Messenger):
             if msg["mask"] is not None:
                 term = torch.where(torch.as_tensor(msg["mask"]), term, torch.zeros_like(term))
             self.terms[name] = (term * msg["scale"]).sum()
-            self.observed[name] = msg["fn"], msg["value"]
+            plates = plates_of(msg["cond_indep_stack"], msg["fn"].batch_shape)
+            self.observed[name] = _Seen(msg["fn"], msg["value"], plates)
 
 
 class _Params(Messenger):
@@ -218,6 +227,7 @@ class _ToGaussian(Reparam):
         self.owner = owner
         self.parent = msg["infer"].get("probest_component")
         self.listed = msg["infer"].get("enumerate") is not False
+        self.frames = tuple(msg["cond_indep_stack"])
 
     def apply(self, msg: Any) -> Any:
         name, fn = msg["name"], msg["fn"]
@@ -236,7 +246,8 @@ class _ToGaussian(Reparam):
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
         listed = choices(fn) if discrete and self.listed else ((), True)
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed))
+        plates = plates_of(self.frames, fn.batch_shape)
+        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates))
         normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return pyro.sample(name + BASE, normal, infer=_mark("probest_base", name))
 

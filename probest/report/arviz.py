@@ -1,36 +1,64 @@
-"""Catastrophes as ArviZ and netCDF data.
+"""Catastrophes as ArviZ data.
 
 ArviZ summaries know nothing of weights, so the group ``posterior`` holds draws of equal weight, resampled from the
-particles (systematically, hence without chance), and ``sample_stats`` their severity. The group ``catastrophes``
-holds the particles as they are, with their weights. The numbers of the estimate are attributes of each group.
+particles (systematically, hence without chance), and ``sample_stats`` their severity; ``prior`` holds draws of D
+itself, ``observed_data`` the values of observed sites. The group ``catastrophes`` holds the particles as they are, with
+their weights. The numbers of the estimate and what makes it reproducible are attributes of each group.
+
+Dimensions are those of plates where a site lies in one, and ``site_dim_0`` otherwise, or as ``dims`` names them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probest.report.protocols import CatastrophesLike, EstimateLike
+from probest.diagnostics import systematic_resample
+from probest.report.protocols import EstimateLike, SampleLike
 from probest.report.record import estimate_record
+from probest.report.trees import leaves
 
 if TYPE_CHECKING:
-    import os
-
     import xarray
 
-__all__ = ["datasets", "leaves", "to_arviz", "to_netcdf"]
+__all__ = ["Naming", "datasets", "particles", "to_arviz"]
+
+Dims = Mapping[str, Sequence[str]]
 
 
-def to_arviz(estimate: EstimateLike) -> Any:
-    """An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree`` (since), with the groups described above."""
+class Naming(NamedTuple):
+    """What axes are called, and the labels along them. plates: as of :class:`probest.result.Result`."""
+
+    plates: Mapping[str, Sequence[str | None]]
+    dims: Dims
+    coords: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, estimate: EstimateLike, dims: Dims | None, coords: Mapping[str, Any] | None) -> Naming:
+        return cls(getattr(estimate, "plates", {}), dims or {}, coords or {})
+
+    def __call__(self, name: str, axes: int) -> tuple[str, ...]:
+        """Names of so many axes of a site's value. Raises ValueError where ``dims`` has another number of them."""
+        given = self.dims.get(name)
+        if given is not None and len(given) != axes:
+            raise ValueError(f"dims[{name!r}] names {len(given)} axes, and its values have {axes}: give one name each")
+        plates = [*self.plates.get(name, ()), *[None] * axes][:axes]
+        return tuple(given or (plate or f"{_plain(name)}_dim_{axis}" for axis, plate in enumerate(plates)))
+
+
+def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mapping[str, Any] | None = None) -> Any:
+    """An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree`` (since), with the groups described above.
+
+    Raises:
+        ValueError: the estimate has no catastrophes to export, or ``dims`` or ``coords`` do not fit.
+    """
     import arviz
 
-    groups = datasets(estimate)
+    naming = Naming.of(estimate, dims, coords)
+    groups = {**datasets(estimate, naming), "catastrophes": particles(estimate, _caught(estimate), naming)}
     if hasattr(arviz, "InferenceData"):
         return arviz.InferenceData(warn_on_custom_groups=False, **groups)
     import xarray
@@ -38,95 +66,82 @@ def to_arviz(estimate: EstimateLike) -> Any:
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 
 
-def to_netcdf(estimate: EstimateLike, path: str | os.PathLike[str]) -> Path:
-    """Write the groups to a netCDF file, which ``arviz.from_netcdf`` and ``xarray.open_datatree`` read.
-
-    Raises:
-        ImportError: neither netCDF4 nor h5netcdf is installed.
-    """
-    engine: Literal["netcdf4", "h5netcdf"]
-    if importlib.util.find_spec("netCDF4"):
-        engine = "netcdf4"
-    elif importlib.util.find_spec("h5netcdf"):
-        engine = "h5netcdf"
-    else:
-        raise ImportError('writing netCDF needs netCDF4 or h5netcdf: pip install "probest[report]"')
-    path = Path(path)
-    mode: Literal["w", "a"] = "w"
-    for name, group in datasets(estimate).items():
-        encoding = {key: {"zlib": True} for key, value in group.data_vars.items() if value.dtype.kind in "fiu"}
-        group.to_netcdf(path, mode=mode, group=name, engine=engine, encoding=encoding)
-        mode = "a"
-    return path
-
-
-def datasets(estimate: EstimateLike) -> dict[str, xarray.Dataset]:
-    """The groups ``posterior``, ``sample_stats`` and ``catastrophes``.
-
-    Raises:
-        ValueError: the estimate has no catastrophes to export.
-    """
-    import xarray
-
-    catastrophes = estimate.catastrophes
-    if catastrophes is None or len(catastrophes.weights) == 0:
-        raise ValueError("no catastrophe was found, so there is none to export: give estimate() a larger budget")
-    weights = np.asarray(catastrophes.weights, dtype=np.float64)
-    severity = np.asarray(catastrophes.severity, dtype=np.float64)
-    sites = dict(_variables(catastrophes))
-    equal = _systematic(weights)
-    attributes = _attributes(estimate)
-    return {
-        "posterior": xarray.Dataset(_draws({k: v[equal] for k, v in sites.items()}), attrs=attributes),
-        "sample_stats": xarray.Dataset(_draws({"severity": severity[equal]}), attrs=attributes),
-        "catastrophes": xarray.Dataset(
-            _along("particle", {**sites, "severity": severity, "weight": weights}), attrs=attributes
-        ),
+def datasets(estimate: EstimateLike, naming: Naming) -> dict[str, xarray.Dataset]:
+    """The groups of a fixed size: all but ``catastrophes``."""
+    caught, attributes = _caught(estimate), _attributes(estimate)
+    with np.errstate(divide="ignore"):
+        equal = systematic_resample(np.log(caught.weights), len(caught.weights))
+    groups = {
+        "posterior": _draws(dict(_variables(caught)), naming, equal),
+        "sample_stats": _draws({"severity": np.asarray(caught.severity)}, naming, equal),
     }
+    if estimate.drawn is not None:
+        own = {**dict(_variables(estimate.drawn)), "severity": np.asarray(estimate.drawn.severity)}
+        groups["prior"] = _draws(own, naming, np.arange(len(estimate.drawn.weights)))
+    seen = {name: at for name, at in getattr(estimate, "observed", {}).items() if np.size(at.value)}
+    if seen:
+        along = Naming({name: at.plates for name, at in seen.items()}, naming.dims, naming.coords)
+        groups["observed_data"] = {
+            _plain(name): (along(name, np.ndim(at.value)), np.asarray(at.value)) for name, at in seen.items()
+        }
+    return {name: _labelled(group, naming).assign_attrs(attributes) for name, group in groups.items()}
 
 
-def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays of a pytree of dicts, tuples and lists, each with a dotted name such as ``observation.wind``."""
-    if tree is None:
-        return
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        items = list(zip(tree._fields, tree, strict=True))
-    elif isinstance(tree, tuple | list):
-        items = list(enumerate(tree))
-    else:
-        yield name, tree
-        return
-    for key, value in items:
-        yield from leaves(value, f"{name}.{key}" if name else str(key))
+def particles(estimate: EstimateLike, caught: SampleLike, naming: Naming) -> xarray.Dataset:
+    """The group ``catastrophes`` of these, or of a block of them, with ``severity`` and ``weight``."""
+    arrays = {**dict(_variables(caught)), "severity": np.asarray(caught.severity), "weight": np.asarray(caught.weights)}
+    variables = {
+        _plain(name): (("particle", *naming(name, values.ndim - 1)), values) for name, values in arrays.items()
+    }
+    return _labelled(variables, naming).assign_attrs(_attributes(estimate))
 
 
-def _variables(catastrophes: CatastrophesLike) -> Iterator[tuple[str, np.ndarray]]:
-    """Sites, then observation and action, under names that netCDF accepts (it reads a slash as a group)."""
-    trees = {name: catastrophes[name] for name in catastrophes}
-    trees = {"observation": catastrophes.observation, "action": catastrophes.action} | trees
-    for name, leaf in leaves(trees):
-        yield name.replace("/", "."), np.asarray(leaf)
+def _caught(estimate: EstimateLike) -> SampleLike:
+    caught = estimate.catastrophes
+    if caught is None or len(caught.weights) == 0:
+        raise ValueError("no catastrophe was found, so there is none to export: give estimate() a larger budget")
+    return caught
 
 
-def _draws(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays ``(n, ...)`` as variables with dimensions ``(chain=1, draw=n, ...)``."""
-    return {name: (("chain", *dims), values[None]) for name, (dims, values) in _along("draw", arrays).items()}
+def _plain(name: str) -> str:
+    """A name that netCDF accepts: it reads a slash as a group."""
+    return name.replace("/", ".")
 
 
-def _along(dimension: str, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+def _variables(sample: SampleLike) -> Iterator[tuple[str, np.ndarray]]:
+    """Observation, action and sites."""
+    for what in ("observation", "action"):
+        for name, leaf in leaves(getattr(sample, what), what):
+            yield name, np.asarray(leaf)
+    for name in sample:
+        yield name, np.asarray(sample[name])
+
+
+def _draws(arrays: Mapping[str, np.ndarray], naming: Naming, rows: np.ndarray) -> dict[str, Any]:
+    """Arrays ``(n, ...)`` as variables with dimensions ``(chain=1, draw=len(rows), ...)``."""
     return {
-        name: ((dimension, *(f"{name}_dim_{axis}" for axis in range(values.ndim - 1))), values)
+        _plain(name): (("chain", "draw", *naming(name, values.ndim - 1)), values[rows][None])
         for name, values in arrays.items()
     }
 
 
-def _systematic(weights: np.ndarray) -> np.ndarray:
-    """Indices of as many draws as there are particles, each particle n·w times to within one."""
-    places = (np.arange(len(weights)) + 0.5) / len(weights)
-    cumulative = np.cumsum(weights)
-    return np.minimum(np.searchsorted(cumulative / cumulative[-1], places), len(weights) - 1)
+def _labelled(variables: Mapping[str, Any], naming: Naming) -> xarray.Dataset:
+    """A dataset with labels along its dimensions: those of ``coords``, and numbers along plates, chains and draws."""
+    import xarray
+
+    found = xarray.Dataset(dict(variables))
+    named = {plate for plates in naming.plates.values() for plate in plates if plate}
+    labels = {
+        str(name): naming.coords.get(str(name), np.arange(size))
+        for name, size in found.sizes.items()
+        if name in naming.coords or name in named or name in ("chain", "draw")
+    }
+    for name, values in labels.items():
+        if len(values) != found.sizes[name]:
+            raise ValueError(
+                f"coords[{name!r}] has {len(values)} labels, and {name} has {found.sizes[name]} entries: give one each"
+            )
+    return found.assign_coords(labels)
 
 
 def _attributes(estimate: EstimateLike) -> dict[str, Any]:
@@ -137,10 +152,13 @@ def _attributes(estimate: EstimateLike) -> dict[str, Any]:
         "std_error": float(estimate.std_error),
         "lower": float(estimate.lower),
         "upper": float(estimate.upper),
+        "log_evidence": float(estimate.conclusion.log_evidence),
         "converged": int(estimate.converged),
         "calls": record["calls"],
         "seconds": record["seconds"],
         "advice": json.dumps(record["advice"]),
+        "settings": json.dumps(record["settings"]),
         "ledger": json.dumps(record["ledger"]),
         "inference_library": "probest",
+        "inference_library_version": str(record["settings"].get("versions", {}).get("probest", "unknown")),
     }

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from probest.report.protocols import EstimateLike
 from probest.report.text import format_count, format_log, format_prob, format_seconds
+from probest.result import Result
 
 __all__ = ["Candidate", "comparison_table"]
 
@@ -21,8 +22,8 @@ class Candidate(NamedTuple):
 
     name: str
     accuracy: float
-    estimate: EstimateLike
-    audit: EstimateLike
+    estimate: Result
+    audit: Result
     calls: int
     seconds: float
 

@@ -1,36 +1,75 @@
-"""An estimate as HTML for notebooks: no scripts, no style sheets, no fetches; colours follow the notebook's theme."""
+"""Results as HTML for notebooks: no scripts, no style sheets, no fetches; colours follow the notebook's theme."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from probest.report.protocols import EstimateLike
-from probest.report.tables import COLUMNS, LedgerRow, advice, ledger_rows, verdict
+from probest.report.tables import COLUMNS, LedgerRow, advice, ledger_rows, run_rows, search_rows, verdict
 
-__all__ = ["estimate_html"]
+if TYPE_CHECKING:
+    from probest.report.protocols import EstimateLike, RunLike, SearchLike
+
+__all__ = ["STATES", "estimate_html", "ledger_html", "run_html", "search_html"]
+
+STATES = {True: ("converged", "#2e7d32"), False: ("not converged", "#b26a00")}
+"""What a result says of itself, and the colour of that."""
 
 _CELL = "padding:.2em .8em;white-space:nowrap;text-align:"
 
 
 def estimate_html(estimate: EstimateLike) -> str:
     """The ledger as a table, the verdict above it, and advice below where there is any."""
-    colour = "#2e7d32" if estimate.converged else "#b26a00"
-    head = "".join(f'<th style="{_CELL}{_align(i)}">{escape(name)}</th>' for i, name in enumerate(COLUMNS))
+    return _framed(estimate.converged, verdict(estimate), ledger_html(estimate), advice(estimate))
+
+
+def ledger_html(estimate: EstimateLike) -> str:
+    """The ledger as a table."""
     body = "".join(_row_html(row) for row in ledger_rows(estimate))
-    items = "".join(f"<li>{escape(line)}</li>" for line in advice(estimate))
+    return _table_html(COLUMNS, body)
+
+
+def run_html(run: RunLike) -> str:
+    """Before, after and audit as a table, and what is missing below."""
+    head, rows = run_rows(run)
+    body = "".join(_cells(row) for row in rows)
+    said = f"Trained for {len(run.history):,} steps; believe log P = {run.believed.log_prob:.2f}."
+    return _framed(run.converged, said, _table_html(head, body), run.advice)
+
+
+def search_html(search: SearchLike) -> str:
+    """What was found, beside the given adversary and the closed form's optimum."""
+    head, rows = search_rows(search)
+    said = f"Found {search.efficiency:.0%} of the worst that {search.kl:.2f} nats allow."
+    return _framed(search.converged, said, _table_html(head, "".join(map(_cells, rows))), search.advice)
+
+
+def _framed(converged: bool, said: str, table: str, items: Iterable[str]) -> str:
+    _, colour = STATES[converged]
+    notes = "".join(f"<li>{escape(line)}</li>" for line in items)
     return (
         '<div class="probest-estimate">'
-        f'<p style="border-left:4px solid {colour};padding-left:.6em;margin:.4em 0">{escape(verdict(estimate))}</p>'
-        f'<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'
+        f'<p style="border-left:4px solid {colour};padding-left:.6em;margin:.4em 0">{escape(said)}</p>'
+        f"{table}{f'<ul>{notes}</ul>' if notes else ''}</div>"
+    )
+
+
+def _table_html(columns: Sequence[str], body: str) -> str:
+    head = "".join(f'<th style="{_CELL}{_align(i)}">{escape(name)}</th>' for i, name in enumerate(columns))
+    return (
+        '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"{f'<ul>{items}</ul>' if items else ''}</div>"
     )
 
 
 def _row_html(row: LedgerRow) -> str:
-    style = "font-weight:bold" if row.concludes else "" if row.converged else "opacity:.6"
-    cells = "".join(f'<td style="{_CELL}{_align(i)}">{escape(cell)}</td>' for i, cell in enumerate(row.cells))
-    return f'<tr style="{style}">{cells}</tr>'
+    return _cells(row.cells, "font-weight:bold" if row.concludes else "" if row.converged else "opacity:.6")
+
+
+def _cells(cells: Sequence[str], style: str = "") -> str:
+    inside = "".join(f'<td style="{_CELL}{_align(i)}">{escape(cell)}</td>' for i, cell in enumerate(cells))
+    return f'<tr style="{style}">{inside}</tr>'
 
 
 def _align(column: int) -> str:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "Told"]
+
+Told = Callable[[float, float | None, str], None]
+"""``callback(done, total, text)``: how much is done, of how much (None: not known), and what is being done."""
 
 
 class Progress:
@@ -23,13 +27,19 @@ class Progress:
     Args:
         title: what is being done.
         enabled: False for silence; True leaves it to the output: a terminal or a notebook shows the line.
+        callback: told whatever the line would show, wherever it runs.
+
+    Raises TypeError if the callback cannot be called.
     """
 
     _shown: ClassVar[int] = 0
 
-    def __init__(self, title: str, enabled: bool = True) -> None:
+    def __init__(self, title: str, enabled: bool = True, callback: Told | None = None) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback is a {type(callback).__name__}: expected callback(done, total, text)")
         self.title = title
         self.enabled = enabled
+        self.callback = callback
         self._line: _Line | None = None
 
     def __enter__(self) -> Progress:
@@ -42,6 +52,8 @@ class Progress:
         """Show that ``done`` of ``total`` is done (no total: a moving bar), and ``text`` after it."""
         if self._line is not None:
             self._line.update(done, total, text)
+        if self.callback is not None:
+            self.callback(done, total, text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

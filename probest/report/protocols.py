@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from probest.evidence import Evidence, Floats
 
-__all__ = ["CatastrophesLike", "EstimateLike", "RunLike", "StepLike"]
+__all__ = ["EstimateLike", "RunLike", "SampleLike", "SearchLike", "StepLike"]
 
 
-class CatastrophesLike(Protocol):
-    """A weighted sample of catastrophes: a mapping from site names to arrays of shape ``(n, ...)``."""
+class SampleLike(Protocol):
+    """Weighted cases: a mapping from site names to arrays of shape ``(n, ...)``."""
 
     @property
     def weights(self) -> Floats:
@@ -19,7 +19,7 @@ class CatastrophesLike(Protocol):
 
     @property
     def severity(self) -> Floats:
-        """``(n,)``, at least 0."""
+        """``(n,)``, at least 0 for a catastrophe."""
 
     @property
     def observation(self) -> Any:
@@ -68,7 +68,11 @@ class EstimateLike(Protocol):
     def seconds(self) -> float: ...
 
     @property
-    def catastrophes(self) -> CatastrophesLike | None: ...
+    def catastrophes(self) -> SampleLike | None: ...
+
+    @property
+    def drawn(self) -> SampleLike | None:
+        """Draws of the adversary itself."""
 
 
 class StepLike(Protocol):
@@ -81,7 +85,26 @@ class StepLike(Protocol):
     def task_loss(self) -> float: ...
 
     @property
+    def taught_loss(self) -> float: ...
+
+    @property
     def log_prob(self) -> float: ...
+
+    @property
+    def look(self) -> float | None: ...
+
+
+class CostLike(Protocol):
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class CostsLike(Protocol):
+    @property
+    def parts(self) -> Mapping[str, CostLike]: ...
 
 
 class RunLike(Protocol):
@@ -98,3 +121,46 @@ class RunLike(Protocol):
 
     @property
     def audit(self) -> EstimateLike | None: ...
+
+    @property
+    def believed(self) -> EstimateLike: ...
+
+    @property
+    def converged(self) -> bool: ...
+
+    @property
+    def advice(self) -> Sequence[str]: ...
+
+    @property
+    def costs(self) -> CostsLike: ...
+
+
+class SearchLike(Protocol):
+    """A search for the worst adversary."""
+
+    @property
+    def base(self) -> EstimateLike: ...
+
+    @property
+    def history(self) -> Floats: ...
+
+    @property
+    def log_prob(self) -> float: ...
+
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
+    @property
+    def kl(self) -> float: ...
+
+    @property
+    def efficiency(self) -> float: ...
+
+    @property
+    def converged(self) -> bool: ...
+
+    @property
+    def advice(self) -> Sequence[str]: ...
+
+    @property
+    def worst_case(self) -> float: ...

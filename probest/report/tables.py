@@ -2,7 +2,7 @@
 
 The ledger has a row for every piece of evidence, in the order in which it was gathered. ``moved`` is by how many
 nats a row differs from the estimate before it: small moves by different methods are what makes a number
-believable. Bounds move nothing, so that column is empty for them.
+believable. Bounds and strata move nothing, so that column is empty for them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probest.evidence import Evidence
-from probest.report.protocols import EstimateLike
+from probest.report.protocols import EstimateLike, RunLike, SearchLike
 from probest.report.text import format_count, format_interval, format_log, format_prob, format_seconds
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "estimate_table",
     "estimate_text",
     "ledger_rows",
+    "run_rows",
+    "search_rows",
     "verdict",
 ]
 
@@ -51,7 +53,8 @@ def ledger_rows(estimate: EstimateLike) -> list[LedgerRow]:
     before = math.nan
     rows = []
     for evidence in estimate.ledger:
-        is_estimate = evidence.claim not in _BOUNDS and math.isfinite(evidence.log_prob)
+        whole = evidence.claim not in _BOUNDS and evidence.stratum is None
+        is_estimate = whole and math.isfinite(evidence.log_prob)
         moved = evidence.log_prob - before if is_estimate else math.nan
         rows.append(_row(evidence, moved, concludes=evidence is estimate.conclusion))
         before = evidence.log_prob if is_estimate else before
@@ -75,6 +78,36 @@ def advice(estimate: EstimateLike) -> list[str]:
     if own or estimate.converged:
         return own
     return [f"{row.method}: {note}" for row in estimate.ledger if not row.converged for note in row.notes]
+
+
+def run_rows(run: RunLike) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Estimates before and after training and the audit, as a head and rows."""
+    found = {"before": run.before, "after": run.after} | ({} if run.audit is None else {"audit": run.audit})
+    head = ("", "converged", "log P", "P", "95 % interval of P", "calls", "seconds")
+    rows = [(name, "yes" if one.converged else "no", *_levels(one)) for name, one in found.items()]
+    spent = [(f"spent: {name}", "", "", "", "", *_spent(part)) for name, part in run.costs.parts.items()]
+    return head, rows + spent
+
+
+def search_rows(search: SearchLike) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The given adversary, the one that was found, and the worst that its KL allows, as a head and rows."""
+    head = ("adversary", "", "KL", "log P", "P", "95 % interval of P")
+    low, high = search.interval
+    kl = f"{search.kl:.2f}"
+    base = (*_levels(search.base)[:3],)
+    found = (format_log(search.log_prob), format_prob(search.log_prob), format_interval((low, high)))
+    worst = (format_log(search.worst_case), format_prob(search.worst_case), "")
+    return head, [("D", "", "0.00", *base), ("found", "", kl, *found), ("worst, closed form", "", kl, *worst)]
+
+
+def _levels(one: EstimateLike) -> tuple[str, ...]:
+    interval = format_interval((one.lower, one.upper))
+    level = _with_error(one.log_prob, one.std_error)
+    return level, format_prob(one.log_prob), interval, format_count(one.calls), format_seconds(one.seconds)
+
+
+def _spent(cost: Any) -> tuple[str, str]:
+    return format_count(cost.calls), format_seconds(cost.seconds)
 
 
 def estimate_table(estimate: EstimateLike) -> Group:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["format_count", "format_interval", "format_log", "format_prob", "format_seconds"]
+__all__ = ["format_count", "format_interval", "format_log", "format_prob", "format_seconds", "in_words"]
 
 _LN10 = math.log(10.0)
 
@@ -28,6 +28,20 @@ def format_prob(log_prob: float, digits: int = 2) -> str:
     if mantissa.startswith("10"):  # 9.96 rounds to 10.0: carry it into the exponent
         mantissa, exponent = f"{1.0:.{digits - 1}f}", exponent + 1
     return f"{mantissa}e{exponent:+03d}"
+
+
+def in_words(log_prob: float) -> str:
+    """``One in about 3.5 million``; ``One in about 10^20`` where there is no word for it."""
+    if log_prob >= -math.log(1.5):
+        return "Most"
+    exponent = -log_prob / _LN10
+    if exponent >= 15.0:
+        return f"One in about 10^{exponent:.0f}"
+    count = float(f"{math.exp(-log_prob):.2g}")
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"One in about {count / size:.4g} {word}"
+    return f"One in about {count:,.0f}"
 
 
 def format_interval(interval: tuple[float, float], digits: int = 2) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probest import diagnostics
-from probest.evidence import Floats
+from probest.evidence import Floats, Level
 from probest.smc.softening import ADVERSARY, EVENT, Softening
 from probest.smc.tuning import TemperingTuning
 
@@ -27,7 +27,8 @@ class State:
     information for a subspace; ``soft``: the softening of the target, ``drift`` the one that gradient moves follow;
     ``power`` of the log-weight; size: worth of the run when it is pooled with others, known before it started;
     places: where scouts say that modes may be, ``(k, dim)`` or None;
-    rest: levels until guided moves are tried again; cost: model calls a particle that a level takes.
+    rest: levels until guided moves are tried again; cost: model calls a particle that a level takes;
+    conditioned: running log-evidence when the observed sites were all in; path: the levels so far.
     """
 
     z: Floats
@@ -55,12 +56,21 @@ class State:
     moves: int = 0
     acceptance: float = 1.0
     correlation: float = 0.0
+    conditioned: float = 0.0
+    path: list[Level] = field(default_factory=list, repr=False)
     tuning: TemperingTuning = field(default_factory=TemperingTuning, repr=False)
 
     @property
     def started(self) -> bool:
         """Whether the target is a softened event already; before, the adversary is conditioned."""
         return self.soft is not ADVERSARY
+
+    def record(self) -> None:
+        """Note down where the population is now."""
+        done = total(self) - self.conditioned
+        self.path.append(
+            Level.of(self.severity, done, self.acceptance, conditioning=not self.started and self.power > 0)
+        )
 
 
 def log_target(state: State, severity: Floats, log_weight: Floats) -> Floats:
