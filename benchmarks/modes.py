@@ -4,8 +4,9 @@
     python benchmarks/modes.py --families waves,unions --members 3 --seeds 5
 
 Families, each with members drawn at random: corners (several limits at once), bowls (squared distances, from the origin
-and from elsewhere), waves (sums of sines, with many modes), unions of 30 to 100 half-spaces, and heavy tails (sums and
-maxima of Cauchy, Student, Pareto and lognormal variables). The truth is a product, a chi-square or Cauchy law, or a
+and from elsewhere), waves (sums of sines, with many modes), unions of 30 to 100 half-spaces, heavy tails (sums and
+maxima of Cauchy, Student, Pareto and lognormal variables), and shy ones (the likeliest mode is one that few gradient
+walks reach). The truth is a product, a chi-square or Cauchy law, or a
 quadrature. The columns are those of reliability.py.
 """
 
@@ -169,12 +170,58 @@ def heavy(rng: np.random.Generator) -> ExactEvent:
     return _summed(f"{'pareto' if kind == 2 else 'lognormal'}_sum_d2", 2, law, limit, log_prob)
 
 
+def shy(rng: np.random.Generator) -> ExactEvent:
+    """A rippled plane that walks from near the origin lead to, and a likelier corner that few of them find.
+
+    The corner's severity is steeper, and so the lower one near the origin.
+    """
+    ripples, faces = int(rng.integers(1, 6)), int(rng.integers(2, 4))
+    dim = int(rng.integers(1 + ripples + faces, 40))
+    axes = frame(rng, dim, 1 + ripples + faces)
+    height, omega = rng.uniform(0.05, 0.3), rng.uniform(0.8, 2.0)
+    beyond = rng.uniform(-26.0, -16.0)  # log P of the corner
+    apex = float(-special.ndtri_exp(beyond / faces))
+    plane = float(-special.ndtri_exp(beyond - rng.uniform(3.0, 8.0)))
+    steep = rng.uniform(1.3, 2.0) * plane / apex
+    # the law of the ripples, by convolution
+    z, step = np.linspace(-10, 10, 400_001), 1e-4
+    wave = np.bincount(np.rint((height * np.sin(omega * z) + height) / step).astype(int), stats.norm.pdf(z))
+    size = 1 << math.ceil(math.log2(ripples * len(wave)))
+    law = np.maximum(np.fft.irfft(np.fft.rfft(wave / wave.sum(), size) ** ripples, size), 0.0)
+    sums = step * np.arange(size) - ripples * height
+    rippled = float(special.logsumexp(stats.norm.logsf(plane + sums), b=law))
+    log_prob = float(np.logaddexp(rippled, beyond + math.log1p(-math.exp(rippled))))
+
+    def margins(z: Floats) -> tuple[Floats, Floats, Floats]:
+        u = z @ axes
+        flat = u[:, 0] - plane - height * np.sin(omega * u[:, 1 : 1 + ripples]).sum(axis=1)
+        return u, flat, steep * (u[:, 1 + ripples :].min(axis=1) - apex)
+
+    def severity(z: Floats) -> Floats:
+        _, flat, corner = margins(z)
+        return np.asarray(np.maximum(flat, corner))
+
+    def gradient(z: Floats) -> Floats:
+        u, flat, corner = margins(z)
+        slope = np.zeros_like(u)
+        slope[:, 0] = 1.0
+        slope[:, 1 : 1 + ripples] = -height * omega * np.cos(omega * u[:, 1 : 1 + ripples])
+        least = 1 + ripples + u[:, 1 + ripples :].argmin(axis=1)
+        inside = corner > flat
+        slope[inside] = 0.0
+        slope[inside, least[inside]] = steep
+        return np.asarray(slope @ axes.T)
+
+    return ExactEvent(f"shy{faces}_d{dim}", dim, log_prob, severity, gradient)
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator], ExactEvent]] = {
     "corners": corner,
     "bowls": bowl,
     "waves": wave,
     "unions": union,
     "heavy": heavy,
+    "shy": shy,
 }
 
 

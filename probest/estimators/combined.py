@@ -352,7 +352,10 @@ class Campaign:
 
     def _passes(self, weighed: Evidence) -> bool:
         """Whether an importance sample of all that is known concludes: it is converged, and nothing refutes it."""
-        stands = not contradicts(self.lined, weighed) and not refuted(weighed, [pool(self.looks), *self.roomy])
+        higher = [pool(self.looks), *self.roomy]
+        if self.aimed is not None and self.aimed.converged:
+            higher.append(self.aimed)
+        stands = not contradicts(self.lined, weighed) and not refuted(weighed, higher)
         self.roomy.append(weighed)
         return weighed.converged and stands
 
@@ -463,9 +466,26 @@ class Campaign:
         return agree(aimed, lined) and not missed
 
     def _aim(self, lined: Evidence) -> Evidence | None:
-        """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague."""
+        """A guide fitted to the particles of lines that varied too much; None where these are too few or too vague.
+
+        What follows learns from these particles too: lines may know of a mode that nothing else finds.
+        """
+        before = self.left
+        population = self._thickened(lined)
+        if population is None:
+            return None
+        self.memory.add(population, lined.log_prob)
+        if not lined.std_error < self.tuning.vague:
+            return None
+        thick = before - self.left
+        weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population)
+        self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + thick)
+        return weighed
+
+    def _thickened(self, lined: Evidence) -> Population | None:
+        """The particles of lines, and more by moves within the event; None where there are too few calls for that."""
         n = min(self.tuning.thick, self.left // self.tuning.thick_price)
-        if lined.particles is None or n < 64 or not lined.std_error < self.tuning.vague:
+        if lined.particles is None or n < 64:
             return None
         slopes = GRADIENT_CALLS * self.tuning.thick_slopes
         meter = Meter(self.event, cost(n, self.tuning.sweeps) + slopes)
@@ -474,11 +494,8 @@ class Campaign:
         at = np.linspace(0, len(particles.z) - 1, min(self.tuning.thick_slopes, len(particles.z))).astype(np.intp)
         slope = meter.evaluate(particles.z[at], gradient=True).severity_grad
         rows = gradient_rows(particles.z[at], np.zeros(len(at)), slope, None)
-        population = _independent(particles)._replace(effective=len(particles.z) / 3.0, rows=rows)
         self.left -= meter.calls
-        weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population)
-        self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + meter.calls)
-        return weighed
+        return _independent(particles)._replace(effective=len(particles.z) / 3.0, rows=rows)
 
     def _fall_back(self) -> None:
         """Temper with what is left: as many particles as fit, until too few would or the precision is reached."""

@@ -115,7 +115,10 @@ class _Campaign:
     demanded: int = 0
 
     def __post_init__(self) -> None:
-        self.modes = Modes(self.meter, self.rng, self.method.first, self.method.tuning)
+        self.modes = self._no_modes()
+
+    def _no_modes(self) -> Modes:
+        return Modes(self.meter, self.rng, self.method.first, self.method.tuning)
 
     def run(self) -> list[Evidence]:
         few = self.meter.event.dim <= self.method.tuning.few
@@ -133,8 +136,7 @@ class _Campaign:
         if around:
             self._surround(points)
         if not all(mode.rounds for mode in self.modes):
-            sentence = f"the budget is too small for lines through {len(self.modes)} modes: raise it."
-            return [*ledger, self._nothing(Code.FEW_COUNT, sentence)]
+            return [*ledger, self._too_many()]
         self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
         if not math.isfinite(self.modes.scale):
             return [*ledger, self._nothing(Code.NO_HITS, "no line through the design points meets the event.")]
@@ -142,6 +144,20 @@ class _Campaign:
         if not around:
             second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
             ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
+        models = self._measure(models, around)
+        while not around and self._search_on(search):
+            self.modes = self._no_modes()  # lines share the event out between the modes that were known when drawn
+            self.audited = self.demanded = 0
+            points = self._explore(search, search.points())
+            if not all(mode.rounds for mode in self.modes):
+                return [*ledger, self._too_many()]
+            self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
+            models = self._measure(self.modes.models(), around)
+        outside = math.inf if around else self._outside(search, models)
+        return [*ledger, self._conclude(points, search, outside)]
+
+    def _measure(self, models: list[Model | None], around: bool) -> list[Model | None]:
+        """Fresh lines, in rounds, until they are precise and stand their audit; the models that they ended with."""
         lessons = 0
         counts = self._first_counts(models)
         for _ in range(self.method.tuning.rounds):
@@ -159,8 +175,7 @@ class _Campaign:
                 self.modes.relearn(models, size)
                 counts = self._further_counts(self._all_chosen())
             models = self.modes.models()
-        outside = math.inf if around else self._outside(search, models)
-        return [*ledger, self._conclude(points, search, outside)]
+        return models
 
     # --- finding modes ---------------------------------------------------------------------------------------------
 
@@ -169,10 +184,18 @@ class _Campaign:
         quiet = 0
         for _ in range(self.method.tuning.looks):
             points = search.points()
-            if _endless(points, self.method.tuning) or quiet == (1 if len(search.arrived) == 1 else 2):
+            if _endless(points, self.method.tuning) or quiet == 2:
                 break
             quiet = 0 if search.look_around(self.rng, self.method.tuning.around) else quiet + 1
         return search.points()
+
+    def _search_on(self, search: Search) -> bool:
+        """Search for modes until that has cost as much as the lines have; whether one turned up that counts.
+
+        To measure known modes precisely is worth no more than to know that there are no others.
+        """
+        owed = int(self.method.tuning.searched * (self.meter.calls - search.spent)) - search.spent
+        return owed > 0 and search.go_on(self.rng, min(owed, self.meter.left // 2))
 
     def _surround(self, points: DesignPoints) -> None:
         """Rays from the origin instead of modes."""
@@ -326,6 +349,10 @@ class _Campaign:
     def _nothing(self, code: Code, sentence: str) -> Evidence:
         note = Note(code, sentence)
         return Evidence.nothing(self.method.name, note, calls=self._calls(), seconds=self.meter.seconds)
+
+    def _too_many(self) -> Evidence:
+        sentence = f"the budget is too small for lines through {len(self.modes)} modes: raise it."
+        return self._nothing(Code.FEW_COUNT, sentence)
 
     def _conclude(self, points: DesignPoints, search: Search, outside: float) -> Evidence:
         chosen = self._all_chosen()

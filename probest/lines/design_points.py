@@ -41,7 +41,7 @@ from scipy.special import log_ndtr, ndtri
 
 from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
-from probest.evidence import Floats
+from probest.evidence import Evaluation, Floats
 from probest.lines.tuning import LineTuning
 
 __all__ = ["DesignPoints", "Search", "even_normals", "linearised"]
@@ -232,7 +232,7 @@ class Search:
     """A search that can be resumed with more starts, once other evidence suggests where a mode may be.
 
     each: starts for each mode, where there are several. suspects: where catastrophes that no known mode explained at
-    the time enter the event. slopes: unit gradients where walks began.
+    the time enter the event. slopes: unit gradients where walks began. spent: model calls so far.
     """
 
     meter: Meter
@@ -244,10 +244,17 @@ class Search:
     origin: float = math.nan
     suspects: list[Floats] = field(default_factory=list)
     slopes: list[Floats] = field(default_factory=list)
+    spent: int = 0
     tuning: LineTuning = field(default_factory=LineTuning, repr=False)
 
     def __post_init__(self) -> None:
         self.floor = self.meter.left - min(self.meter.left, self.calls if self.calls is not None else self.meter.left)
+
+    def _evaluate(self, z: Floats, gradient: bool = False) -> Evaluation:
+        before = self.meter.calls
+        result = self.meter.evaluate(z, gradient=gradient)
+        self.spent += self.meter.calls - before
+        return result
 
     def _room(self, rows: int) -> bool:
         return self.meter.left - self.floor >= GRADIENT_CALLS * rows
@@ -257,7 +264,7 @@ class Search:
         dim = self.meter.event.dim
         if not self._room(starts + 2):
             return False
-        self.origin = float(self.meter.evaluate(np.zeros((1, dim))).severity[0])
+        self.origin = float(self._evaluate(np.zeros((1, dim))).severity[0])
         wanted = min(
             self.tuning.first_starts, starts
         )  # the others may then meet what the first ones found, and stop early
@@ -275,6 +282,23 @@ class Search:
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
 
+    def go_on(self, rng: np.random.Generator, calls: int) -> bool:
+        """More starts, and more points far out, for so many calls, until a mode is new and counts; whether one is."""
+        self.floor = self.meter.left - min(calls, self.meter.left)
+        dim, known = self.meter.event.dim, list(self.arrived)
+        least = max(_log_form(walk) for walk in known) + math.log(self.tuning.counts)
+        while self._room(2 * self.tuning.batch):
+            z = rng.standard_normal((self.tuning.batch, dim))
+            z[1::2] *= self.tuning.wide
+            with contextlib.suppress(UndefinedError):
+                self.start_from(z)
+            for _ in range(self.tuning.batch // 4):
+                self.look_around(rng, self.tuning.around)
+            new = [w for w in self.arrived if not any(w.meets(k, self.tuning.same_mode) for k in known)]
+            if any(_log_form(walk) > least for walk in new):
+                return True
+        return False
+
     @property
     def short(self) -> bool:
         """Whether the budget ended it before as many starts as known modes ask for."""
@@ -289,7 +313,7 @@ class Search:
             return False
         far = self.tuning.far_out * np.array(self.slopes)
         with contextlib.suppress(UndefinedError):
-            caught = far[self.meter.evaluate(far).severity >= 0.0]
+            caught = far[self._evaluate(far).severity >= 0.0]
             return len(caught) > 0 and self.start_from(self._entries(caught)) > 0 and bool(self.arrived)
         return False
 
@@ -319,7 +343,51 @@ class Search:
             return False
         before, entries = len(self.arrived), self._entries(found)
         self.suspects.extend(entries)
-        return self.start_from(entries) > 0 and len(self.arrived) > before
+        self.start_from(entries)
+        ended = [walk for walk in map(self._within, entries) if walk is not None]
+        self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
+        return len(self.arrived) > before
+
+    def _within(self, z: Floats) -> _Walk | None:
+        """A walk from a catastrophe towards the origin that never leaves the event; None where it does not arrive.
+
+        Other walks step to where the boundary would be if it were a plane. Where a flatter branch of the severity rules
+        outside of the event, that leads away from the mode that z belongs to. This one goes to the last catastrophe on
+        the way there, and what it meets bounds its next step (an active set). It ends in the mode's nearest corner.
+        """
+        u, planes = z, list[_Plane]()
+        parts = np.linspace(0.0, 1.0, self.tuning.parts + 1)[1:]
+        for _ in range(self.tuning.walk_steps):
+            if not self._room(2 + len(parts)):
+                return None
+            result = self._evaluate(u[None], gradient=True)
+            assert result.severity_grad is not None
+            severity, grad = float(result.severity[0]), result.severity_grad[0]
+            if not _telling(severity, grad):
+                return None
+            planes = [*planes, _plane(u, severity, grad)][-self.tuning.planes :]
+            target = _nearest(planes)
+            if target is None:
+                return None
+            walk = _Walk.at(self.tuning, u, severity, grad)
+            if float(np.linalg.norm(target - u)) <= self.tuning.arrival * max(1.0, 0.2 * walk.reach):
+                return replace(walk, target=u, stuck=True) if walk.gap <= self.tuning.arrival else None
+            way = u + parts[:, None] * (target - u)
+            outside = np.flatnonzero(self._evaluate(way).severity < 0.0)
+            last = int(outside[0]) if len(outside) else len(way)
+            inner, outer = (u if last == 0 else way[last - 1]), (way[last] if last < len(way) else None)
+            u = inner if outer is None else self._last(inner, outer)
+        return None
+
+    def _last(self, inner: Floats, outer: Floats) -> Floats:
+        """The last catastrophe on the way from one to a point outside, by bisection."""
+        for _ in range(self.tuning.halvings):
+            middle = 0.5 * (inner + outer)
+            if float(self._evaluate(middle[None]).severity[0]) >= 0.0:
+                inner = middle
+            else:
+                outer = middle
+        return inner
 
     def nearer(self, z: Floats) -> Floats:
         """A catastrophe nearer to the origin: coordinates that it does not need are 0, the rest as short as it allows.
@@ -331,13 +399,13 @@ class Search:
             tried = np.repeat(z[None], len(parts), axis=0)
             for row, part in zip(tried, parts, strict=True):
                 row[part] = 0.0
-            needed = self.meter.evaluate(tried).severity < 0.0
+            needed = self._evaluate(tried).severity < 0.0
             # each alone may not be needed, and yet both together: they go one after the other
             for row, part in zip(needed.tolist(), parts, strict=True):
                 if not row and self._room(1):
                     without = z.copy()
                     without[part] = 0.0
-                    if self.meter.evaluate(without[None]).severity[0] >= 0.0:
+                    if self._evaluate(without[None]).severity[0] >= 0.0:
                         z = without
             halves = [np.array_split(part, 2) for part in parts if len(part) > 1 and np.any(z[part])]
             parts = [half for pair in halves for half in pair]
@@ -355,12 +423,12 @@ class Search:
         with np.errstate(divide="ignore"):
             planes = [np.where(z @ n > 0.0, max(b, 0.0) * length / (z @ n), np.inf) for n, b in sides]
         expected = np.min(planes, axis=0)
-        caught = np.flatnonzero(self.meter.evaluate(z).severity >= 0.0)
+        caught = np.flatnonzero(self._evaluate(z).severity >= 0.0)
         early = caught[length[caught] < expected[caught] - 0.1]
         late = np.setdiff1d(caught, early)
         if len(z) and z.shape[1] <= self.tuning.covered and len(late) and self._room(len(late)):
             before = z[late] * (self.tuning.earlier * expected[late] / length[late])[:, None]
-            inside = self.meter.evaluate(before).severity >= 0.0
+            inside = self._evaluate(before).severity >= 0.0
             z = z.copy()
             z[late[inside]] = before[inside]
             early = np.concatenate([early, late[inside]])
@@ -374,7 +442,7 @@ class Search:
             if not self._room(2 * len(z)):
                 break
             middle = 0.5 * (low + high)
-            inside = self.meter.evaluate(z * middle[:, None]).severity >= 0.0
+            inside = self._evaluate(z * middle[:, None]).severity >= 0.0
             low, high = np.where(inside, low, middle), np.where(inside, middle, high)
         return np.asarray(z * high[:, None])
 
@@ -383,13 +451,13 @@ class Search:
         if not self._room(len(z)):
             return 0
         self.begun += len(z)
-        result = self.meter.evaluate(z, gradient=True)
+        result = self._evaluate(z, gradient=True)
         assert result.severity_grad is not None
         cases = zip(z, result.severity.tolist(), result.severity_grad, strict=True)
         walks = [_Walk.at(self.tuning, *case, start=case[0]) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
         self.slopes.extend(walk.grad / float(np.linalg.norm(walk.grad)) for walk in walks)
-        ended = _follow(self.meter, walks, self.arrived, self._room, self.tuning)
+        ended = _follow(self._evaluate, walks, self.arrived, self._room, self.tuning)
         self.lost += len(z) - sum(walk.weight for walk in ended)
         self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
         return told
@@ -484,7 +552,9 @@ def _log_form(walk: _Walk) -> float:
     return float(log_ndtr(-_normal(walk)[1]))
 
 
-def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room, tuning: LineTuning) -> list[_Walk]:
+def _follow(
+    evaluate: Callable[..., Evaluation], walks: list[_Walk], known: list[_Walk], room: Room, tuning: LineTuning
+) -> list[_Walk]:
     """Step all walks together until each has arrived or strayed; returns those that arrived."""
     ended: list[_Walk] = []
     for step in range(tuning.walk_steps):
@@ -495,7 +565,7 @@ def _follow(meter: Meter, walks: list[_Walk], known: list[_Walk], room: Room, tu
         walks = [walk for walk, end in zip(walks, done, strict=True) if not end and not walk.stuck]
         if not walks or not room(len(walks)):
             break
-        result = meter.evaluate(np.array([walk.candidate for walk in walks]), gradient=True)
+        result = evaluate(np.array([walk.candidate for walk in walks]), gradient=True)
         assert result.severity_grad is not None
         seen = zip(walks, result.severity.tolist(), result.severity_grad, strict=True)
         walks = [walk.stepped(severity, grad) for walk, severity, grad in seen]

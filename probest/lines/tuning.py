@@ -46,6 +46,9 @@ class LineTuning:
     weighty: float = tuned(0.05, "share of P that a catastrophe outside may stand for by its distance", "gates")
     opposite: float = tuned(1.08, "as far beyond a mode's mirror image the opposite one is looked for", _VARIANTS)
     halvings: int = tuned(4, "bisections of the way to a catastrophe, to start from its boundary", _VARIANTS)
+    parts: int = tuned(
+        8, "points on the way of a step within the event, to see where it leaves it", "modes.py --families shy"
+    )
     several: int = tuned(12, "modes, beyond which each is learnt from fewer lines", _MODES)
     each_of_many: int = tuned(4, "starts for each of them", _MODES)
     sparse: int = tuned(2, "fresh lines a mode, at least, where there are more", _MODES)
@@ -54,6 +57,10 @@ class LineTuning:
     search_calls: int = tuned(4000, "calls, at most, for the search", "networks.py")
     astray: int = tuned(48, "starts after which no more follow where most arrive nowhere", "networks.py")
     alone: int = tuned(30, "modes, if each was met by one start alone, that are taken for no end of them", _MODES)
+    searched: float = tuned(
+        1.0, "times the calls of lines, for the search for modes, at least", "modes.py --families shy"
+    )
+    batch: int = tuned(16, "starts at a time, where the search goes on for that", "by hand")
     most_starts: int = tuned(1000, "random starts, at most", _MODES)
     # roots
     tolerance: float = tuned(0.03, "nats that the last step of a root may change the mass beyond it", _SMOOTH)

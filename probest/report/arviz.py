@@ -59,7 +59,7 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
 
     naming = Naming.of(estimate, dims, coords)
     groups = {**datasets(estimate, naming), "catastrophes": particles(estimate, _caught(estimate), naming)}
-    if hasattr(arviz, "InferenceData"):
+    if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.InferenceData(warn_on_custom_groups=False, **groups)
     import xarray
 

@@ -226,14 +226,20 @@ def _beside(ax: Any, height: float, text: str) -> None:
 
 def _claims(ax: Any, rows: Sequence[Evidence]) -> None:
     """A legend of the claims that occur."""
+    from matplotlib import rcParams
     from matplotlib.lines import Line2D
+    from matplotlib.transforms import ScaledTranslation
 
     claims = dict.fromkeys(row.claim for row in rows if math.isfinite(row.log_prob))
     marks = [Line2D([], [], color=COLOURS[c], marker=MARKERS[c], linestyle="", label=c) for c in claims]
     if any(not row.converged for row in rows):
         marks.append(Line2D([], [], color="0.3", linestyle=(0, (2, 1.5)), label="not converged"))
-    if marks:
-        ax.legend(handles=marks, loc="upper left", bbox_to_anchor=(0.0, -0.32 if len(rows) < 4 else -0.2), ncols=4)
+    if marks:  # below the axis and its label, whatever the height of the axes
+        below = ScaledTranslation(0.0, -3.4 * rcParams["font.size"] / 72.0, ax.figure.dpi_scale_trans)
+        ax.legend(
+            handles=marks, loc="upper left", ncols=4, borderaxespad=0.0,
+            bbox_to_anchor=(0.0, 0.0), bbox_transform=ax.transAxes + below,
+        )  # fmt: skip
 
 
 def _title(estimate: EstimateLike) -> str:
