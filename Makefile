@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMEXPR_NUM_THREADS=1
 WORKERS    ?= 2
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-arviz lint format notebooks docs figures clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -33,6 +33,14 @@ demo: $(STAMP)  ## estimate a rare catastrophe, train it away, audit the result
 test: lint  ## lint and types, then the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
+# ArviZ 1.0 and later need Python 3.12: `make test-arviz PYTHON=python3.12` tries reports, results and files with it.
+test-arviz:  ## the tests of reports with the newest ArviZ, where PYTHON is 3.12 or later
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "PYTHON is older than 3.12: ArviZ 1.x needs that")'
+	test -x build/arviz/bin/python || $(PYTHON) -m venv build/arviz
+	build/arviz/bin/python -m pip --disable-pip-version-check install --quiet hatchling editables "arviz>=1" h5py \
+	  --no-build-isolation --editable '.[numpyro,report]' pytest
+	$(ONE_THREAD) build/arviz/bin/python -m pytest --quiet tests/test_report.py tests/test_result.py
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,5 +50,18 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+notebooks: $(STAMP)  ## run the notebooks, into build/notebooks
+	mkdir -p build/notebooks
+	for path in notebooks/*.py; do \
+	  $(ONE_THREAD) $(BIN)/jupytext --quiet --to notebook --execute --output "build/notebooks/$$(basename "$$path" .py).ipynb" \
+	    "$$path" || exit 1; done
+
+docs: $(STAMP)  ## build the documentation, into build/docs
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going --quiet docs build/docs
+
+figures: $(STAMP)  ## make the pictures of README.md and docs/
+	$(ONE_THREAD) $(BIN)/python docs/figures.py
+
 clean:  ## remove everything that was made
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/notebooks demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -202,6 +202,15 @@ def checker(image: Tensor, logits: Tensor) -> Tensor:
     worst = both.masked_fill(torch.eye(CLASSES, dtype=torch.bool), -torch.inf).amax()
     severity: Tensor = worst - torch.log(-torch.expm1(worst.clamp(max=-1e-6))) - math.log(SURE / (1 - SURE))
     return severity
+
+
+def show(ax: Any, case: Any) -> None:
+    """Draw one case: the image, what M takes it for, and what the reader does."""
+    image, logits = np.asarray(case.observation), np.asarray(case.action)
+    named = int(reader_log_beliefs(torch.tensor(image, dtype=torch.float32)).argmax())
+    ax.imshow(image.reshape(SIDE, SIDE), cmap="gray_r", vmin=0.0, vmax=1.0)
+    ax.set_axis_off()
+    ax.set_title(f"M: {logits.argmax()}, reader: {named}", fontsize="x-small", pad=2)
 
 
 def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Module:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +163,18 @@ def accuracy(model: Controller) -> float:
     """A score on the test weather, 1 at best: ``1 / (1 + mean cost)``."""
     _, test = load_data()
     return float(1 / (1 + task_loss(model, test)))
+
+
+def show(ax: Any, case: Any) -> None:
+    """Draw one case: the angle over time, and where the pendulum counts as fallen."""
+    seconds = TIME_STEP * (1.0 + jnp.arange(STEPS))
+    ax.plot(seconds, case.action.angles, color="C3", linewidth=1.0)
+    for limit in (-FALLEN, FALLEN):
+        ax.axhline(limit, color="0.4", linewidth=0.8, linestyle="--")
+    ax.set_ylim(-1.8 * FALLEN, 1.8 * FALLEN)
+    ax.set_xlabel("time (s)")
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel("angle (radians)")
 
 
 def adversarial_baseline(model: Controller, calls: int, seed: int = 0) -> Controller:

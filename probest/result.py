@@ -227,7 +227,7 @@ class Result:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One case: values of its sites by name, what M saw and did (pytrees of arrays), and its severity, at least 0 for a
     catastrophe.
@@ -237,6 +237,17 @@ class Case:
     severity: float
     observation: Any
     action: Any
+
+    def __repr__(self) -> str:
+        from probest.report.tables import case_rows
+
+        shown = "".join(f", {name}={value}" for name, value in case_rows(self))
+        return f"Case(severity={self.severity:.4g}{shown})"
+
+    def _repr_html_(self) -> str:
+        from probest.report.html import case_html
+
+        return case_html(self)
 
 
 class Sample(Mapping[str, np.ndarray]):

@@ -24,6 +24,28 @@ def run(library: str) -> dict[str, Any]:
     return names
 
 
+def test_what_it_shows_is_there() -> None:
+    root = Path(__file__).parents[1]
+    linked = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(linked) > 8
+    for target in linked:
+        assert (root / target).exists(), target
+
+
+def test_showing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("numpyro", "netCDF4", "matplotlib"):
+        pytest.importorskip(module)
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    names = run("numpyro")
+    (program,) = (text for text in PROGRAMS if "to_netcdf" in text)
+    exec(compile(program, "README.md", "exec"), names)
+    plt.close("all")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.html", "out.nc"}
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_first_program_has_fewer_than_20_lines(program: str) -> None:
     assert len(program.splitlines()) < 20

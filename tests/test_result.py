@@ -176,7 +176,11 @@ def test_a_saved_estimate_is_shown_like_the_original(backend: str, tmp_path: Pat
     for kind in ("ledger", "intervals", "path", "pairs", "cases", "diagnostics"):
         back.plot(kind)
         plt.close("all")
-    assert back.report(tmp_path / "back.html").stat().st_size > 10_000
+    for one in (back, found):
+        assert one.report(tmp_path / "out.html").stat().st_size > 10_000
+    assert "The likeliest catastrophe" in (tmp_path / "out.html").read_text()
+    assert "severity=" in repr(found.nearest)
+    assert "A catastrophe: severity" in found.nearest._repr_html_()
     assert (back.to_netcdf(tmp_path / "again.nc")).stat().st_size > 0
 
 

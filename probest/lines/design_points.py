@@ -420,7 +420,7 @@ class Search:
             return z[:0]
         length = np.linalg.norm(z, axis=1)
         sides = [_normal(walk) for walk in self.arrived]
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             planes = [np.where(z @ n > 0.0, max(b, 0.0) * length / (z @ n), np.inf) for n, b in sides]
         expected = np.min(planes, axis=0)
         caught = np.flatnonzero(self._evaluate(z).severity >= 0.0)

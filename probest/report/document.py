@@ -20,9 +20,16 @@ import numpy as np
 from probest.report.html import STATES, ledger_html
 from probest.report.plots import plot_costs, plot_history, plot_result
 from probest.report.protocols import EstimateLike, RunLike
-from probest.report.tables import advice, run_rows
-from probest.report.text import format_count, format_interval, format_log, format_prob, format_seconds, in_words
-from probest.report.trees import leaves
+from probest.report.tables import advice, case_rows, run_rows
+from probest.report.text import (
+    format_count,
+    format_interval,
+    format_log,
+    format_prob,
+    format_seconds,
+    format_short,
+    in_words,
+)
 from probest.result import Case, Result
 
 if TYPE_CHECKING:
@@ -188,15 +195,13 @@ def _evidence(result: EstimateLike, show: Callable[[Any, Case], None] | None) ->
 
 def _nearest(case: Case) -> str:
     what = "The likeliest catastrophe that was met" if case.severity >= 0 else "What came nearest to a catastrophe"
-    trees = [("severity", case.severity), *leaves(case.sites), *leaves(case.observation, "observation")]
-    trees += leaves(case.action, "action")
-    rows = [(name, _value(np.asarray(leaf))) for name, leaf in trees]
+    rows = [("severity", format_short(case.severity)), *case_rows(case)]
     return _section(what, _table(rows, ("", "value")))
 
 
 def _notes(result: EstimateLike) -> str:
     rows = [
-        (row.method, ", ".join(f"{k} {_short(v)}" for k, v in row.diagnostics.items()), " ".join(row.notes))
+        (row.method, ", ".join(f"{k} {format_short(v)}" for k, v in row.diagnostics.items()), " ".join(row.notes))
         for row in result.ledger
     ]
     return f'<div class="scroll">{_table(rows, ("method", "diagnostics", "notes"))}</div>'
@@ -240,18 +245,3 @@ def _picture(draw: Callable[[], Any], caption: str) -> str:
         f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
-
-
-def _value(value: np.ndarray) -> str:
-    if value.size == 1:
-        return _short(float(value.reshape(())))
-    if value.size <= 8:
-        return "[" + ", ".join(_short(float(x)) for x in value.reshape(-1)) + "]"
-    flat = value.reshape(-1).astype(float)
-    return (
-        f"{value.shape}, from {_short(flat.min())} to {_short(flat.max())}, norm {_short(float(np.linalg.norm(flat)))}"
-    )
-
-
-def _short(value: float) -> str:
-    return format_count(value) if value == round(value) and abs(value) >= 1e3 else f"{value:.3g}"

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from probest.report.tables import COLUMNS, LedgerRow, advice, ledger_rows, run_rows, search_rows, verdict
+from probest.report.tables import COLUMNS, LedgerRow, advice, case_rows, ledger_rows, run_rows, search_rows, verdict
 
 if TYPE_CHECKING:
     from probest.report.protocols import EstimateLike, RunLike, SearchLike
+    from probest.result import Case
 
-__all__ = ["STATES", "estimate_html", "ledger_html", "run_html", "search_html"]
+__all__ = ["STATES", "case_html", "estimate_html", "ledger_html", "run_html", "search_html"]
 
 STATES = {True: ("converged", "#2e7d32"), False: ("not converged", "#b26a00")}
 """What a result says of itself, and the colour of that."""
 
-_CELL = "padding:.2em .8em;white-space:nowrap;text-align:"
+_CELL = "padding:.2em .6em;white-space:nowrap;text-align:"
 
 
 def estimate_html(estimate: EstimateLike) -> str:
@@ -45,6 +46,13 @@ def search_html(search: SearchLike) -> str:
     return _framed(search.converged, said, _table_html(head, "".join(map(_cells, rows))), search.advice)
 
 
+def case_html(case: Case) -> str:
+    """What is in a case: a row for each site, for what M saw and for what it did."""
+    body = "".join(_cells(row) for row in case_rows(case))
+    said = "A catastrophe" if case.severity >= 0.0 else "No catastrophe"
+    return _framed(case.severity < 0.0, f"{said}: severity {case.severity:.4g}.", _table_html(("", "value"), body), ())
+
+
 def _framed(converged: bool, said: str, table: str, items: Iterable[str]) -> str:
     _, colour = STATES[converged]
     notes = "".join(f"<li>{escape(line)}</li>" for line in items)
@@ -58,8 +66,9 @@ def _framed(converged: bool, said: str, table: str, items: Iterable[str]) -> str
 def _table_html(columns: Sequence[str], body: str) -> str:
     head = "".join(f'<th style="{_CELL}{_align(i)}">{escape(name)}</th>' for i, name in enumerate(columns))
     return (
-        '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        '<div style="overflow-x:auto">'
+        '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9em">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

@@ -121,4 +121,4 @@ class _NotebookLine:
         self._handle.update({"text/plain": f"{self._title}: {done:,.0f}{of}  {text}"}, raw=True)
 
     def close(self) -> None:
-        self._handle.update({"text/plain": ""}, raw=True)
+        self._handle.update({"text/plain": "", "text/html": ""}, raw=True)  # shown as HTML, nothing takes no room

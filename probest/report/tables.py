@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.measure import Measurement
@@ -21,12 +22,24 @@ from rich.text import Text
 
 from probest.evidence import Evidence
 from probest.report.protocols import EstimateLike, RunLike, SearchLike
-from probest.report.text import format_count, format_interval, format_log, format_prob, format_seconds
+from probest.report.text import (
+    format_count,
+    format_interval,
+    format_log,
+    format_prob,
+    format_seconds,
+    format_values,
+)
+from probest.report.trees import leaves
+
+if TYPE_CHECKING:
+    from probest.result import Case
 
 __all__ = [
     "COLUMNS",
     "LedgerRow",
     "advice",
+    "case_rows",
     "estimate_table",
     "estimate_text",
     "ledger_rows",
@@ -78,6 +91,12 @@ def advice(estimate: EstimateLike) -> list[str]:
     if own or estimate.converged:
         return own
     return [f"{row.method}: {note}" for row in estimate.ledger if not row.converged for note in row.notes]
+
+
+def case_rows(case: Case) -> list[tuple[str, str]]:
+    """What is in a case, by name: small values as they are, large ones by their range and norm."""
+    trees = [*leaves(case.sites), *leaves(case.observation, "observation"), *leaves(case.action, "action")]
+    return [(name, format_values(np.asarray(leaf))) for name, leaf in trees]
 
 
 def run_rows(run: RunLike) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -7,8 +7,21 @@ A catastrophe probability is often below the smallest float, so everything here 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-__all__ = ["format_count", "format_interval", "format_log", "format_prob", "format_seconds", "in_words"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "format_count",
+    "format_interval",
+    "format_log",
+    "format_prob",
+    "format_seconds",
+    "format_short",
+    "format_values",
+    "in_words",
+]
 
 _LN10 = math.log(10.0)
 
@@ -69,3 +82,21 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def format_short(value: float) -> str:
+    """``0.0341``; whole numbers from a thousand on as ``12,500``."""
+    return (
+        format_count(value) if math.isfinite(value) and value == round(value) and abs(value) >= 1e3 else f"{value:.3g}"
+    )
+
+
+def format_values(values: NDArray[Any]) -> str:
+    """An array in a few words: its numbers where there are few, else its shape, range and norm."""
+    flat = np.asarray(values, dtype=np.float64).reshape(-1)
+    if flat.size == 1:
+        return format_short(float(flat[0]))
+    if flat.size <= 8:
+        return "[" + ", ".join(format_short(x) for x in flat.tolist()) + "]"
+    low, high, norm = (format_short(float(x)) for x in (flat.min(), flat.max(), np.linalg.norm(flat)))
+    return f"{tuple(values.shape)}, from {low} to {high}, norm {norm}"

@@ -69,7 +69,8 @@ def plot_cases(
 
     Args:
         estimate: with catastrophes.
-        show: ``show(ax, case)`` draws one :class:`~probest.result.Case`; by default :func:`show_case`.
+        show: ``show(ax, case)`` draws one :class:`~probest.result.Case`; by default :func:`show_case`. The title is the
+            severity, unless ``show`` sets another.
         shape: height and width, where the observation is an image laid out as a vector.
         rows: how many rows.
         columns: how many columns; ``rows * columns`` cases at most.
@@ -95,8 +96,8 @@ def plot_cases(
                 show_case(at, case, shape=shape)
             else:
                 show(at, case)
-            at.set_title(f"{case.severity:.2g}", fontsize="x-small", pad=2)
-        ax.flat[0].figure.supxlabel("above each its severity", fontsize="small", color="0.35")
+            if not any(at.get_title(loc=side) for side in ("left", "center", "right")):
+                at.set_title(f"severity {case.severity:.2g}", fontsize="x-small", pad=2)
     return ax
 
 

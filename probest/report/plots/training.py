@@ -43,7 +43,9 @@ def plot_history(run: RunLike, ax: Any = None) -> Any:
         for name, result, at, marker, colour in points:
             _point(upper, result, at, marker, colour, name)
         held = [x for _, result, *_ in points for x in (result.log_prob, result.upper)]
-        upper.set_ylim(*limits([*ladder[np.isfinite(ladder)].tolist(), *held]))
+        held += [look for _, look in seen]
+        settled = ladder[len(ladder) // 20 :]  # its first steps only find their way
+        upper.set_ylim(*limits([*settled[np.isfinite(settled)].tolist(), *held]))
         upper.set_ylabel("log P (nats)")
         upper.legend(loc="upper right", ncols=2)
         prob_scale(upper, "right")
