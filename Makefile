@@ -37,8 +37,9 @@ test: lint  ## lint and types, then the tests
 test-arviz:  ## the tests of reports with the newest ArviZ, where PYTHON is 3.12 or later
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "PYTHON is older than 3.12: ArviZ 1.x needs that")'
 	test -x build/arviz/bin/python || $(PYTHON) -m venv build/arviz
-	build/arviz/bin/python -m pip --disable-pip-version-check install --quiet hatchling editables "arviz>=1" h5py \
-	  --no-build-isolation --editable '.[numpyro,report]' pytest
+	build/arviz/bin/python -m pip --disable-pip-version-check install --quiet hatchling editables pytest
+	build/arviz/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+	  --editable '.[numpyro,report]' "arviz>=1" h5py
 	$(ONE_THREAD) build/arviz/bin/python -m pytest --quiet tests/test_report.py tests/test_result.py
 
 lint: $(STAMP)  ## ruff and mypy

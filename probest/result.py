@@ -173,7 +173,7 @@ class Result:
 
         Args:
             path: where to.
-            title: of the report; by default the problem's.
+            title: of the report.
             show: ``show(ax, case)`` draws one case, as in ``plot(kind="cases")``.
         """
         from probest.report.document import write_report

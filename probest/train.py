@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Costs", "Pool", "Step", "TrainingRun", "train"]
 
+UNMOVED = 0.3
+"""Nats: by less than this, training has changed nothing that is worth its name."""
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -300,7 +303,7 @@ def train(
                 break
             descent.go_on(max(check_every, steps // 4))
             descent.welcome(higher, state.step, Stream.AUDIT)
-    advice = _verdict(after, audited, until_log_prob, stopped)
+    advice = _verdict(before, after, audited, until_log_prob, stopped)
     return TrainingRun(
         model=trainer.model,
         adversary=problem.adversary,
@@ -328,7 +331,7 @@ def _as_it_is(step: int) -> float:  # noqa: ARG001
     return 1.0
 
 
-def _verdict(after: Estimate, audit: Audit | None, target: float, stopped: str) -> tuple[str, ...]:
+def _verdict(before: Estimate, after: Estimate, audit: Audit | None, target: float, stopped: str) -> tuple[str, ...]:
     """What stands between the run and its promise; empty when it is kept.
 
     It is kept if an estimate has converged, is precise and below the target with its upper end, and all others agree.
@@ -342,6 +345,11 @@ def _verdict(after: Estimate, audit: Audit | None, target: float, stopped: str) 
             f"log P is not known to be below {target:g} (upper end {best.upper:.4g}): train for more steps, raise "
             "max_pressure or learning_rate, or give the estimates a larger budget"
         )
+        if settles(before) and settles(best) and best.log_prob > before.log_prob - UNMOVED:
+            advice.append(
+                f"log P is where it was ({before.log_prob:.4g}, now {best.log_prob:.4g}): perhaps nothing that M could "
+                'do avoids these catastrophes. Look at some: run.plot("cases")'
+            )
     if not settles(best):
         why = "; ".join(best.advice) or f"the standard error is {best.std_error:.2f}"
         advice.append(f"no estimate that stands has converged to {PRECISE:g}: {why}")

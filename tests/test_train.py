@@ -147,3 +147,11 @@ def test_estimate_interrupted() -> None:
     assert not result.converged
     assert any("interrupted" in line for line in result.advice)
     assert result.ledger
+
+
+def test_catastrophes_that_no_action_avoids_are_named_as_such(backend: str) -> None:
+    problem, options = regression(backend)
+    out_of_its_hands = Problem(problem.adversary, problem.model, lambda x, y: x[..., 2] - 4.0 + 0.0 * y)
+    run = train(out_of_its_hands, **{**OPTIONS, **options, "steps": 30, "budget": 4_000})
+    assert not run.converged
+    assert any("nothing that M could do avoids these" in line for line in run.advice)

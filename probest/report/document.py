@@ -80,7 +80,7 @@ def write_report(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    title = title or str(result.settings.get("problem", "How likely is a catastrophe?"))
+    title = title or "How likely is a catastrophe?"
     return _write(path, title, [_verdict(result), *_evidence(result, show), _again(result.settings)])
 
 
@@ -94,7 +94,7 @@ def write_run_report(
     """A report of a training run: before and after, the way there, what it cost, and the estimate to believe."""
     believed = run.believed
     settings = getattr(believed, "settings", {})
-    title = title or f"Training {settings.get('problem', 'a model')}"
+    title = title or "Training catastrophes away"
     head, rows = run_rows(run)
     parts = [
         _verdict(believed, "The estimate to believe, after training"),

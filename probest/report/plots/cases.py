@@ -16,6 +16,7 @@ from probest.result import Case
 __all__ = ["plot_cases", "plot_pairs", "show_case"]
 
 _POINTS = 1_000
+_CAUGHT, _DRAWN = "#a50f15", "0.7"  # far apart in grey too
 _GREATEST_AXIS = 4_096
 
 
@@ -123,10 +124,10 @@ def show_case(ax: Any, case: Case, *, shape: tuple[int, int] | None = None) -> N
         ax.imshow(seen, cmap="gray_r", aspect="auto" if seen.ndim == 2 and seen.shape[0] > 4 * seen.shape[1] else None)
         ax.set_axis_off()
     elif seen.size > 12:
-        ax.plot(seen.reshape(-1), color="C3", linewidth=0.9)
+        ax.plot(seen.reshape(-1), color=_CAUGHT, linewidth=0.9)
         ax.axhline(0.0, color="0.6", linewidth=0.6, zorder=0)
     else:
-        ax.bar(range(seen.size), seen.reshape(-1), color="C3")
+        ax.bar(range(seen.size), seen.reshape(-1), color=_CAUGHT)
         ax.axhline(0.0, color="0.6", linewidth=0.6)
         ax.set_xticks(range(seen.size) if seen.size < 7 else [])
 
@@ -138,12 +139,12 @@ def _pair(ax: Any, i: int, j: int, x: np.ndarray, y: np.ndarray, outside: Any) -
         edges = np.histogram_bin_edges(np.concatenate([x, *([] if outside is None else [outside[0]])]), 24)
         if outside is not None:
             ax.hist(outside[0], edges, density=True, histtype="step", color="0.45", linestyle="--", label="D")
-        ax.hist(x, edges, density=True, histtype="stepfilled", color="C3", alpha=0.5, label="catastrophes")
+        ax.hist(x, edges, density=True, histtype="stepfilled", color=_CAUGHT, alpha=0.55, label="catastrophes")
         ax.set_yticks([])
     else:
         if outside is not None:
-            ax.plot(*outside, ".", color="0.6", markersize=2.5, alpha=0.6, markeredgewidth=0)
-        ax.plot(x, y, "x", color="C3", markersize=3, alpha=0.6, markeredgewidth=0.7)
+            ax.plot(*outside, ".", color=_DRAWN, markersize=3.0, markeredgewidth=0)
+        ax.plot(x, y, "x", color=_CAUGHT, markersize=3, alpha=0.6, markeredgewidth=0.7)
 
 
 def _columns(sample: SampleLike) -> list[tuple[str, int]]:
