@@ -24,6 +24,7 @@ from probest.estimators.tempering import Tempering
 from probest.evidence import Evidence
 from probest.problem import Problem
 from probest.programs.base import Observed
+from probest.report.progress import Told
 from probest.result import Case, Catastrophes, Result, Sample
 from probest.seeds import child_seed
 from probest.verdict import agree, refuted
@@ -116,6 +117,7 @@ def audit(
     methods: Estimator | Sequence[Estimator] | None = None,
     budget: int = 200_000,
     seed: int = 1,
+    callback: Told | None = None,
     progress: bool = True,
 ) -> Audit:
     """Estimate log P by several means.
@@ -125,6 +127,7 @@ def audit(
         methods: an estimator, or several that share the budget equally; by default those of ``SHARES``.
         budget: model calls of all together.
         seed: the same seed gives the same audit. It should not be one that training used.
+        callback: ``callback(done, total, text)`` is told of the model calls of each method as they are spent.
         progress: show a progress line (only ever in a terminal or notebook).
 
     Raises:
@@ -132,7 +135,8 @@ def audit(
     """
     check_whole("budget", budget, least=1, unit=" of model calls")
     check_whole("seed", seed, least=0)
-    return run_panel(problem, panel(methods, budget), lambda i: number(np.random.SeedSequence(seed), i), progress)
+    root = np.random.SeedSequence(seed)
+    return run_panel(problem, panel(methods, budget), lambda i: number(root, i), progress, callback)
 
 
 Panel = Sequence[tuple[Estimator | None, int]]
@@ -150,11 +154,17 @@ def panel(methods: Estimator | Sequence[Estimator] | None, budget: int) -> Panel
     return [(method, max(1, budget // len(chosen))) for method in chosen]
 
 
-def run_panel(problem: Problem, methods: Panel, seed_of: Callable[[int], int], progress: bool = False) -> Audit:
+def run_panel(
+    problem: Problem,
+    methods: Panel,
+    seed_of: Callable[[int], int],
+    progress: bool = False,
+    callback: Told | None = None,
+) -> Audit:
     """An audit by these methods, the i-th from the seed ``seed_of(i)``."""
     start = time.perf_counter()
     found = [
-        estimate(problem, budget=budget, estimator=method, seed=seed_of(i), progress=progress)
+        estimate(problem, budget=budget, estimator=method, seed=seed_of(i), progress=progress, callback=callback)
         for i, (method, budget) in enumerate(methods)
     ]
     return Audit(tuple(found), time.perf_counter() - start)

@@ -52,7 +52,7 @@ from probest.diagnostics import binomial_interval, systematic_resample
 from probest.estimate import Estimate, check_whole, estimate
 from probest.evidence import Floats, Particles
 from probest.problem import Problem
-from probest.report.progress import Progress
+from probest.report.progress import Progress, Told
 from probest.seeds import child_seed, generator
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
@@ -152,6 +152,7 @@ def search(
     refine: int = 100,
     learning_rate: float = 0.02,
     seed: int = 0,
+    callback: Told | None = None,
     progress: bool = True,
     tuning: SearchTuning | None = None,
 ) -> Search:
@@ -169,6 +170,7 @@ def search(
         refine: further steps on fresh draws that the model and the checker judge, 512 model calls each; 0 for none.
         learning_rate: of Adam; a quarter of it while refining.
         seed: the same seed gives the same adversary.
+        callback: ``callback(done, total, text)`` is told of steps as they are taken.
         progress: show a progress line (only ever in a terminal or notebook).
         tuning: how it learns, where not as usual.
 
@@ -203,7 +205,7 @@ def search(
     tuning = tuning or SearchTuning()
     began = time.perf_counter()
     root = np.random.SeedSequence(seed)
-    with Progress("search", enabled=progress) as line:
+    with Progress("search", enabled=progress, callback=callback) as line:
         line.update(0, steps, "estimating log P under the given adversary")
         own = base is None
         if base is None:

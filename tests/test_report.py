@@ -299,7 +299,7 @@ def test_plots_fit_their_figures(estimate: Estimate, nothing_found: Estimate, ru
                 "ledger": plots.plot_ledger(full),
                 "nothing": plots.plot_ledger(nothing_found),
                 "strata": plots.plot_intervals(stratified),
-                "several": plots.plot_intervals({"one": full, "two": nothing_found}, exact=-15.2),
+                "several": plots.plot_intervals({"2 layers": full, "none": nothing_found}, exact=-15.2),
                 "path": plots.plot_path(full),
                 "pairs": plots.plot_pairs(full),
                 "cases": plots.plot_cases(full),
@@ -316,6 +316,7 @@ def test_plots_fit_their_figures(estimate: Estimate, nothing_found: Estimate, ru
                 plt.close(figure)
         assert len(drawn["ledger"].get_yticklabels()) == 5
         assert drawn["strata"].get_yticklabels()[0].get_text().startswith("switch=0")
+        assert drawn["several"].get_yticklabels()[0].get_text().startswith("2 layers")
         assert drawn["pairs"].shape == (4, 4)
     finally:
         plt.close("all")

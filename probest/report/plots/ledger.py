@@ -42,7 +42,7 @@ def plot_ledger(estimate: EstimateLike, ax: Any = None) -> Any:
                     _beside(ax, height, f"{sign}{format_log(width)}")
                 before = row.log_prob
             whisker(ax, row, height, ends)
-        _name_rows(ax, rows, ends)
+        _name_rows(ax, [(row.method, row) for row in rows], ends)
         _claims(ax, rows)
         ax.set_title(_title(estimate), pad=8)
         prob_scale(ax, "top")
@@ -65,27 +65,21 @@ def plot_intervals(
     Raises:
         ValueError: there is nothing to draw, or ``exact`` has another length.
     """
-    if isinstance(results, Mapping):
-        named = {name: result.conclusion for name, result in results.items()}
-    else:
-        strata = [row for row in results.ledger if row.stratum is not None]
-        named = {row.stratum or row.method: row for row in (*strata, results.conclusion)}
-        if not strata:
-            named = {f"{i} {row.method}": row for i, row in enumerate(results.ledger)}
+    named = _named(results)
     if not named:
         raise ValueError("results is empty: expected results by name")
-    truth: Any = [] if exact is None else np.broadcast_to(np.asarray(exact, dtype=float), np.shape(exact) or len(named))
+    truth: Any = [] if exact is None else np.broadcast_to(np.asarray(exact, float), np.shape(exact) or len(named))
     if len(truth) not in (0, len(named)):
         raise ValueError(f"exact has {len(truth)} values for {len(named)} results: expected one for all, or one each")
     with styled():
         ax = axes(ax, 1.3 + 0.34 * len(named))
-        rows = list(named.values())
+        rows = [row for _, row in named]
         ends = limits([*_shown(rows), *truth], room=0.06)
         for height, row in enumerate(rows):
             whisker(ax, row, height, ends)
         for height, value in enumerate(truth):
             ax.plot([value] * 2, [height - 0.35, height + 0.35], color="0.2", linewidth=1.2)
-        _name_rows(ax, rows, ends, [name.split(" ", 1)[-1] if name[0].isdigit() else name for name in named])
+        _name_rows(ax, named, ends)
         _claims(ax, rows)
         if len(truth):
             ax.set_title("upright: the exact value", pad=8)
@@ -207,12 +201,19 @@ def _band(ax: Any, estimate: EstimateLike, ends: tuple[float, float]) -> None:
         ax.axvspan(low, high, color="C0", alpha=0.12, linewidth=0, zorder=0)
 
 
-def _name_rows(
-    ax: Any, rows: Sequence[Evidence], ends: tuple[float, float], names: Sequence[str] | None = None
-) -> None:
-    labels = names or [row.method for row in rows]
-    ax.set_yticks(range(len(rows)), [f"{name}  {format_count(r.calls)}" for name, r in zip(labels, rows, strict=True)])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+def _named(results: EstimateLike | Mapping[str, EstimateLike]) -> list[tuple[str, Evidence]]:
+    """Lines to set beside each other: several conclusions, the strata of one result with their sum, or its methods."""
+    if isinstance(results, Mapping):
+        return [(name, result.conclusion) for name, result in results.items()]
+    strata = [(row.stratum, row) for row in results.ledger if row.stratum is not None]
+    if strata:
+        return [*strata, (results.conclusion.method, results.conclusion)]
+    return [(row.method, row) for row in results.ledger]
+
+
+def _name_rows(ax: Any, named: Sequence[tuple[str, Evidence]], ends: tuple[float, float]) -> None:
+    ax.set_yticks(range(len(named)), [f"{name}  {format_count(row.calls)}" for name, row in named])
+    ax.set_ylim(len(named) - 0.4, -0.6)
     ax.set_xlim(*ends)
     ax.set_xlabel("log P (nats), 95 % intervals; beside each name its model calls")
 
