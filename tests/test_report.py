@@ -257,10 +257,18 @@ def test_loading_what_is_none(tmp_path: Any) -> None:
         netcdf.load(tmp_path / "other.nc")
 
 
-def test_nothing_to_export_is_an_error(nothing_found: Estimate) -> None:
-    pytest.importorskip("xarray")
+def test_nothing_found_is_kept_too(nothing_found: Estimate, tmp_path: Any) -> None:
+    pytest.importorskip("arviz")
+    pytest.importorskip("netCDF4")
     with pytest.raises(ValueError, match="larger budget"):
-        report_arviz.datasets(nothing_found, naming(nothing_found))
+        report_arviz.to_arviz(nothing_found)
+    nothing_found.advice = NO_HITS.notes
+    for drawn in (Catastrophes(), None):
+        nothing_found.drawn = drawn
+        back = netcdf.load(netcdf.to_netcdf(nothing_found, tmp_path / "nothing.nc"))
+        assert back.catastrophes is None
+        assert (back.drawn is None) == (drawn is None)
+        assert str(back) == estimate_text(nothing_found)
 
 
 LEVELS = tuple(Level((i - 6.0, i - 5.0, i - 4.0, i - 3.0, i - 2.0), -3.0 * i, 500, 0.5) for i in range(5))

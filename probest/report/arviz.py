@@ -58,7 +58,10 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
     import arviz
 
     naming = Naming.of(estimate, dims, coords)
-    groups = {**datasets(estimate, naming), "catastrophes": particles(estimate, _caught(estimate), naming)}
+    caught = estimate.catastrophes
+    if caught is None or not len(caught.weights):
+        raise ValueError("no catastrophe was found, so there is none to export: give estimate() a larger budget")
+    groups = {**datasets(estimate, naming), "catastrophes": particles(estimate, caught, naming)}
     if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.InferenceData(warn_on_custom_groups=False, **groups)
     import xarray
@@ -67,14 +70,14 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
 
 
 def datasets(estimate: EstimateLike, naming: Naming) -> dict[str, xarray.Dataset]:
-    """The groups of a fixed size: all but ``catastrophes``."""
-    caught, attributes = _caught(estimate), _attributes(estimate)
-    with np.errstate(divide="ignore"):
-        equal = systematic_resample(np.log(caught.weights), len(caught.weights))
-    groups = {
-        "posterior": _draws(dict(_variables(caught)), naming, equal),
-        "sample_stats": _draws({"severity": np.asarray(caught.severity)}, naming, equal),
-    }
+    """The groups of a fixed size: all but ``catastrophes``. Those of catastrophes only where there are some."""
+    caught, attributes = estimate.catastrophes, _attributes(estimate)
+    groups: dict[str, dict[str, Any]] = {}
+    if caught is not None and len(caught.weights):
+        with np.errstate(divide="ignore"):
+            equal = systematic_resample(np.log(caught.weights), len(caught.weights))
+        groups["posterior"] = _draws(dict(_variables(caught)), naming, equal)
+        groups["sample_stats"] = _draws({"severity": np.asarray(caught.severity)}, naming, equal)
     if estimate.drawn is not None:
         own = {**dict(_variables(estimate.drawn)), "severity": np.asarray(estimate.drawn.severity)}
         groups["prior"] = _draws(own, naming, np.arange(len(estimate.drawn.weights)))
@@ -87,20 +90,15 @@ def datasets(estimate: EstimateLike, naming: Naming) -> dict[str, xarray.Dataset
     return {name: _labelled(group, naming).assign_attrs(attributes) for name, group in groups.items()}
 
 
-def particles(estimate: EstimateLike, caught: SampleLike, naming: Naming) -> xarray.Dataset:
-    """The group ``catastrophes`` of these, or of a block of them, with ``severity`` and ``weight``."""
+def particles(estimate: EstimateLike, caught: SampleLike | None, naming: Naming) -> xarray.Dataset:
+    """The group ``catastrophes`` of these, or of a block of them, with severities and weights; empty without any."""
+    if caught is None:
+        return _labelled({}, naming).assign_attrs(_attributes(estimate))
     arrays = {**dict(_variables(caught)), "severity": np.asarray(caught.severity), "weight": np.asarray(caught.weights)}
     variables = {
         _plain(name): (("particle", *naming(name, values.ndim - 1)), values) for name, values in arrays.items()
     }
     return _labelled(variables, naming).assign_attrs(_attributes(estimate))
-
-
-def _caught(estimate: EstimateLike) -> SampleLike:
-    caught = estimate.catastrophes
-    if caught is None or len(caught.weights) == 0:
-        raise ValueError("no catastrophe was found, so there is none to export: give estimate() a larger budget")
-    return caught
 
 
 def _plain(name: str) -> str:

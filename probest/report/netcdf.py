@@ -42,7 +42,7 @@ class Saved(Result):
     def __init__(
         self,
         ledger: tuple[Evidence, ...],
-        caught: Catastrophes,
+        caught: Catastrophes | None,
         drawn: Sample | None,
         observed: Mapping[str, Observed],
         plates: Mapping[str, Sequence[str]],
@@ -61,7 +61,7 @@ class Saved(Result):
         self._plates = plates
 
     @property
-    def catastrophes(self) -> Catastrophes:
+    def catastrophes(self) -> Catastrophes | None:
         return self._caught
 
     @property
@@ -90,9 +90,11 @@ def to_netcdf(
 ) -> Path:
     """Write the groups of :func:`~probest.report.arviz.to_arviz`, and every particle; :func:`load` reads them.
 
+    Where no catastrophe was found, the file says that, and what the methods say of log P nevertheless.
+
     Raises:
         ImportError: neither netCDF4 nor h5netcdf is installed.
-        ValueError: the estimate has no catastrophes, or ``dims`` or ``coords`` do not fit.
+        ValueError: ``dims`` or ``coords`` do not fit.
     """
     engine, path, naming = _engine(), Path(path), Naming.of(estimate, dims, coords)
     mode: Literal["w", "a"] = "w"
@@ -101,13 +103,11 @@ def to_netcdf(
         mode = "a"
     blocks = estimate.blocks(BLOCK) if isinstance(estimate, Result) else iter(())
     first = next(blocks, estimate.catastrophes)
-    assert first is not None  # or datasets() would have said so
     group = particles(estimate, first, naming)
-    group.to_netcdf(
-        path, mode="a", group="catastrophes", engine=engine, encoding=_packed(group), unlimited_dims=["particle"]
-    )
+    along = [] if first is None else ["particle"]
+    group.to_netcdf(path, mode=mode, group="catastrophes", engine=engine, encoding=_packed(group), unlimited_dims=along)
     rest = next(blocks, None)
-    if rest is not None:
+    if first is not None and rest is not None:
         with _opened(path, engine) as file:
             at, into = len(first.weights), file.groups["catastrophes"]
             for block in chain([rest], blocks):
@@ -145,22 +145,15 @@ def load(path: str | os.PathLike[str]) -> Saved:
         if group is None or "ledger" not in group.attrs:
             raise ValueError(f"path={str(path)!r} holds no estimate: expected a file that to_netcdf wrote")
         attributes = group.attrs
-        weights = np.asarray(group["weight"].values, dtype=np.float64)
-        rows, counts = np.arange(len(weights)), weights
-        if len(weights) > BLOCK:
-            with np.errstate(divide="ignore"):
-                rows, times = np.unique(systematic_resample(np.log(weights), BLOCK), return_counts=True)
-            counts = times / times.sum()
-        caught = _sample(group.isel(particle=rows).load(), "particle")
-        prior = groups.get("prior")
+        caught, plates = _caught(group) if "weight" in group else (None, {})
+        prior, seen = groups.get("prior"), groups.get("observed_data")
         own = None if prior is None else _sample(prior.isel(chain=0).load(), "draw")
-        seen = groups.get("observed_data")
         return Saved(
             tuple(map(evidence_of, json.loads(attributes["ledger"]))),
-            Catastrophes(*caught.parts(counts)),
+            caught,
             None if own is None else Sample(*own.parts(np.full(own.size, 1.0 / own.size))),
             {} if seen is None else {str(k): Observed(v.values, tuple(map(str, v.dims))) for k, v in seen.items()},
-            {str(name): tuple(map(str, value.dims[1:])) for name, value in caught.sites.items()},
+            plates,
             calls=int(attributes["calls"]),
             seconds=float(attributes["seconds"]),
             settings=json.loads(attributes["settings"]),
@@ -168,6 +161,19 @@ def load(path: str | os.PathLike[str]) -> Saved:
     finally:
         for group in groups.values():
             group.close()
+
+
+def _caught(group: Any) -> tuple[Catastrophes, dict[str, tuple[str, ...]]]:
+    """The catastrophes of a file, or ``BLOCK`` of them by their weights; and names of the axes of their sites."""
+    weights = np.asarray(group["weight"].values, dtype=np.float64)
+    rows, shares = np.arange(len(weights)), weights
+    if len(weights) > BLOCK:
+        with np.errstate(divide="ignore"):
+            rows, times = np.unique(systematic_resample(np.log(weights), BLOCK), return_counts=True)
+        shares = times / times.sum()
+    read = _sample(group.isel(particle=rows).load(), "particle")
+    plates = {str(name): tuple(map(str, value.dims[1:])) for name, value in read.sites.items()}
+    return Catastrophes(*read.parts(shares)), plates
 
 
 @dataclass(frozen=True)
