@@ -11,7 +11,7 @@ from library import library
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Problem, ProblemError, estimate, search
+from probest import Problem, ProblemError, Tempering, estimate, search
 from probest.adversaries import Learnable, Tilt
 from probest.adversaries.tilts import TiltLaw
 from probest.guides.mixture import Mixture
@@ -138,7 +138,7 @@ def test_param_sites_are_parameters(backend: str) -> None:
 
 def test_a_tilt_has_the_density_of_its_mixture(backend: str) -> None:
     problem = half_space(backend)
-    base = estimate(problem, budget=5_000, progress=False)
+    base = estimate(problem, budget=20_000, estimator=Tempering(), progress=False)  # not the few points of lines
     law = Tilt(components=3).build(problem.event, base.conclusion.particles, np.random.default_rng(0))  # type: ignore[arg-type]
     assert isinstance(law, TiltLaw)
     weights, means, factors, _ = law._mixture(law.parts)
