@@ -22,6 +22,9 @@ anew.
 answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.lines.roots`). Where lines
 were seen to leave the event again, or to enter it elsewhere, all are.
 
+*The search goes on* until it has cost as much as the lines: precision about known modes is worth no more than to know
+that there are no others. Where it comes upon one that counts, lines are drawn anew.
+
 It fails where there are more modes than directions (deep networks): the lines' contributions then vary wildly, and the
 estimate is not converged. It cannot tell of modes that no gradient leads to.
 
@@ -135,11 +138,9 @@ class _Campaign:
             around = _endless(points, self.method.tuning)
         if around:
             self._surround(points)
-        if not all(mode.rounds for mode in self.modes):
-            return [*ledger, self._too_many()]
-        self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
-        if not math.isfinite(self.modes.scale):
-            return [*ledger, self._nothing(Code.NO_HITS, "no line through the design points meets the event.")]
+        failure = self._scaled()
+        if failure is not None:
+            return [*ledger, failure]
         models = self.modes.models()
         if not around:
             second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
@@ -149,12 +150,22 @@ class _Campaign:
             self.modes = self._no_modes()  # lines share the event out between the modes that were known when drawn
             self.audited = self.demanded = 0
             points = self._explore(search, search.points())
-            if not all(mode.rounds for mode in self.modes):
-                return [*ledger, self._too_many()]
-            self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
+            failure = self._scaled()
+            if failure is not None:
+                return [*ledger, failure]
             models = self._measure(self.modes.models(), around)
         outside = math.inf if around else self._outside(search, models)
         return [*ledger, self._conclude(points, search, outside)]
+
+    def _scaled(self) -> Evidence | None:
+        """Set the scale of all values by the first lines of every mode; what to say where they do not allow that."""
+        if not all(mode.rounds for mode in self.modes):
+            sentence = f"the budget is too small for lines through {len(self.modes)} modes: raise it."
+            return self._nothing(Code.FEW_COUNT, sentence)
+        self.modes.scale = max(self.modes.learnt(k) for k in range(len(self.modes)))
+        if not math.isfinite(self.modes.scale):
+            return self._nothing(Code.NO_HITS, "no line through the design points meets the event.")
+        return None
 
     def _measure(self, models: list[Model | None], around: bool) -> list[Model | None]:
         """Fresh lines, in rounds, until they are precise and stand their audit; the models that they ended with."""
@@ -349,10 +360,6 @@ class _Campaign:
     def _nothing(self, code: Code, sentence: str) -> Evidence:
         note = Note(code, sentence)
         return Evidence.nothing(self.method.name, note, calls=self._calls(), seconds=self.meter.seconds)
-
-    def _too_many(self) -> Evidence:
-        sentence = f"the budget is too small for lines through {len(self.modes)} modes: raise it."
-        return self._nothing(Code.FEW_COUNT, sentence)
 
     def _conclude(self, points: DesignPoints, search: Search, outside: float) -> Evidence:
         chosen = self._all_chosen()

@@ -14,7 +14,9 @@ costs one gradient a start and one more to see that it is linear.
 
 A steep branch of the severity shows only near its limit, hidden until there by flatter branches, so no start near the
 origin sees it. Hence :meth:`Search.look_around` asks points far out; catastrophes that no known mode explains become
-starts, at the place where the ray to them enters the event.
+starts, at the place where the ray to them enters the event. From there one walk more stays *within* the event, and so
+on the branch that rules there: it goes towards the nearest point beyond all planes that it has met, as far as that is a
+catastrophe, and takes up the plane that stops it (an active set).
 
 The half-space beyond the design point gives the first-order estimate (FORM) Φ(−β), β = ‖u‖. It is a heuristic.
 It fails on curved boundaries, and where modes were missed; :mod:`probest.estimators.line_sampling` mends the first, and
