@@ -38,12 +38,20 @@ _STYLE = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """What the pictures ask for beside the style in use, which keeps its colours and fonts."""
+    """What the pictures ask for beside the style in use, which keeps its colours and fonts.
+
+    Only these settings are put back afterwards: a notebook's backend, loaded with the first figure, makes settings of
+    its own that have to stay (with ``rc_context`` no figure but the first was shown).
+    """
     import matplotlib as mpl
 
-    asked: Any = _STYLE  # its type lists every key there is
-    with mpl.rc_context(asked):
+    settings: Any = mpl.rcParams  # its type lists every key there is
+    before = {name: settings[name] for name in _STYLE}
+    settings.update(_STYLE)
+    try:
         yield
+    finally:
+        settings.update(before)
 
 
 def axes(ax: Any, height: float) -> Any:
