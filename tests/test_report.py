@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, localcontext
@@ -348,6 +349,18 @@ def test_plots_say_what_is_missing(estimate: Estimate, nothing_found: Estimate, 
         plots.plot_intervals({"one": estimate}, exact=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="'gusts' is not a coordinate; there are"):
         plots.plot_pairs(estimate, names=["gusts"])
+
+
+def test_what_is_not_installed_is_asked_for(estimate: Estimate, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    for name in ("matplotlib", "matplotlib.pyplot", "arviz"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for work in (
+        lambda: plots.plot_ledger(estimate),
+        lambda: write_report(estimate, tmp_path / "out.html"),
+        lambda: report_arviz.to_arviz(estimate),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "probest\[report\]"'):
+            work()
 
 
 def test_a_case_is_drawn_by_the_user(estimate: Estimate) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probest.diagnostics import systematic_resample
+from probest.report.extras import extra
 from probest.report.protocols import EstimateLike, SampleLike
 from probest.report.record import estimate_record
 from probest.report.trees import leaves
@@ -55,8 +56,7 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
     Raises:
         ValueError: the estimate has no catastrophes to export, or ``dims`` or ``coords`` do not fit.
     """
-    import arviz
-
+    arviz = extra("arviz", "ArviZ data")
     naming = Naming.of(estimate, dims, coords)
     caught = estimate.catastrophes
     if caught is None or not len(caught.weights):
@@ -64,8 +64,7 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
     groups = {**datasets(estimate, naming), "catastrophes": particles(estimate, caught, naming)}
     if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.InferenceData(warn_on_custom_groups=False, **groups)
-    import xarray
-
+    xarray = extra("xarray", "ArviZ data")
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 
 
@@ -125,9 +124,7 @@ def _draws(arrays: Mapping[str, np.ndarray], naming: Naming, rows: np.ndarray) -
 
 def _labelled(variables: Mapping[str, Any], naming: Naming) -> xarray.Dataset:
     """A dataset with labels along its dimensions: those of ``coords``, and numbers along plates, chains and draws."""
-    import xarray
-
-    found = xarray.Dataset(dict(variables))
+    found: xarray.Dataset = extra("xarray", "netCDF files").Dataset(dict(variables))
     named = {plate for plates in naming.plates.values() for plate in plates if plate}
     labels = {
         str(name): naming.coords.get(str(name), np.arange(size))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probest.report.extras import extra
 from probest.report.html import STATES, ledger_html
 from probest.report.plots import plot_costs, plot_history, plot_result
 from probest.report.protocols import EstimateLike, RunLike
@@ -231,8 +232,7 @@ def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
 
 def _picture(draw: Callable[[], Any], caption: str) -> str:
     """A figure as PNG within the page; the reason in its place where there is nothing to draw."""
-    import matplotlib.pyplot as plt
-
+    plt = extra("matplotlib.pyplot", "reports")
     try:
         axes = draw()
     except ValueError as error:

@@ -21,6 +21,7 @@ from probest.diagnostics import systematic_resample
 from probest.evidence import Evidence
 from probest.programs.base import Observed
 from probest.report.arviz import Naming, datasets, particles
+from probest.report.extras import extra
 from probest.report.protocols import EstimateLike
 from probest.report.record import evidence_of
 from probest.result import Catastrophes, Result, Sample
@@ -131,9 +132,7 @@ def load(path: str | os.PathLike[str]) -> Saved:
         ImportError: neither netCDF4 nor h5netcdf is installed.
         ValueError: it is another kind of file.
     """
-    import xarray
-
-    path, engine = Path(path), _engine()
+    path, engine, xarray = Path(path), _engine(), extra("xarray", "netCDF files")
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from probest.evidence import Evidence
+from probest.report.extras import extra
 
 __all__ = ["COLOURS", "LINES", "MARKERS", "WIDTH", "axes", "grid", "limits", "prob_scale", "styled", "whisker"]
 
@@ -43,9 +44,7 @@ def styled() -> Iterator[None]:
     Only these settings are put back afterwards: a notebook's backend, loaded with the first figure, makes settings of
     its own that have to stay (with ``rc_context`` no figure but the first was shown).
     """
-    import matplotlib as mpl
-
-    settings: Any = mpl.rcParams  # its type lists every key there is
+    settings = extra("matplotlib", "plots").rcParams
     before = {name: settings[name] for name in _STYLE}
     settings.update(_STYLE)
     try:
@@ -58,16 +57,12 @@ def axes(ax: Any, height: float) -> Any:
     """The axes, or new ones of that height in inches."""
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(WIDTH, height))[1]
+    return extra("matplotlib.pyplot", "plots").subplots(figsize=(WIDTH, height))[1]
 
 
 def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
     """An array of new axes, ``(rows, columns)``."""
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)[1]
+    return extra("matplotlib.pyplot", "plots").subplots(rows, columns, figsize=size, squeeze=False, **options)[1]
 
 
 def limits(values: list[float], *, room: float = 0.08, least: float = 0.5) -> tuple[float, float]:
