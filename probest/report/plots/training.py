@@ -47,7 +47,7 @@ def plot_history(run: RunLike, ax: Any = None) -> Any:
         settled = ladder[len(ladder) // 20 :]  # its first steps only find their way
         upper.set_ylim(*limits([*settled[np.isfinite(settled)].tolist(), *held]))
         upper.set_ylabel("log P (nats)")
-        upper.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, columnspacing=1.2, handletextpad=0.5)
+        upper.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.2, handletextpad=0.5)
         prob_scale(upper, "right")
         lower.plot(steps, [record.task_loss for record in run.history] or [math.nan], color="0.35", linewidth=0.8)
         taught = np.array([record.taught_loss for record in run.history] or [math.nan])
