@@ -54,8 +54,9 @@ format: $(STAMP)  ## let ruff rewrite what it can
 notebooks: $(STAMP)  ## run the notebooks, into build/notebooks
 	mkdir -p build/notebooks
 	for path in notebooks/*.py; do \
-	  $(ONE_THREAD) $(BIN)/jupytext --quiet --to notebook --execute --output "build/notebooks/$$(basename "$$path" .py).ipynb" \
-	    "$$path" || exit 1; done
+	  into="build/notebooks/$$(basename "$$path" .py).ipynb"; \
+	  $(BIN)/jupytext --quiet --to notebook --output "$$into" "$$path" || exit 1; \
+	  $(ONE_THREAD) $(BIN)/jupyter-execute --inplace --timeout=300 "$$into" || exit 1; done
 
 docs: $(STAMP)  ## build the documentation, into build/docs
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
