@@ -103,7 +103,11 @@ class Audit(Result):
     @property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Those of the estimate to believe, with each one's method and seed."""
-        each = {e.conclusion.method: f"budget {e.settings.get('budget')}, seed {e.seed}" for e in self.estimates}
+        each: dict[str, str] = {}
+        for i, one in enumerate(self.estimates):
+            name = one.conclusion.method
+            name = f"{name} ({i + 1})" if name in each else name
+            each[name] = f"budget {one.settings.get('budget')}, seed {one.seed}"
         return {**self.estimate.settings, "audited by": each}
 
     def __repr__(self) -> str:

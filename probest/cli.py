@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from probest.estimators.base import Estimator
     from probest.result import Result
 
+    Show = Callable[..., None]
+
 __all__ = ["InputError", "main"]
 
 CONVERGED, BAD_INPUT, NOT_CONVERGED = 0, 2, 3
@@ -43,9 +45,6 @@ DEMOS = ("digits", "pendulum")
 DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
 DEMO_STEPS = 400
 DEMO_QUICK = {"steps": 50, "budget": 10_000, "check_budget": 10_000}
-ESTIMATORS = (
-    "Combined", "CrossEntropy", "Importance", "LineSampling", "MonteCarlo", "Stratified", "Surrogate", "Tempering",
-)  # fmt: skip
 
 
 class InputError(Exception):
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((word for word in arguments if word in commands), "")
     try:
         if command:
-            _configure(commands[command], command, arguments)
+            _configure(commands, command, arguments)
         options = parser.parse_args(arguments)
         return int(options.run(options))
     except InputError as error:
@@ -72,17 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    result = _estimated(options)
-    _done(result, options)
+    result, show = _estimated(options)
+    _done(result, options, show)
     return CONVERGED if result.converged else NOT_CONVERGED
 
 
-def _estimated(options: argparse.Namespace) -> Result:
+def _estimated(options: argparse.Namespace) -> tuple[Result, Show | None]:
+    """An estimate of the problem that the options name, and the function that draws its cases, if the file has one."""
     from probest import estimate
 
-    _, problem = load_problem(options.problem)
+    file, problem = load_problem(options.problem)
     with _problem_errors(options.problem):
-        return estimate(
+        result = estimate(
             problem,
             budget=options.budget,
             checker_budget=options.checker_budget,
@@ -90,15 +90,16 @@ def _estimated(options: argparse.Namespace) -> Result:
             estimator=options.estimator,
             seed=options.seed,
         )
+    return result, getattr(file, "show", None)
 
 
 def _audit(options: argparse.Namespace) -> int:
     from probest import audit
 
-    _, problem = load_problem(options.problem)
+    file, problem = load_problem(options.problem)
     with _problem_errors(options.problem):
         result = audit(problem, methods=options.estimator or None, budget=options.budget, seed=options.seed)
-    _done(result, options)
+    _done(result, options, getattr(file, "show", None))
     return CONVERGED if result.converged else NOT_CONVERGED
 
 
@@ -106,15 +107,15 @@ def _report(options: argparse.Namespace) -> int:
     """An HTML report of an estimate that was saved, or that is made now."""
     from probest import load
 
-    source, show = options.problem, None
-    if Path(source).suffix in (".nc", ".netcdf"):
+    result: Result
+    show: Show | None = None
+    if Path(options.problem).suffix in (".nc", ".netcdf"):
         try:
-            result: Result = load(source)
+            result = load(options.problem)
         except (FileNotFoundError, ImportError, ValueError) as error:
             raise InputError(str(error)) from error
     else:
-        result = _estimated(options)
-        show = getattr(load_problem(source)[0], "show", None)
+        result, show = _estimated(options)
     options.out = options.out or [Path("report.html")]
     _done(result, options, show)
     return CONVERGED if result.converged else NOT_CONVERGED
@@ -151,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
 def _done(
     result: Result,
     options: argparse.Namespace,
-    show: Callable[..., None] | None = None,
+    show: Show | None = None,
     run: TrainingRun | None = None,
 ) -> None:
     """Print a result, and write it to the files that were asked for. The report is that of the run, if there is one."""
@@ -167,7 +168,7 @@ def _done(
         Console(stderr=True).print(f"wrote {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def _write(result: Result, path: Path, show: Callable[..., None] | None, run: TrainingRun | None) -> None:
+def _write(result: Result, path: Path, show: Show | None, run: TrainingRun | None) -> None:
     if path.suffix == ".json":
         path.write_text(json.dumps(estimate_record(result), indent=2) + "\n", encoding="utf-8")
     elif path.suffix == ".html":
@@ -175,7 +176,9 @@ def _write(result: Result, path: Path, show: Callable[..., None] | None, run: Tr
     elif path.suffix == ".nc":
         result.to_netcdf(path)
     else:
-        (run or result).plot().figure.savefig(path, dpi=150)
+        from probest.report.plots.axes import figure_of
+
+        figure_of((run or result).plot()).savefig(path, dpi=150)
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -352,7 +355,7 @@ def _save_demo(module: ModuleType, before: Result, run: TrainingRun, folder: Pat
         before.report(folder / f"{name}-before.html", title=f"{name}: the model as it is", show=show),
         run.report(folder / f"{name}-trained.html", title=f"{name}: trained", show=show),
     ]
-    return found if before.catastrophes is None else [*found, before.to_netcdf(folder / f"{name}.nc")]
+    return [*found, before.to_netcdf(folder / f"{name}.nc")]
 
 
 def _ready_problem(name: str) -> ModuleType:
@@ -480,8 +483,9 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _configure(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
+def _configure(commands: Mapping[str, argparse.ArgumentParser], command: str, arguments: Sequence[str]) -> None:
     """Make the settings of the configuration file the defaults of a command. Raises InputError for what it lacks."""
+    parser = commands[command]
     options = {
         action.dest: action for action in parser._actions if action.option_strings and action.dest not in _NOT_SETTINGS
     }
@@ -493,14 +497,19 @@ def _configure(parser: argparse.ArgumentParser, command: str, arguments: Sequenc
     if not isinstance(own, Mapping):
         raise InputError(f"{path}: {command} is a {type(own).__name__}: expected a table of the command's settings")
     everywhere = {name: value for name, value in table.items() if not isinstance(value, Mapping)}
-    known = {action.dest for other in _parser()[1].values() for action in other._actions}
+    known = {action.dest for other in commands.values() for action in other._actions}
     for name, value in {**everywhere, **own}.items():
         dest = name.replace("-", "_")
         if dest not in (options if name in own else known) or dest in _NOT_SETTINGS:
             have = ", ".join(option.replace("_", "-") for option in options)
             raise InputError(f"{path}: {name!r} is not a setting of {command}: it has {have}")
-        if dest in options:
+        if dest in options and not _is_given(options[dest], arguments):
             parser.set_defaults(**{dest: _setting(path, name, value, options[dest])})
+
+
+def _is_given(option: argparse.Action, arguments: Sequence[str]) -> bool:
+    """Whether an option is on the command line: one that may be repeated would be added to its setting."""
+    return any(word.partition("=")[0] in option.option_strings for word in arguments)
 
 
 _NOT_SETTINGS = frozenset({"help", "config", "version"})
@@ -567,11 +576,13 @@ def _estimator(text: str) -> Estimator:
         wanted = name.id.replace("_", "").lower() if isinstance(name, ast.Name) else ""
     except (SyntaxError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no estimator: write it as Tempering(particles=2000)") from error
-    found = {known.lower(): known for known in ESTIMATORS}
+    public = {known: getattr(probest, known) for known in probest.__all__}
+    methods = {known: one for known, one in public.items() if isinstance(one, type) and hasattr(one, "run")}
+    found = {known.lower(): one for known, one in methods.items()}
     if wanted not in found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no estimator: there are {', '.join(ESTIMATORS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no estimator: there are {', '.join(methods)}")
     try:
-        built: Estimator = getattr(probest, found[wanted])(**options)
+        built: Estimator = found[wanted](**options)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
     return built
@@ -579,7 +590,7 @@ def _estimator(text: str) -> Estimator:
 
 def _at_least(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
-        value = int(text.replace("_", ""))
+        value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
         return value

@@ -24,6 +24,7 @@ __all__ = [
     "deviation_error",
     "deviation_interval",
     "effective_sample_size",
+    "even_rows",
     "log_mean_exp",
     "log_sum_exp",
     "mean_interval",
@@ -32,6 +33,7 @@ __all__ = [
     "pareto_smooth",
     "stratified_resample",
     "systematic_resample",
+    "thinned",
 ]
 
 Floats = NDArray[np.float64]
@@ -226,6 +228,20 @@ def systematic_resample(log_w: Floats, n: int, rng: np.random.Generator | None =
     Without ``rng`` that number is 1/2: no chance is in it, and each count is right to within one.
     """
     return _invert(log_w, (np.arange(n) + (0.5 if rng is None else rng.random())) / n)
+
+
+def even_rows(weights: Floats, n: int) -> Ints:
+    """``n`` rows in which each occurs as often as its weight says, to within one; without chance."""
+    with np.errstate(divide="ignore"):
+        return systematic_resample(np.log(weights), n)
+
+
+def thinned(weights: Floats, most: int) -> tuple[Ints, Floats]:
+    """At most so many rows that stand for all, and their weights, which sum to 1: even rows where there are more."""
+    if len(weights) <= most:
+        return np.arange(len(weights)), weights / np.sum(weights)
+    rows, times = np.unique(even_rows(weights, most), return_counts=True)
+    return rows, times / times.sum()
 
 
 def stratified_resample(log_w: Floats, n: int, rng: np.random.Generator) -> Ints:

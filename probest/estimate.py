@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from probest.backends.base import Array
-from probest.diagnostics import systematic_resample
+from probest.backends.base import Array, chunks
+from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.stratified import Stratified
-from probest.evidence import Code, Evidence, Floats, Note, Particles, Run
+from probest.evidence import Code, Evidence, Floats, Note, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
@@ -189,12 +189,8 @@ class Estimate(Result):
         particles = self.conclusion.particles
         if particles is None or not len(particles.z):
             return None
-        kept, counts = np.arange(len(particles.z)), None
-        if len(kept) > MAX_DECODED:  # systematically, so that each has its weight to within one part of them
-            kept, counts = np.unique(systematic_resample(particles.log_weight, MAX_DECODED), return_counts=True)
-        log_w = particles.log_weight[kept] if counts is None else np.log(counts)
-        weights = np.exp(log_w - log_w.max())
-        return self._decoded(Particles(particles.z[kept], log_w, particles.severity[kept]), weights / weights.sum())
+        rows, weights = thinned(np.exp(particles.log_weight - particles.log_weight.max()), MAX_DECODED)
+        return self._decoded(particles.z[rows], particles.severity[rows], weights)
 
     def blocks(self, rows: int) -> Iterator[Catastrophes]:
         particles = self.conclusion.particles
@@ -202,13 +198,13 @@ class Estimate(Result):
             return
         top = float(particles.log_weight.max())
         total = float(np.exp(particles.log_weight - top).sum())
-        for start in range(0, len(particles.z), rows):
-            part = Particles(*(column[start : start + rows] for column in particles))
-            yield self._decoded(part, np.exp(part.log_weight - top) / total)
+        for part in chunks(len(particles.z), rows):
+            weights = np.exp(particles.log_weight[part] - top) / total
+            yield self._decoded(particles.z[part], particles.severity[part], weights)
 
-    def _decoded(self, particles: Particles, weights: Floats) -> Catastrophes:
-        cases = self._event.decode(particles.z)
-        return Catastrophes(cases.sites, weights, particles.severity, cases.observation, cases.action)
+    def _decoded(self, z: Floats, severity: Floats, weights: Floats) -> Catastrophes:
+        cases = self._event.decode(z)
+        return Catastrophes(cases.sites, weights, severity, cases.observation, cases.action)
 
     @cached_property
     def drawn(self) -> Sample | None:

@@ -151,6 +151,36 @@ def test_settings_come_from_a_file(
     assert (settings["seed"], settings["budget"]) == (6, 6_000)
 
 
+def test_what_may_be_repeated_is_not_added_to_a_setting(
+    halfspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(halfspace.parent)
+    halfspace.with_name("pyproject.toml").write_text('[tool.probest.audit]\nestimator = ["tempering"]\nbudget = 5000\n')
+    for extra, methods in (([], ["tempering"]), (["--estimator", "line-sampling"], ["line sampling"])):
+        cli.main(["audit", str(halfspace), "--json", *extra])
+        record = json.loads(capsys.readouterr().out)
+        assert [row["method"] for row in record["ledger"]] == methods
+
+
+def test_a_file_runs_once_and_draws_its_cases(halfspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = halfspace.with_name("drawn.txt")
+    note = f"""
+def note(word):
+    with open({str(drawn)!r}, "a") as file:
+        file.write(word)
+
+note("run ")
+
+def show(ax, case):
+    note("case ")
+"""
+    halfspace.write_text(HALFSPACE + note)
+    assert cli.main(["report", str(halfspace), "--out", str(halfspace.with_name("out.html"))]) == 0
+    assert drawn.read_text().count("run") == 1
+    assert drawn.read_text().count("case") > 1
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -280,8 +310,11 @@ def test_train_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path.write_text(CART)
     checkpoint = tmp_path / "cart.safetensors"
     stop = ["--until", "-15", "--steps", "300", "--learning-rate", "0.01"]
-    arguments = [*stop, "--checkpoint", str(checkpoint), "--json"]
+    written = [tmp_path / f"run{suffix}" for suffix in (".html", ".png", ".nc")]
+    outs = [word for file in written for word in ("--out", str(file))]
+    arguments = [*stop, "--checkpoint", str(checkpoint), "--json", *outs]
     assert cli.main(["train", str(path), *arguments]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["upper"] < -14.5
     assert checkpoint.is_file()
+    assert all(file.stat().st_size > 1_000 for file in written)

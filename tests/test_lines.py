@@ -496,15 +496,17 @@ def test_a_walk_within_the_event_ends_at_its_corner(faces: int) -> None:
         assert float(np.linalg.norm(walk.u - corner_at)) < 0.3
 
 
-def test_modes_are_searched_for_as_dearly_as_lines_are_measured() -> None:
-    """Where lines cost much, the search for what they may have missed does too."""
-    event = hidden_corner(12, 1, 5.0, 6.5, 2.0, turn=1)
-    run = LineSampling(precision=0.02).run(event, budget=20_000, seed=seed(0))
-    calls = {row.method: row.calls for row in run.ledger}
-    assert calls["line sampling"] > 0
-    none = LineSampling(precision=0.02, tuning=replace(LineTuning(), searched=0.0))
-    starts = [r.conclusion.diagnostics["starts"] for r in (run, none.run(event, budget=20_000, seed=seed(0)))]
-    assert starts[0] >= starts[1]
+@pytest.mark.parametrize(
+    "event", [parabola(10, 4.0, 0.3), hidden_corner(12, 1, 5.0, 6.5, 2.0, turn=1)], ids=lambda event: event.name
+)
+def test_modes_are_searched_for_as_dearly_as_lines_are_measured(event: ExactEvent) -> None:
+    """Where lines cost more than the search did, it goes on: more starts, at the same lines."""
+    owing = LineSampling(precision=0.005)
+    free = replace(owing, tuning=replace(LineTuning(), searched=0.0))
+    found = [method.run(event, budget=20_000, seed=seed(0)).conclusion for method in (owing, free)]
+    starts, lines = ([one.diagnostics[name] for one in found] for name in ("starts", "lines"))
+    assert starts[0] > starts[1]
+    assert lines[0] == lines[1]
 
 
 def test_hidden_corners_are_seldom_missed_with_confidence() -> None:

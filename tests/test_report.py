@@ -71,8 +71,15 @@ class Estimate:
     catastrophes: Any = field(default_factory=Catastrophes)
     drawn: Any = field(default_factory=Catastrophes)
     settings: Any = field(default_factory=lambda: {"seed": 3, "versions": {"probest": "1"}})
+    nearest: Any = None
+    plates: Any = field(default_factory=dict)
+    observed: Any = field(default_factory=dict)
     calls: int = 25_000
     seconds: float = 130.4
+
+    def blocks(self, rows: int) -> Iterator[Any]:
+        if self.catastrophes is not None:
+            yield self.catastrophes
 
     @property
     def log_prob(self) -> float:

@@ -99,6 +99,8 @@ def test_settings_make_a_run_again(backend: str) -> None:
     several = audit(problem, methods=[Tempering(), MonteCarlo()], budget=6_000)
     assert set(several.settings["audited by"]) == {"tempering", "monte carlo"}
     assert several.nearest is not None
+    twice = audit(problem, methods=[MonteCarlo(), MonteCarlo()], budget=2_000)
+    assert len(twice.settings["audited by"]) == 2
     told: list[str] = []
     audit(problem, methods=[Tempering(), MonteCarlo()], budget=6_000, callback=lambda *news: told.append(news[2]))
     assert set(told) == {"tempering", "monte carlo"}

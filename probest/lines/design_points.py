@@ -378,18 +378,8 @@ class Search:
             outside = np.flatnonzero(self._evaluate(way).severity < 0.0)
             last = int(outside[0]) if len(outside) else len(way)
             inner, outer = (u if last == 0 else way[last - 1]), (way[last] if last < len(way) else None)
-            u = inner if outer is None else self._last(inner, outer)
+            u = inner if outer is None else self._between(inner[None], outer[None])[0]
         return None
-
-    def _last(self, inner: Floats, outer: Floats) -> Floats:
-        """The last catastrophe on the way from one to a point outside, by bisection."""
-        for _ in range(self.tuning.halvings):
-            middle = 0.5 * (inner + outer)
-            if float(self._evaluate(middle[None]).severity[0]) >= 0.0:
-                inner = middle
-            else:
-                outer = middle
-        return inner
 
     def nearer(self, z: Floats) -> Floats:
         """A catastrophe nearer to the origin: coordinates that it does not need are 0, the rest as short as it allows.
@@ -439,14 +429,17 @@ class Search:
 
     def _entries(self, z: Floats) -> Floats:
         """Where the rays to z enter the event, roughly."""
-        low, high = np.zeros(len(z)), np.ones(len(z))
+        return self._between(z, np.zeros_like(z))
+
+    def _between(self, inside: Floats, outside: Floats) -> Floats:
+        """The last catastrophe on the way from each row of ``inside`` to that of ``outside``, by bisection."""
         for _ in range(self.tuning.halvings):
-            if not self._room(2 * len(z)):
+            if not self._room(2 * len(inside)):
                 break
-            middle = 0.5 * (low + high)
-            inside = self._evaluate(z * middle[:, None]).severity >= 0.0
-            low, high = np.where(inside, low, middle), np.where(inside, middle, high)
-        return np.asarray(z * high[:, None])
+            middle = 0.5 * (inside + outside)
+            caught = (self._evaluate(middle).severity >= 0.0)[:, None]
+            inside, outside = np.where(caught, middle, inside), np.where(caught, outside, middle)
+        return np.asarray(inside)
 
     def start_from(self, z: Floats) -> int:
         """Walks from the rows of z; returns how many had a gradient to follow."""

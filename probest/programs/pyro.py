@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -111,23 +111,15 @@ class PyroRecording:
         log_weight = torch.zeros(())
         for term in self.trace.terms.values():
             log_weight = log_weight + term
-        observed = {name: Observed(at.value, at.plates) for name, at in self.trace.observed.items()}
+        observed = {name: seen for name, (_, seen) in self.trace.observed.items()}
         return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, observed)
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
         for name in names:
-            law, value, _ = self.trace.observed[name]
-            found[name] = self.trace.terms[name], law.support.check(value).all()
+            law, seen = self.trace.observed[name]
+            found[name] = self.trace.terms[name], law.support.check(seen.value).all()
         return found
-
-
-class _Seen(NamedTuple):
-    """An observed site, with its law."""
-
-    law: Any
-    value: Array
-    plates: tuple[str | None, ...]
 
 
 class _Record(Messenger):
@@ -137,7 +129,7 @@ class _Record(Messenger):
         super().__init__()
         self.sites: dict[str, Array] = {}
         self.terms: dict[str, Array] = {}
-        self.observed: dict[str, _Seen] = {}
+        self.observed: dict[str, tuple[Any, Observed]] = {}
         self.params: dict[str, Array] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
@@ -157,7 +149,7 @@ class _Record(Messenger):
                 term = torch.where(torch.as_tensor(msg["mask"]), term, torch.zeros_like(term))
             self.terms[name] = (term * msg["scale"]).sum()
             plates = plates_of(msg["cond_indep_stack"], msg["fn"].batch_shape)
-            self.observed[name] = _Seen(msg["fn"], msg["value"], plates)
+            self.observed[name] = msg["fn"], Observed(msg["value"], plates)
 
 
 class _Params(Messenger):

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probest.diagnostics import systematic_resample
+from probest.diagnostics import even_rows
 from probest.report.extras import extra
-from probest.report.protocols import EstimateLike, SampleLike
 from probest.report.record import estimate_record
 from probest.report.trees import leaves
+from probest.result import Result, Sample
 
 if TYPE_CHECKING:
     import xarray
@@ -38,8 +38,8 @@ class Naming(NamedTuple):
     coords: Mapping[str, Any]
 
     @classmethod
-    def of(cls, estimate: EstimateLike, dims: Dims | None, coords: Mapping[str, Any] | None) -> Naming:
-        return cls(getattr(estimate, "plates", {}), dims or {}, coords or {})
+    def of(cls, estimate: Result, dims: Dims | None, coords: Mapping[str, Any] | None) -> Naming:
+        return cls(estimate.plates, dims or {}, coords or {})
 
     def __call__(self, name: str, axes: int) -> tuple[str, ...]:
         """Names of so many axes of a site's value. Raises ValueError where ``dims`` has another number of them."""
@@ -50,7 +50,7 @@ class Naming(NamedTuple):
         return tuple(given or (plate or f"{_plain(name)}_dim_{axis}" for axis, plate in enumerate(plates)))
 
 
-def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mapping[str, Any] | None = None) -> Any:
+def to_arviz(estimate: Result, *, dims: Dims | None = None, coords: Mapping[str, Any] | None = None) -> Any:
     """An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree`` (since), with the groups described above.
 
     Raises:
@@ -68,19 +68,18 @@ def to_arviz(estimate: EstimateLike, *, dims: Dims | None = None, coords: Mappin
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
 
 
-def datasets(estimate: EstimateLike, naming: Naming) -> dict[str, xarray.Dataset]:
+def datasets(estimate: Result, naming: Naming) -> dict[str, xarray.Dataset]:
     """The groups of a fixed size: all but ``catastrophes``. Those of catastrophes only where there are some."""
     caught, attributes = estimate.catastrophes, _attributes(estimate)
     groups: dict[str, dict[str, Any]] = {}
     if caught is not None and len(caught.weights):
-        with np.errstate(divide="ignore"):
-            equal = systematic_resample(np.log(caught.weights), len(caught.weights))
+        equal = even_rows(caught.weights, len(caught.weights))
         groups["posterior"] = _draws(dict(_variables(caught)), naming, equal)
         groups["sample_stats"] = _draws({"severity": np.asarray(caught.severity)}, naming, equal)
     if estimate.drawn is not None:
         own = {**dict(_variables(estimate.drawn)), "severity": np.asarray(estimate.drawn.severity)}
         groups["prior"] = _draws(own, naming, np.arange(len(estimate.drawn.weights)))
-    seen = {name: at for name, at in getattr(estimate, "observed", {}).items() if np.size(at.value)}
+    seen = {name: at for name, at in estimate.observed.items() if np.size(at.value)}
     if seen:
         along = Naming({name: at.plates for name, at in seen.items()}, naming.dims, naming.coords)
         groups["observed_data"] = {
@@ -89,7 +88,7 @@ def datasets(estimate: EstimateLike, naming: Naming) -> dict[str, xarray.Dataset
     return {name: _labelled(group, naming).assign_attrs(attributes) for name, group in groups.items()}
 
 
-def particles(estimate: EstimateLike, caught: SampleLike | None, naming: Naming) -> xarray.Dataset:
+def particles(estimate: Result, caught: Sample | None, naming: Naming) -> xarray.Dataset:
     """The group ``catastrophes`` of these, or of a block of them, with severities and weights; empty without any."""
     if caught is None:
         return _labelled({}, naming).assign_attrs(_attributes(estimate))
@@ -105,7 +104,7 @@ def _plain(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _variables(sample: SampleLike) -> Iterator[tuple[str, np.ndarray]]:
+def _variables(sample: Sample) -> Iterator[tuple[str, np.ndarray]]:
     """Observation, action and sites."""
     for what in ("observation", "action"):
         for name, leaf in leaves(getattr(sample, what), what):
@@ -139,7 +138,7 @@ def _labelled(variables: Mapping[str, Any], naming: Naming) -> xarray.Dataset:
     return found.assign_coords(labels)
 
 
-def _attributes(estimate: EstimateLike) -> dict[str, Any]:
+def _attributes(estimate: Result) -> dict[str, Any]:
     """The numbers of the estimate, as types that netCDF can hold."""
     record = estimate_record(estimate)
     return {

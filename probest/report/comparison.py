@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from probest.report.protocols import EstimateLike
 from probest.report.text import format_count, format_log, format_prob, format_seconds
 from probest.result import Result
 
@@ -49,14 +48,14 @@ def comparison_table(title: str, candidates: Sequence[Candidate]) -> Table:
     return table
 
 
-def _level(estimate: EstimateLike, shown: Callable[[float], str]) -> str:
+def _level(estimate: Result, shown: Callable[[float], str]) -> str:
     """log P or P; where no catastrophe was found, what it is at most."""
     if math.isfinite(estimate.log_prob):
         return shown(estimate.log_prob)
     return f"≤ {shown(estimate.upper)}"
 
 
-def _interval(estimate: EstimateLike) -> str:
+def _interval(estimate: Result) -> str:
     return f"[{format_log(estimate.lower)}, {format_log(estimate.upper)}]"
 
 

@@ -15,12 +15,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from probest.report.extras import extra
 from probest.report.html import STATES, ledger_html
 from probest.report.plots import plot_costs, plot_history, plot_result
-from probest.report.protocols import EstimateLike, RunLike
+from probest.report.plots.axes import figure_of
+from probest.report.plots.ledger import KHAT
+from probest.report.protocols import RunLike
 from probest.report.tables import advice, case_rows, run_rows
 from probest.report.text import (
     format_count,
@@ -94,7 +94,7 @@ def write_run_report(
 ) -> Path:
     """A report of a training run: before and after, the way there, what it cost, and the estimate to believe."""
     believed = run.believed
-    settings = getattr(believed, "settings", {})
+    settings = believed.settings
     title = title or "Training catastrophes away"
     head, rows = run_rows(run)
     parts = [
@@ -124,7 +124,7 @@ def _write(path: str | os.PathLike[str], title: str, parts: Iterable[str]) -> Pa
     return path
 
 
-def _verdict(result: EstimateLike, what: str = "") -> str:
+def _verdict(result: Result, what: str = "") -> str:
     state, colour = STATES[result.converged]
     if math.isfinite(result.log_prob):
         number = f"P = {format_prob(result.log_prob)}"
@@ -148,7 +148,7 @@ def _verdict(result: EstimateLike, what: str = "") -> str:
     )
 
 
-def _evidence(result: EstimateLike, show: Callable[[Any, Case], None] | None) -> list[str]:
+def _evidence(result: Result, show: Callable[[Any, Case], None] | None) -> list[str]:
     """The argument, the catastrophes, and how healthy the samples are."""
     claims = dict.fromkeys(row.claim for row in result.ledger)
     strata = any(row.stratum is not None for row in result.ledger)
@@ -157,7 +157,7 @@ def _evidence(result: EstimateLike, show: Callable[[Any, Case], None] | None) ->
             "The argument",
             "<p>Every method that ran, in order, and by how many nats each moved the answer. Methods that look in "
             "different ways and come to the same number are what makes it believable.</p>",
-            f'<div class="scroll">{ledger_html(result)}</div>',
+            ledger_html(result),
             _picture(
                 lambda: plot_result(result, "ledger"),
                 "Hollow marks and broken lines have not converged; the band is the conclusion.",
@@ -181,13 +181,14 @@ def _evidence(result: EstimateLike, show: Callable[[Any, Case], None] | None) ->
                 _picture(lambda: plot_result(result, "cases", show=show), "Some of them, as the model saw them."),
             )
         )
-    nearest = getattr(result, "nearest", None)
-    if nearest is not None:
-        parts.append(_nearest(nearest))
+    if result.nearest is not None:
+        parts.append(_nearest(result.nearest))
     parts.append(
         _section(
             "Health",
-            _picture(lambda: plot_result(result, "diagnostics"), "Few effective cases, or a k above 0.7: do not rely."),
+            _picture(
+                lambda: plot_result(result, "diagnostics"), f"Few effective cases, or k above {KHAT}: do not rely."
+            ),
             _notes(result),
         )
     )
@@ -200,7 +201,7 @@ def _nearest(case: Case) -> str:
     return _section(what, _table(rows, ("", "value")))
 
 
-def _notes(result: EstimateLike) -> str:
+def _notes(result: Result) -> str:
     rows = [
         (row.method, ", ".join(f"{k} {format_short(v)}" for k, v in row.diagnostics.items()), " ".join(row.notes))
         for row in result.ledger
@@ -237,7 +238,7 @@ def _picture(draw: Callable[[], Any], caption: str) -> str:
         axes = draw()
     except ValueError as error:
         return f'<p class="soft">{escape(str(error).partition(": ")[2] or str(error))}</p>'
-    figure, buffer = np.ravel(axes)[0].figure, BytesIO()
+    figure, buffer = figure_of(axes), BytesIO()
     figure.savefig(buffer, format="png", dpi=144)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from probest.report.tables import COLUMNS, LedgerRow, advice, case_rows, ledger_rows, run_rows, search_rows, verdict
 
 if TYPE_CHECKING:
-    from probest.report.protocols import EstimateLike, RunLike, SearchLike
-    from probest.result import Case
+    from probest.report.protocols import RunLike, SearchLike
+    from probest.result import Case, Result
 
 __all__ = ["STATES", "case_html", "estimate_html", "ledger_html", "run_html", "search_html"]
 
@@ -20,12 +20,12 @@ STATES = {True: ("converged", "#2e7d32"), False: ("not converged", "#b26a00")}
 _CELL = "padding:.2em .6em;white-space:nowrap;text-align:"
 
 
-def estimate_html(estimate: EstimateLike) -> str:
+def estimate_html(estimate: Result) -> str:
     """The ledger as a table, the verdict above it, and advice below where there is any."""
     return _framed(estimate.converged, verdict(estimate), ledger_html(estimate), advice(estimate))
 
 
-def ledger_html(estimate: EstimateLike) -> str:
+def ledger_html(estimate: Result) -> str:
     """The ledger as a table."""
     body = "".join(_row_html(row) for row in ledger_rows(estimate))
     return _table_html(COLUMNS, body)

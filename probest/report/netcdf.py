@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from probest.diagnostics import systematic_resample
+from probest.diagnostics import thinned
 from probest.evidence import Evidence
 from probest.programs.base import Observed
 from probest.report.arviz import Naming, datasets, particles
 from probest.report.extras import extra
-from probest.report.protocols import EstimateLike
 from probest.report.record import evidence_of
 from probest.result import Catastrophes, Result, Sample
 
@@ -83,7 +82,7 @@ class Saved(Result):
 
 
 def to_netcdf(
-    estimate: EstimateLike,
+    estimate: Result,
     path: str | os.PathLike[str],
     *,
     dims: Mapping[str, Sequence[str]] | None = None,
@@ -102,8 +101,8 @@ def to_netcdf(
     for label, group in datasets(estimate, naming).items():
         group.to_netcdf(path, mode=mode, group=label, engine=engine, encoding=_packed(group))
         mode = "a"
-    blocks = estimate.blocks(BLOCK) if isinstance(estimate, Result) else iter(())
-    first = next(blocks, estimate.catastrophes)
+    blocks = estimate.blocks(BLOCK)
+    first = next(blocks, None)
     group = particles(estimate, first, naming)
     along = [] if first is None else ["particle"]
     group.to_netcdf(path, mode=mode, group="catastrophes", engine=engine, encoding=_packed(group), unlimited_dims=along)
@@ -164,12 +163,7 @@ def load(path: str | os.PathLike[str]) -> Saved:
 
 def _caught(group: Any) -> tuple[Catastrophes, dict[str, tuple[str, ...]]]:
     """The catastrophes of a file, or ``BLOCK`` of them by their weights; and names of the axes of their sites."""
-    weights = np.asarray(group["weight"].values, dtype=np.float64)
-    rows, shares = np.arange(len(weights)), weights
-    if len(weights) > BLOCK:
-        with np.errstate(divide="ignore"):
-            rows, times = np.unique(systematic_resample(np.log(weights), BLOCK), return_counts=True)
-        shares = times / times.sum()
+    rows, shares = thinned(np.asarray(group["weight"].values, dtype=np.float64), BLOCK)
     read = _sample(group.isel(particle=rows).load(), "particle")
     plates = {str(name): tuple(map(str, value.dims[1:])) for name, value in read.sites.items()}
     return Catastrophes(*read.parts(shares)), plates

@@ -1,78 +1,14 @@
-"""What a report reads of the things it shows, so that reports depend on no backend and on no estimator."""
+"""What a report reads of training runs and searches, so that reports depend on neither."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from probest.evidence import Evidence, Floats
+from probest.evidence import Floats
+from probest.result import Result
 
-__all__ = ["EstimateLike", "RunLike", "SampleLike", "SearchLike", "StepLike"]
-
-
-class SampleLike(Protocol):
-    """Weighted cases: a mapping from site names to arrays of shape ``(n, ...)``."""
-
-    @property
-    def weights(self) -> Floats:
-        """``(n,)``, summing to one."""
-
-    @property
-    def severity(self) -> Floats:
-        """``(n,)``, at least 0 for a catastrophe."""
-
-    @property
-    def observation(self) -> Any:
-        """What the model saw: a pytree of arrays of shape ``(n, ...)``."""
-
-    @property
-    def action(self) -> Any:
-        """What the model did: a pytree of arrays of shape ``(n, ...)``."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def __getitem__(self, name: str, /) -> Any: ...
-
-
-class EstimateLike(Protocol):
-    """An estimate of log P, with its ledger."""
-
-    @property
-    def log_prob(self) -> float: ...
-
-    @property
-    def std_error(self) -> float: ...
-
-    @property
-    def lower(self) -> float: ...
-
-    @property
-    def upper(self) -> float: ...
-
-    @property
-    def converged(self) -> bool: ...
-
-    @property
-    def advice(self) -> Sequence[str]: ...
-
-    @property
-    def ledger(self) -> Sequence[Evidence]: ...
-
-    @property
-    def conclusion(self) -> Evidence: ...
-
-    @property
-    def calls(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def catastrophes(self) -> SampleLike | None: ...
-
-    @property
-    def drawn(self) -> SampleLike | None:
-        """Draws of the adversary itself."""
+__all__ = ["RunLike", "SearchLike", "StepLike"]
 
 
 class StepLike(Protocol):
@@ -114,16 +50,16 @@ class RunLike(Protocol):
     def history(self) -> Sequence[StepLike]: ...
 
     @property
-    def before(self) -> EstimateLike: ...
+    def before(self) -> Result: ...
 
     @property
-    def after(self) -> EstimateLike: ...
+    def after(self) -> Result: ...
 
     @property
-    def audit(self) -> EstimateLike | None: ...
+    def audit(self) -> Result | None: ...
 
     @property
-    def believed(self) -> EstimateLike: ...
+    def believed(self) -> Result: ...
 
     @property
     def converged(self) -> bool: ...
@@ -139,7 +75,7 @@ class SearchLike(Protocol):
     """A search for the worst adversary."""
 
     @property
-    def base(self) -> EstimateLike: ...
+    def base(self) -> Result: ...
 
     @property
     def history(self) -> Floats: ...

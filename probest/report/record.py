@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from probest.evidence import Code, Evidence, Level, Note
-from probest.report.protocols import EstimateLike
+from probest.result import Result
 
 __all__ = ["estimate_record", "evidence_of", "versions"]
 
@@ -30,7 +30,7 @@ def versions(*libraries: str) -> dict[str, str]:
     return found
 
 
-def estimate_record(estimate: EstimateLike) -> dict[str, Any]:
+def estimate_record(estimate: Result) -> dict[str, Any]:
     """The conclusion, the advice, the settings and the ledger. JSON has no infinities: they are strings, ``-inf``."""
     return {
         "log_prob": _number(estimate.log_prob),
@@ -41,7 +41,7 @@ def estimate_record(estimate: EstimateLike) -> dict[str, Any]:
         "calls": int(estimate.calls),
         "seconds": float(estimate.seconds),
         "advice": list(estimate.advice),
-        "settings": dict(getattr(estimate, "settings", {})),
+        "settings": dict(estimate.settings),
         "ledger": [_evidence_record(evidence) for evidence in estimate.ledger],
     }
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probest.evidence import Evidence
-from probest.report.protocols import EstimateLike, RunLike, SearchLike
+from probest.report.protocols import RunLike, SearchLike
 from probest.report.text import (
     format_count,
     format_interval,
@@ -33,7 +33,7 @@ from probest.report.text import (
 from probest.report.trees import leaves
 
 if TYPE_CHECKING:
-    from probest.result import Case
+    from probest.result import Case, Result
 
 __all__ = [
     "COLUMNS",
@@ -43,6 +43,7 @@ __all__ = [
     "estimate_table",
     "estimate_text",
     "ledger_rows",
+    "moves",
     "run_rows",
     "search_rows",
     "verdict",
@@ -61,20 +62,23 @@ class LedgerRow(NamedTuple):
     concludes: bool
 
 
-def ledger_rows(estimate: EstimateLike) -> list[LedgerRow]:
+def ledger_rows(estimate: Result) -> list[LedgerRow]:
     """The ledger of ``estimate``, a row for each piece of evidence."""
     before = math.nan
     rows = []
     for evidence in estimate.ledger:
-        whole = evidence.claim not in _BOUNDS and evidence.stratum is None
-        is_estimate = whole and math.isfinite(evidence.log_prob)
-        moved = evidence.log_prob - before if is_estimate else math.nan
+        moved = evidence.log_prob - before if moves(evidence) else math.nan
         rows.append(_row(evidence, moved, concludes=evidence is estimate.conclusion))
-        before = evidence.log_prob if is_estimate else before
+        before = evidence.log_prob if moves(evidence) else before
     return rows
 
 
-def verdict(estimate: EstimateLike) -> str:
+def moves(evidence: Evidence) -> bool:
+    """Whether a line says what log P is, so that it moves the answer: bounds and strata do not."""
+    return evidence.claim not in _BOUNDS and evidence.stratum is None and math.isfinite(evidence.log_prob)
+
+
+def verdict(estimate: Result) -> str:
     """The conclusion in one sentence."""
     state = "converged" if estimate.converged else "not converged"
     spent = f"{format_count(estimate.calls)} model calls, {format_seconds(estimate.seconds)}"
@@ -85,7 +89,7 @@ def verdict(estimate: EstimateLike) -> str:
     return f"P = {format_prob(estimate.log_prob)} {interval} (95 %), log P = {log_prob}. {state.capitalize()}; {spent}."
 
 
-def advice(estimate: EstimateLike) -> list[str]:
+def advice(estimate: Result) -> list[str]:
     """What to do next: the estimate's own advice, or else the notes of the evidence that did not converge."""
     own = list(estimate.advice)
     if own or estimate.converged:
@@ -119,7 +123,7 @@ def search_rows(search: SearchLike) -> tuple[tuple[str, ...], list[tuple[str, ..
     return head, [("D", "", "0.00", *base), ("found", "", kl, *found), ("worst, closed form", "", kl, *worst)]
 
 
-def _levels(one: EstimateLike) -> tuple[str, ...]:
+def _levels(one: Result) -> tuple[str, ...]:
     interval = format_interval((one.lower, one.upper))
     level = _with_error(one.log_prob, one.std_error)
     return level, format_prob(one.log_prob), interval, format_count(one.calls), format_seconds(one.seconds)
@@ -129,14 +133,14 @@ def _spent(cost: Any) -> tuple[str, str]:
     return format_count(cost.calls), format_seconds(cost.seconds)
 
 
-def estimate_table(estimate: EstimateLike) -> Group:
+def estimate_table(estimate: Result) -> Group:
     """A rich renderable: the ledger, the verdict, and advice where there is any."""
     lines = [Text(verdict(estimate), style="green" if estimate.converged else "yellow")]
     lines += [Text(f"• {line}") for line in advice(estimate)]
     return Group(_Ledger(ledger_rows(estimate)), *lines)
 
 
-def estimate_text(estimate: EstimateLike, width: int = 120) -> str:
+def estimate_text(estimate: Result, width: int = 120) -> str:
     """The same as plain text, for ``str(estimate)`` and for logs."""
     buffer = StringIO()
     Console(file=buffer, width=width, color_system=None, force_jupyter=False).print(estimate_table(estimate))

@@ -13,7 +13,8 @@ from typing import Any
 from probest.report.plots.cases import plot_cases, plot_pairs
 from probest.report.plots.ledger import plot_diagnostics, plot_intervals, plot_ledger, plot_path
 from probest.report.plots.training import plot_costs, plot_history, plot_search
-from probest.report.protocols import EstimateLike, RunLike
+from probest.report.protocols import RunLike
+from probest.result import Result
 
 __all__ = [
     "RESULT_KINDS",
@@ -42,7 +43,7 @@ RESULT_KINDS = {
 RUN_KINDS = {"history": plot_history, "costs": plot_costs}
 
 
-def plot_result(result: EstimateLike, kind: str = "ledger", **options: Any) -> Any:
+def plot_result(result: Result, kind: str = "ledger", **options: Any) -> Any:
     """Draw one of ``RESULT_KINDS``. Raises ValueError for any other."""
     return _chosen(RESULT_KINDS, kind)(result, **options)
 

@@ -12,14 +12,26 @@ import numpy as np
 from probest.evidence import Evidence
 from probest.report.extras import extra
 
-__all__ = ["COLOURS", "LINES", "MARKERS", "WIDTH", "axes", "grid", "limits", "prob_scale", "styled", "whisker"]
+__all__ = [
+    "COLOURS",
+    "LINES",
+    "MARKERS",
+    "WIDTH",
+    "axes",
+    "figure_of",
+    "grid",
+    "limits",
+    "prob_scale",
+    "styled",
+    "whisker",
+]
 
 WIDTH = 7.0
 """Inches; a notebook's column."""
 
 MARKERS = {"unbiased": "o", "consistent": "s", "lower": ">", "upper": "<", "heuristic": "D"}
 COLOURS = {"unbiased": "C0", "consistent": "C0", "lower": "C2", "upper": "C3", "heuristic": "0.45"}
-LINES = {True: "-", False: (0, (2, 1.5))}
+LINES: dict[bool, Any] = {True: "-", False: (0, (2, 1.5))}
 """Solid for what has converged, broken for what has not."""
 
 _LN10 = math.log(10.0)
@@ -63,6 +75,11 @@ def axes(ax: Any, height: float) -> Any:
 def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
     """An array of new axes, ``(rows, columns)``."""
     return extra("matplotlib.pyplot", "plots").subplots(rows, columns, figsize=size, squeeze=False, **options)[1]
+
+
+def figure_of(ax: Any) -> Any:
+    """The figure of axes, or of an array of them, as the plots return them."""
+    return np.ravel(ax)[0].figure
 
 
 def limits(values: list[float], *, room: float = 0.08, least: float = 0.5) -> tuple[float, float]:

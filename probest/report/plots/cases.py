@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from probest.diagnostics import systematic_resample
+from probest.diagnostics import even_rows
 from probest.report.plots.axes import WIDTH, grid, styled
-from probest.report.protocols import EstimateLike, SampleLike
 from probest.report.trees import leaves, mapped
-from probest.result import Case
+from probest.result import Case, Result, Sample
 
 __all__ = ["plot_cases", "plot_pairs", "show_case"]
 
@@ -20,7 +19,7 @@ _CAUGHT, _DRAWN = "#a50f15", "0.7"  # far apart in grey too
 _GREATEST_AXIS = 4_096
 
 
-def plot_pairs(estimate: EstimateLike, *, names: Sequence[str] | None = None, most: int = 4) -> Any:
+def plot_pairs(estimate: Result, *, names: Sequence[str] | None = None, most: int = 4) -> Any:
     """Where catastrophes lie, beside draws of D: each pair of coordinates, and each by itself on the diagonal.
 
     Args:
@@ -59,7 +58,7 @@ def plot_pairs(estimate: EstimateLike, *, names: Sequence[str] | None = None, mo
 
 
 def plot_cases(
-    estimate: EstimateLike,
+    estimate: Result,
     *,
     show: Callable[[Any, Case], None] | None = None,
     shape: tuple[int, int] | None = None,
@@ -85,8 +84,7 @@ def plot_cases(
     caught = estimate.catastrophes
     if caught is None:
         raise ValueError('kind="cases": no catastrophe was found. Give estimate() a larger budget')
-    with np.errstate(divide="ignore"):
-        chosen = np.unique(systematic_resample(np.log(caught.weights), rows * columns))
+    chosen = np.unique(even_rows(caught.weights, rows * columns))
     with styled():
         ax = grid(rows, columns, (WIDTH, rows * WIDTH / columns * 1.15), sharey=show is None)
         for at in ax.flat[len(chosen) :]:
@@ -102,7 +100,7 @@ def plot_cases(
     return ax
 
 
-def case_at(sample: SampleLike, index: int) -> Case:
+def case_at(sample: Sample, index: int) -> Case:
     """One case of a sample."""
 
     def row(leaf: Any) -> Any:
@@ -147,7 +145,7 @@ def _pair(ax: Any, i: int, j: int, x: np.ndarray, y: np.ndarray, outside: Any) -
         ax.plot(x, y, "x", color=_CAUGHT, markersize=3, alpha=0.6, markeredgewidth=0.7)
 
 
-def _columns(sample: SampleLike) -> list[tuple[str, int]]:
+def _columns(sample: Sample) -> list[tuple[str, int]]:
     """Names of the sites' coordinates, site by site; and of observation and action where there are no sites."""
     found = []
     for name, values in _arrays(sample).items():
@@ -155,7 +153,7 @@ def _columns(sample: SampleLike) -> list[tuple[str, int]]:
     return found
 
 
-def _arrays(sample: SampleLike) -> dict[str, np.ndarray]:
+def _arrays(sample: Sample) -> dict[str, np.ndarray]:
     arrays = {name: np.asarray(sample[name]) for name in sample}
     for what in ("observation", "action"):
         for name, leaf in leaves(getattr(sample, what), what):
@@ -168,14 +166,14 @@ def _label(name: str, values: np.ndarray, k: int) -> str:
     return name if not shape else f"{name}[{', '.join(str(i) for i in np.unravel_index(k, shape))}]"
 
 
-def _column(sample: SampleLike, label: str) -> np.ndarray:
+def _column(sample: Sample, label: str) -> np.ndarray:
     name, _, rest = label.partition("[")
     values = _arrays(sample)[name]
     index: Any = (slice(None), *(int(i) for i in rest.rstrip("]").split(","))) if rest else ...
     return np.asarray(values[index], dtype=np.float64)
 
 
-def _named(sample: SampleLike, names: Sequence[str]) -> list[str]:
+def _named(sample: Sample, names: Sequence[str]) -> list[str]:
     arrays = _arrays(sample)
     known = {_label(name, arrays[name], k) for name, k in _columns(sample)}
     missing = [name for name in names if name not in known]
@@ -185,7 +183,7 @@ def _named(sample: SampleLike, names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _moved(caught: SampleLike, drawn: SampleLike | None, most: int) -> list[str]:
+def _moved(caught: Sample, drawn: Sample | None, most: int) -> list[str]:
     """The coordinates of sites that differ most from D's own in mean or spread; the first ones without draws of D."""
     inside = {name: np.asarray(caught[name]) for name in caught if np.asarray(caught[name]).dtype.kind in "fiub"}
     scores: list[tuple[float, str]] = []
@@ -208,8 +206,7 @@ def _moved(caught: SampleLike, drawn: SampleLike | None, most: int) -> list[str]
     return ranked[:most]
 
 
-def _thinned(sample: SampleLike, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _thinned(sample: Sample, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns of equally likely cases, at most ``_POINTS`` of them."""
-    with np.errstate(divide="ignore"):
-        rows = systematic_resample(np.log(sample.weights), min(_POINTS, len(sample.weights)))
+    rows = even_rows(sample.weights, min(_POINTS, len(sample.weights)))
     return {name: values[rows] for name, values in columns.items()}

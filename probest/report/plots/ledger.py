@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 
 from probest.evidence import QUANTILES, Evidence
-from probest.report.plots.axes import COLOURS, MARKERS, WIDTH, axes, grid, limits, prob_scale, styled, whisker
-from probest.report.protocols import EstimateLike
+from probest.report.plots.axes import COLOURS, LINES, MARKERS, WIDTH, axes, grid, limits, prob_scale, styled, whisker
+from probest.report.tables import moves
 from probest.report.text import format_count, format_log
+from probest.result import Result
 
-__all__ = ["plot_diagnostics", "plot_intervals", "plot_ledger", "plot_path"]
+__all__ = ["KHAT", "plot_diagnostics", "plot_intervals", "plot_ledger", "plot_path"]
 
 KHAT = 0.7
 """Pareto k from which on weights have hardly a mean (Vehtari et al. 2024)."""
 
 
-def plot_ledger(estimate: EstimateLike, ax: Any = None) -> Any:
+def plot_ledger(estimate: Result, ax: Any = None) -> Any:
     """The ledger as a waterfall: what each method said, in the order in which they ran, and by how much it moved log P.
 
     A bar reaches from the estimate before to this one; bounds and strata have none. Hollow marks and broken lines have
@@ -50,7 +51,7 @@ def plot_ledger(estimate: EstimateLike, ax: Any = None) -> Any:
 
 
 def plot_intervals(
-    results: EstimateLike | Mapping[str, EstimateLike],
+    results: Result | Mapping[str, Result],
     ax: Any = None,
     *,
     exact: float | Sequence[float] | None = None,
@@ -87,7 +88,7 @@ def plot_intervals(
     return ax
 
 
-def plot_path(estimate: EstimateLike, ax: Any = None) -> Any:
+def plot_path(estimate: Result, ax: Any = None) -> Any:
     """Severity on tempering's way from D to the event, against what of D's mass is left.
 
     The last run of tempering in the ledger: median, middle half and 5 to 95 % of its population's severities at each
@@ -129,7 +130,7 @@ def plot_path(estimate: EstimateLike, ax: Any = None) -> Any:
     return ax
 
 
-def plot_diagnostics(estimate: EstimateLike, ax: Any = None) -> Any:
+def plot_diagnostics(estimate: Result, ax: Any = None) -> Any:
     """Effective sample size, and Pareto k, of each method that has them: two axes.
 
     Args:
@@ -168,11 +169,6 @@ def plot_diagnostics(estimate: EstimateLike, ax: Any = None) -> Any:
     return ax
 
 
-def moves(row: Evidence) -> bool:
-    """Whether a line says what log P is, so that the next one moves it: bounds and strata do not."""
-    return row.claim not in ("lower", "upper") and row.stratum is None and math.isfinite(row.log_prob)
-
-
 def _size(row: Evidence) -> float:
     found = (row.diagnostics.get(name, math.nan) for name in ("ess", "island_ess", "hits"))
     return next((value for value in found if math.isfinite(value)), math.nan)
@@ -195,13 +191,13 @@ def _within(severity: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(severity, low, high))
 
 
-def _band(ax: Any, estimate: EstimateLike, ends: tuple[float, float]) -> None:
+def _band(ax: Any, estimate: Result, ends: tuple[float, float]) -> None:
     low, high = max(estimate.lower, ends[0]), min(estimate.upper, ends[1])
     if low < high:
         ax.axvspan(low, high, color="C0", alpha=0.12, linewidth=0, zorder=0)
 
 
-def _named(results: EstimateLike | Mapping[str, EstimateLike]) -> list[tuple[str, Evidence]]:
+def _named(results: Result | Mapping[str, Result]) -> list[tuple[str, Evidence]]:
     """Lines to set beside each other: several conclusions, the strata of one result with their sum, or its methods."""
     if isinstance(results, Mapping):
         return [(name, result.conclusion) for name, result in results.items()]
@@ -234,7 +230,7 @@ def _claims(ax: Any, rows: Sequence[Evidence]) -> None:
     claims = dict.fromkeys(row.claim for row in rows if math.isfinite(row.log_prob))
     marks = [Line2D([], [], color=COLOURS[c], marker=MARKERS[c], linestyle="", label=c) for c in claims]
     if any(not row.converged for row in rows):
-        marks.append(Line2D([], [], color="0.3", linestyle=(0, (2, 1.5)), label="not converged"))
+        marks.append(Line2D([], [], color="0.3", linestyle=LINES[False], label="not converged"))
     if marks:  # below the axis and its label, whatever the height of the axes
         below = ScaledTranslation(0.0, -3.4 * rcParams["font.size"] / 72.0, ax.figure.dpi_scale_trans)
         ax.legend(
@@ -243,7 +239,7 @@ def _claims(ax: Any, rows: Sequence[Evidence]) -> None:
         )  # fmt: skip
 
 
-def _title(estimate: EstimateLike) -> str:
+def _title(estimate: Result) -> str:
     said = f"log P = {format_log(estimate.log_prob)} ± {format_log(estimate.std_error)}"
     if not math.isfinite(estimate.log_prob):
         said = f"no catastrophe seen: log P ≤ {format_log(estimate.upper)}"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from probest.report.plots.axes import WIDTH, axes, grid, limits, prob_scale, styled
-from probest.report.protocols import EstimateLike, RunLike, SearchLike
+from probest.report.protocols import RunLike, SearchLike
+from probest.result import Result
 
 __all__ = ["plot_costs", "plot_history", "plot_search"]
 
@@ -103,7 +104,7 @@ def plot_search(search: SearchLike, ax: Any = None) -> Any:
     return ax
 
 
-def _point(ax: Any, result: EstimateLike, at: float, marker: str, colour: str, name: str) -> None:
+def _point(ax: Any, result: Result, at: float, marker: str, colour: str, name: str) -> None:
     """An estimate with its interval; an arrow down from its upper bound where it found nothing."""
     if math.isfinite(result.log_prob):
         _bar(ax, at, result.log_prob, result.lower, result.upper, marker, colour, name)
