@@ -1,0 +1,1 @@
+"""Moments of a function of Gaussian inputs, by reading the function instead of drawing from it."""

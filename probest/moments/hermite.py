@@ -1,0 +1,204 @@
+"""Elementwise functions of Gaussians: Hermite expansions, by quadrature, for any f that is applied entry by entry.
+
+For x ~ N(m, v) write x = m + √v ε and f(x) = Σ_k c_k he_k(ε), he_k = He_k / √k! the orthonormal Hermite polynomials:
+
+    E f = c_0,    E f' = c_1 / √v,    Var f = Σ_{k≥1} c_k²,    Cov(f(x_i), g(x_j)) = Σ_{k≥1} c_ki d_kj ρ_ij^k
+
+(Mehler's formula; Daniely, Frostig and Singer 2016). Cut off after order K, the last series lacks at most
+|ρ|^(K+1) √(T_i U_j), with T = Var f − Σ_{1≤k≤K} c_k² and U the same for g: T is known, so the order follows from a
+tolerance, and what is left out is stated.
+
+The integrals are Gauss–Legendre sums between the places where f or a derivative of it jumps (`breaks`), and the
+trapezoidal rule where there are none: it converges geometrically in the distance of f's nearest singularity from the
+real axis (Trefethen and Weideman 2014). The number of nodes is doubled until the moments no longer move.
+
+Every function takes the backend's special functions (`special_torch`, `special_jax`) as ``s``. The numbers of nodes and
+orders depend on values, so nothing here can be compiled as a whole; everything can be differentiated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Expansion", "Quadrature", "covariance", "expand", "hermite"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How finely integrals are taken.
+
+    Attributes:
+        reach: standard deviations to either side of the mean: f may act as far as 8 from it.
+        nodes, most_nodes: without breaks, the number at first and the largest.
+        per_piece, most_per_piece: between two breaks, the same.
+        tolerance: by how much half the nodes may change E f, E f' and Var f, in units of f's standard deviation and
+            |E f|.
+        covariance: error allowed in a covariance, in units of the largest standard deviations of f and g.
+        orders: the most Hermite orders that are kept.
+    """
+
+    reach: float = 12.0
+    nodes: int = 192
+    most_nodes: int = 6144
+    per_piece: int = 32
+    most_per_piece: int = 256
+    tolerance: float = 1e-7
+    covariance: float = 1e-6
+    orders: int = 128
+
+    def __post_init__(self) -> None:
+        positive = ("reach", "nodes", "most_nodes", "per_piece", "most_per_piece", "tolerance", "covariance", "orders")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Quadrature({name}={getattr(self, name)!r}): it must be above 0")
+
+
+class Expansion(NamedTuple):
+    """f of n Gaussians x_i ~ N(m_i, v_i), by quadrature: Q nodes for each.
+
+    mean, variance ``(n,)`` of f(x). nodes ``(Q, n)``: ε, in standard deviations from m. weights ``(Q, n)``: of the
+    standard normal law. centred ``(Q, n)``: f − E f there. std ``(n,)``: √v. error: by how much half the nodes would
+    have changed the moments, in units of f's standard deviation and |mean|.
+    """
+
+    mean: Array
+    variance: Array
+    nodes: Array
+    weights: Array
+    centred: Array
+    std: Array
+    error: float
+
+
+def expand(
+    s: Any,
+    f: Callable[[Array], Array],
+    mean: Array,
+    std: Array,
+    breaks: Sequence[Array | float] = (),
+    settings: Quadrature = Quadrature(),
+) -> Expansion:
+    """The expansion of ``f`` of N(mean, std²), entry by entry.
+
+    Args:
+        s: the backend's special functions.
+        f: takes an array ``(Q, n)`` of values of x and is applied entry by entry.
+        mean: ``(n,)``, of x.
+        std: ``(n,)``, of x; ≥ 0.
+        breaks: values of x, scalars or ``(n,)``, at which f or one of its first derivatives may jump.
+        settings: how finely.
+
+    Raises:
+        ValueError: ``f`` is not finite within reach, or does not return one value for each of x.
+    """
+    size, most = (settings.per_piece, settings.most_per_piece) if breaks else (settings.nodes, settings.most_nodes)
+    coarse = _expand(s, f, mean, std, breaks, size // 2, settings.reach)
+    while True:
+        fine = _expand(s, f, mean, std, breaks, size, settings.reach)
+        error = _moved(s, coarse, fine)
+        if math.isnan(error):
+            raise ValueError(
+                f"{getattr(f, '__name__', 'f')} is not finite within {settings.reach:g} standard deviations of the mean"
+            )
+        if error <= max(settings.tolerance, 64 * float(s.xp.finfo(fine.mean.dtype).eps)) or 2 * size > most:
+            return fine._replace(error=error)
+        coarse, size = fine, 2 * size
+
+
+def covariance(
+    s: Any, left: Expansion, right: Expansion, correlation: Array, settings: Quadrature = Quadrature()
+) -> tuple[Array, float]:
+    """Cov(f(x_i), g(y_j)) ``(n, m)`` for jointly Gaussian x and y of the given correlations, and a bound of its error.
+
+    The bound, in units of the largest standard deviations of f and g, is of what the orders left out can amount to.
+    """
+    xp = s.xp
+    scale = _number(s, xp.max(left.variance)) ** 0.5 * _number(s, xp.max(right.variance)) ** 0.5
+    largest = min(_number(s, xp.max(xp.abs(correlation))), 1.0)
+    if scale == 0 or largest == 0:
+        return 0.0 * correlation, 0.0
+    total, power = 0.0 * correlation, correlation
+    rest = [left.variance, right.variance]
+    missing = math.inf
+    pairs = zip(_coefficients(left, settings.orders), _coefficients(right, settings.orders), strict=True)
+    for k, (c, d) in enumerate(pairs, start=1):
+        total = total + c[:, None] * d[None, :] * power
+        rest = [rest[0] - c * c, rest[1] - d * d]
+        tails = [max(_number(s, xp.max(tail)), 0.0) ** 0.5 for tail in rest]
+        missing = largest ** (k + 1) * tails[0] * tails[1] / scale
+        if missing <= settings.covariance:
+            break
+        power = power * correlation
+    return total, missing
+
+
+def hermite(expansion: Expansion, order: int) -> Array:
+    """c_order, ``(n,)``: the coefficient of the orthonormal Hermite polynomial of that order, from 1 on."""
+    for k, c in enumerate(_coefficients(expansion, order), start=1):
+        if k == order:
+            return c
+    raise ValueError(f"order={order!r}: Hermite coefficients are counted from 1 on")
+
+
+def _coefficients(expansion: Expansion, orders: int) -> Any:
+    """c_1, c_2, ..., one after the other."""
+    x, weighted = expansion.nodes, expansion.weights * expansion.centred
+    below, polynomial = 1.0, x
+    for k in range(1, orders + 1):
+        yield (weighted * polynomial).sum(0)
+        below, polynomial = polynomial, (x * polynomial - math.sqrt(k) * below) / math.sqrt(k + 1)
+
+
+def _expand(
+    s: Any, f: Callable[[Array], Array], mean: Array, std: Array, breaks: Sequence[Any], size: int, reach: float
+) -> Expansion:
+    xp = s.xp
+    if breaks:
+        safe = xp.where(std > 0, std, 1.0)
+        inner = [s.clip((s.array(b, mean) - mean) / safe, -reach, reach) for b in breaks]
+        edges = [0.0 * mean - reach, *xp.sort(xp.stack(inner), axis=0), 0.0 * mean + reach]
+        points, shares = np.polynomial.legendre.leggauss(size)
+        points, shares = s.array(points, mean)[:, None], s.array(shares, mean)[:, None]
+        halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
+        nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])
+        widths = xp.concat([half * shares for half in halves])
+    else:
+        nodes = s.array(np.linspace(-reach, reach, size + 1), mean)[:, None] + 0.0 * mean
+        widths = 2 * reach / size + 0.0 * nodes
+    weights = widths * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
+    values = f(mean + std * nodes)
+    if values.shape != nodes.shape:
+        raise ValueError(
+            f"{getattr(f, '__name__', 'f')} returned shape {tuple(values.shape)} for an array of shape "
+            f"{tuple(nodes.shape)}: it has to be applied entry by entry"
+        )
+    average = xp.sum(weights * values, axis=0)
+    centred = values - average
+    return Expansion(average, xp.sum(weights * centred**2, axis=0), nodes, weights, centred, std, math.nan)
+
+
+def _moved(s: Any, coarse: Expansion, fine: Expansion) -> float:
+    """The largest change of E f, Var f and c_1, in units of f's standard deviation and |E f|."""
+    xp = s.xp
+    mean, variance = s.stop_gradient(fine.mean), s.stop_gradient(fine.variance)
+    scale = xp.sqrt(variance) + xp.abs(mean) + float(xp.finfo(mean.dtype).tiny) ** 0.5
+    slopes = s.stop_gradient(hermite(fine, 1) - hermite(coarse, 1))
+    moves = (
+        xp.abs(s.stop_gradient(coarse.mean) - mean) / scale,
+        xp.abs(slopes) / scale,
+        xp.abs(s.stop_gradient(coarse.variance) - variance) / scale**2,
+    )
+    sizes = [float(xp.max(move)) for move in moves]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes)
+
+
+def _number(s: Any, value: Array) -> float:
+    return float(s.stop_gradient(value))
