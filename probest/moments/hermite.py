@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Expansion", "Quadrature", "covariance", "expand", "hermite"]
+__all__ = ["Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite"]
 
 Array = Any
 
@@ -128,7 +128,10 @@ def covariance(
     total, power = 0.0 * correlation, correlation
     rest = [left.variance, right.variance]
     missing = math.inf
-    pairs = zip(_coefficients(left, settings.orders), _coefficients(right, settings.orders), strict=True)
+    series = coefficients(left, settings.orders)
+    pairs = (
+        ((c, c) for c in series) if right is left else zip(series, coefficients(right, settings.orders), strict=True)
+    )
     for k, (c, d) in enumerate(pairs, start=1):
         total = total + c[:, None] * d[None, :] * power
         rest = [rest[0] - c * c, rest[1] - d * d]
@@ -142,14 +145,14 @@ def covariance(
 
 def hermite(expansion: Expansion, order: int) -> Array:
     """c_order, ``(n,)``: the coefficient of the orthonormal Hermite polynomial of that order, from 1 on."""
-    for k, c in enumerate(_coefficients(expansion, order), start=1):
+    for k, c in enumerate(coefficients(expansion, order), start=1):
         if k == order:
             return c
     raise ValueError(f"order={order!r}: Hermite coefficients are counted from 1 on")
 
 
-def _coefficients(expansion: Expansion, orders: int) -> Any:
-    """c_1, c_2, ..., one after the other."""
+def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
+    """c_1, ..., c_orders, each ``(n,)`` and computed when it is asked for."""
     x, weighted = expansion.nodes, expansion.weights * expansion.centred
     below, polynomial = 1.0, x
     for k in range(1, orders + 1):

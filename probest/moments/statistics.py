@@ -13,9 +13,10 @@ constant the raw sums would lose all digits.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from probest.moments.hermite import Expansion
+from probest.moments.hermite import Expansion, coefficients
 
 __all__ = ["Statistics", "statistics"]
 
@@ -44,13 +45,16 @@ def statistics(s: Any, expansion: Expansion) -> Statistics:
     x, f, w = expansion.nodes, expansion.centred, expansion.weights
     live = expansion.std > 0
     std = xp.where(live, expansion.std, 1.0)
-    he2, he3, square, v = x * x - 1, x * (x * x - 3), f * f, std * std
+    square, v = f * f, std * std
 
     def mean_of(values: Array) -> Array:
         return xp.where(live, xp.sum(w * values, axis=0), 0.0)
 
-    D, f2, f3 = mean_of(f * x) / std, mean_of(f * he2) / v, mean_of(f * he3) / (v * std)
-    q, dv = mean_of(square * x) / (2 * std), mean_of(square * he2) / (2 * v)
+    D, f2, f3 = (
+        math.sqrt(math.factorial(k)) * xp.where(live, c, 0.0) / std**k
+        for k, c in enumerate(coefficients(expansion, 3), start=1)
+    )
+    q, dv = mean_of(square * x) / (2 * std), mean_of(square * (x * x - 1)) / (2 * v)
     residual = f - D * std * x
     return Statistics(
         mean=expansion.mean,
