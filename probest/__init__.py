@@ -14,6 +14,9 @@ from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Evidence
 from probest.guides.program import ProgramGuide
+from probest.moments.hermite import Quadrature
+from probest.moments.propagate import Moments, moments, register_rule
+from probest.moments.steps import MomentError
 from probest.problem import Problem
 from probest.programs.base import SiteError
 from probest.programs.event import ProblemError, SeverityError
@@ -32,11 +35,14 @@ __all__ = [
     "GradientError",
     "Importance",
     "LineSampling",
+    "MomentError",
+    "Moments",
     "MonteCarlo",
     "Pool",
     "Problem",
     "ProblemError",
     "ProgramGuide",
+    "Quadrature",
     "Result",
     "Sample",
     "Saved",
@@ -53,6 +59,8 @@ __all__ = [
     "checkers",
     "estimate",
     "load",
+    "moments",
+    "register_rule",
     "search",
     "train",
 ]

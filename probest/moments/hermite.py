@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite"]
+__all__ = ["QUADRATURE", "Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite"]
 
 Array = Any
 
@@ -43,6 +43,7 @@ class Quadrature:
             |E f|.
         covariance: error allowed in a covariance, in units of the largest standard deviations of f and g.
         orders: the most Hermite orders that are kept.
+        refused: the change of the moments, as above, from which on they are not used.
     """
 
     reach: float = 12.0
@@ -53,12 +54,27 @@ class Quadrature:
     tolerance: float = 1e-7
     covariance: float = 1e-6
     orders: int = 128
+    refused: float = 1e-3
 
     def __post_init__(self) -> None:
-        positive = ("reach", "nodes", "most_nodes", "per_piece", "most_per_piece", "tolerance", "covariance", "orders")
+        positive = (
+            "reach",
+            "nodes",
+            "most_nodes",
+            "per_piece",
+            "most_per_piece",
+            "tolerance",
+            "covariance",
+            "orders",
+            "refused",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Quadrature({name}={getattr(self, name)!r}): it must be above 0")
+
+
+QUADRATURE = Quadrature()
+"""What is taken where nothing else is said."""
 
 
 class Expansion(NamedTuple):
@@ -84,7 +100,7 @@ def expand(
     mean: Array,
     std: Array,
     breaks: Sequence[Array | float] = (),
-    settings: Quadrature = Quadrature(),
+    settings: Quadrature = QUADRATURE,
 ) -> Expansion:
     """The expansion of ``f`` of N(mean, std²), entry by entry.
 
@@ -114,7 +130,7 @@ def expand(
 
 
 def covariance(
-    s: Any, left: Expansion, right: Expansion, correlation: Array, settings: Quadrature = Quadrature()
+    s: Any, left: Expansion, right: Expansion, correlation: Array, settings: Quadrature = QUADRATURE
 ) -> tuple[Array, float]:
     """Cov(f(x_i), g(y_j)) ``(n, m)`` for jointly Gaussian x and y of the given correlations, and a bound of its error.
 

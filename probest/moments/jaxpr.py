@@ -1,0 +1,376 @@
+"""JAX functions as traces: the equations of a jaxpr, with nested calls inlined and loops of known length unrolled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+from probest.backends import special_jax
+from probest.moments.pointwise import Random
+from probest.moments.rules import Propagation
+from probest.moments.steps import MomentError, Name, Rule, Step, Trace, linear
+
+__all__ = ["RULES", "JaxLibrary", "rule_for", "trace"]
+
+Array = Any
+
+
+class JaxLibrary:
+    """See :class:`~probest.moments.rules.Library`."""
+
+    special = special_jax
+
+    def vmap(self, fn: Callable[..., Array]) -> Callable[..., Array]:
+        return jax.vmap(fn)
+
+    def derivative(self, fn: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
+        found: Callable[..., Array] = jax.linearize(fn, *points)[1]
+        return found
+
+    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(x, shape)
+
+    def is_array(self, value: Any) -> bool:
+        return isinstance(value, jax.Array)
+
+
+def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
+    """``fn`` as steps. What it closes over are constants of the trace, through which gradients pass."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(example)
+    flat = _Flattening()
+    inputs = [flat.new() for _ in closed.jaxpr.invars]
+    outputs = flat.inline(closed.jaxpr, [flat.constant(c) for c in closed.consts], inputs)
+    result: Any = outputs
+    if jax.tree.leaves(shape) == [shape]:
+        result = outputs[0]
+    return Trace(inputs[0].id, flat.constants, flat.steps, result)
+
+
+class _Flattening:
+    """The equations of nested jaxprs in one list."""
+
+    def __init__(self) -> None:
+        self.constants: dict[int, Any] = {}
+        self.steps: list[Step] = []
+        self._numbers = itertools.count()
+
+    def new(self) -> Name:
+        return Name(next(self._numbers))
+
+    def constant(self, value: Any) -> Name:
+        name = self.new()
+        self.constants[name.id] = value
+        return name
+
+    def inline(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """Adds the steps of a jaxpr; returns its outputs, as names or constants."""
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def known(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for equation in jaxpr.eqns:
+            arguments = [known(atom) for atom in equation.invars]
+            env.update(zip(equation.outvars, self._equation(equation, arguments), strict=True))
+        return [known(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: Any, args: Sequence[Any]) -> Sequence[Any]:
+        name, params = equation.primitive.name, equation.params
+        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+            if key in params and name not in ("scan", "while", "cond", "pallas_call"):
+                inner = params[key]
+                closed = isinstance(inner, ClosedJaxpr)
+                consts = [self.constant(c) for c in inner.consts] if closed else []
+                return self.inline(inner.jaxpr if closed else inner, consts, args)
+        if name == "scan":
+            return self._scan(equation, params, args)
+        return self._step(equation, name, args)
+
+    def _step(self, equation: Any, name: str, args: Sequence[Any]) -> list[Name]:
+        primitive = equation.primitive
+        bind = primitive.get_bind_params(equation.params)
+        subfuns, bind = bind if isinstance(bind, tuple) else ((), bind)  # a tuple before jax 0.10
+        outputs = [self.new() for _ in equation.outvars]
+
+        def call(*values: Any, **_: Any) -> Any:
+            return primitive.bind(*subfuns, *values, **bind)
+
+        names = tuple(output.id for output in outputs)
+        self.steps.append(
+            Step(name, call, tuple(args), _Params(equation.params), names, primitive.multiple_results, _place(equation))
+        )
+        return outputs
+
+    def _scan(self, equation: Any, params: Any, args: Sequence[Any]) -> list[Any]:
+        """Turn after turn, the slices and the stacking as steps of their own."""
+        inner, length = params["jaxpr"], params["length"]
+        fixed, carried = params["num_consts"], params["num_carry"]
+        consts, carry, over = list(args[:fixed]), list(args[fixed : fixed + carried]), args[fixed + carried :]
+        collected: list[list[Any]] = []
+        order = range(length - 1, -1, -1) if params["reverse"] else range(length)
+        place = _place(equation)
+        for turn in order:
+            sliced = [self._call("probest_take", lambda x, i=turn: x[i], (x,), place) for x in over]
+            inside = [self.constant(c) for c in inner.consts]
+            found = self.inline(inner.jaxpr, inside, [*consts, *carry, *sliced])
+            carry = found[:carried]
+            collected.append(found[carried:])
+        if params["reverse"]:
+            collected.reverse()
+        stacked: list[Any] = [
+            self._call("probest_stack", lambda *x: jnp.stack(x), tuple(column), place)
+            for column in zip(*collected, strict=True)
+        ]
+        if not length:
+            shapes = [variable.aval for variable in equation.outvars[carried:]]
+            stacked = [jnp.zeros(aval.shape, aval.dtype) for aval in shapes]
+        return [*carry, *stacked]
+
+    def _call(self, op: str, call: Callable[..., Any], args: tuple[Any, ...], place: str) -> Name:
+        output = self.new()
+        self.steps.append(Step(op, lambda *values, **_: call(*values), args, _Params({}), (output.id,), False, place))
+        return output
+
+
+class _Params(dict[str, Any]):
+    """Parameters of an equation: static, so that nothing in them is looked for."""
+
+
+def _place(equation: Any) -> str:
+    from jax._src import source_info_util
+
+    return str(source_info_util.summarize(equation.source_info)) or "place unknown"
+
+
+RULES: dict[str, Rule] = {}
+"""By the name of the primitive."""
+
+
+def rule_for(step: Step) -> Rule | None:
+    """The rule of a step, if there is one."""
+    return RULES.get(step.op)
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+@_rule(
+    "reduce_sum", "transpose", "slice", "concatenate", "rev", "broadcast_in_dim", "cumsum", "gather", "dynamic_slice",
+    "probest_take", "probest_stack", "split", "reduce_window_sum", "expand_dims",
+)  # fmt: skip
+def _monotone_linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
+    randoms = [a for a in args if isinstance(a, Random)]
+    if step.op in ("gather", "dynamic_slice") and any(isinstance(a, Random) for a in args[1:]):
+        return NotImplemented
+    constants = [a for a in args if not isinstance(a, Random) and jnp.issubdtype(jnp.result_type(a), jnp.floating)]
+    if step.op == "broadcast_in_dim" and int(np.prod(params["shape"])) == int(np.prod(randoms[0].shape)):
+        return _same_entries(p, step, *args, **params)
+    nonnegative = all(r.expression.nonnegative for r in randoms) and not constants
+    return linear(p, step, args, {}, nonnegative=nonnegative)
+
+
+@_rule("pad", "scatter", "scatter_add", "scatter-add", "dynamic_update_slice")
+def _linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
+    if step.op == "dynamic_update_slice" and any(isinstance(a, Random) for a in args[2:]):
+        return NotImplemented
+    return linear(p, step, args, {})
+
+
+@_rule(
+    "reshape",
+    "squeeze",
+    "convert_element_type",
+    "copy",
+    "stop_gradient",
+    "reduce_precision",
+    "copy_p",
+    "optimization_barrier",
+)
+def _same_entries(p: Propagation, step: Step, value: Any, *args: Any, **params: Any) -> Any:
+    old = value.expression
+    if step.op == "convert_element_type" and not jnp.issubdtype(params["new_dtype"], jnp.floating):
+        return NotImplemented
+    boolean = old.call is not None and step.op == "convert_element_type"
+    call = (lambda x: jnp.asarray(x, params["new_dtype"])) if step.op == "convert_element_type" else step.call
+    shape = tuple(params.get("new_sizes", params.get("shape", old.shape)))
+    if step.op == "squeeze":
+        shape = tuple(n for i, n in enumerate(old.shape) if i not in params["dimensions"])
+    log = None
+    if old.log is not None:
+        log = _same_entries(p, step, Random(old.log), *args, **params).expression
+    return Random(
+        replace(
+            old,
+            shape=shape,
+            call=call,
+            args=(old,),
+            log=log,
+            nonnegative=old.nonnegative or (boolean and not old.affine and _boolean(old)),
+        )
+    )
+
+
+def _boolean(expression: Any) -> bool:
+    return bool(getattr(expression.call, "boolean", False))
+
+
+@_rule("dot_general")
+def _dot_general(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    if not (isinstance(a, Random) and isinstance(b, Random)):
+        return linear(p, step, (a, b), {})
+    (contract_a, contract_b), (batch_a, batch_b) = params["dimension_numbers"]
+
+    def arranged(x: Random, batch: Any, contract: Any, last: bool) -> tuple[Random, list[int]]:
+        free = [i for i in range(len(x.shape)) if i not in batch and i not in contract]
+        order = [*batch, *contract, *free] if last else [*batch, *free, *contract]
+        size = [int(np.prod([x.shape[i] for i in axes])) for axes in (batch, contract, free)]
+        shape = (size[0], size[1], size[2]) if last else (size[0], size[2], size[1])
+        return p.affine(lambda v: v.transpose(order).reshape(shape), x), [x.shape[i] for i in free]
+
+    left, rows = arranged(a, batch_a, contract_a, False)
+    right, columns = arranged(b, batch_b, contract_b, True)
+    shape = tuple([a.shape[i] for i in batch_a] + rows + columns)
+    return p.affine(lambda v: v.reshape(shape), p.matmul(left, right))
+
+
+@_rule("conv_general_dilated")
+def _convolution(p: Propagation, step: Step, x: Any, weight: Any, **params: Any) -> Any:
+    if isinstance(x, Random) and isinstance(weight, Random):
+        return NotImplemented
+    return linear(p, step, (x, weight), {})
+
+
+# Entry by entry
+
+_BENDS = {"abs": (0.0,), "sign": (0.0,)}
+_NONNEGATIVE = {"abs", "logistic", "erfc", "cosh", "exp2"}
+
+
+@_rule(
+    "abs", "sign", "tanh", "logistic", "sin", "cos", "tan", "erf", "erfc", "erf_inv", "log1p", "expm1", "asin", "acos",
+    "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "exp2", "cbrt", "is_finite", "not", "lgamma", "digamma",
+    "log_softplus", "and", "or", "xor", "atan2", "bessel_i0e", "bessel_i1e",
+)  # fmt: skip
+def _pointwise(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
+    if not p.shared(*args):
+        return NotImplemented
+    bends = [(args[0], value) for value in _BENDS.get(step.op, ())]
+    return p.elementwise(step.call, *args, bends=bends, nonnegative=step.op in _NONNEGATIVE)
+
+
+@_rule("add", "add_any")
+def _add(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    return p.add(a, b)
+
+
+@_rule("sub")
+def _sub(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    return p.subtract(a, b)
+
+
+@_rule("neg")
+def _neg(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.elementwise(lambda x: -x, a, affine=True)
+
+
+@_rule("mul")
+def _mul(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    if isinstance(a, Random) and isinstance(b, Random):
+        return p.multiply(a, b)
+    known, constant = (a, b) if isinstance(a, Random) else (b, a)
+    return p.scaled(known, lambda x: x * constant, constant)
+
+
+@_rule("div")
+def _div(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    return p.divide(a, b)
+
+
+@_rule("max")
+def _maximum(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    other = b if isinstance(a, Random) else a
+    if not isinstance(other, Random) and bool(np.all(np.isneginf(np.asarray(jax.lax.stop_gradient(other))))):
+        return a if isinstance(a, Random) else b
+    return p.maximum(a, b)
+
+
+@_rule("min")
+def _minimum(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    return p.maximum(a, b, sign=-1.0)
+
+
+@_rule("clamp")
+def _clamp(p: Propagation, step: Step, low: Any, x: Any, high: Any, **params: Any) -> Any:
+    if not p.shared(low, x, high):
+        return NotImplemented
+    return p.elementwise(lambda a, b, c: jnp.clip(b, a, c), low, x, high, bends=[(x, low), (x, high)])
+
+
+@_rule("select_n")
+def _select(p: Propagation, step: Step, which: Any, *cases: Any, **params: Any) -> Any:
+    if len(cases) != 2:
+        return NotImplemented
+    if not isinstance(which, Random) and np.asarray(which).dtype != bool:
+        which = which != 0
+    return p.select(which, cases[1], cases[0])
+
+
+@_rule("exp")
+def _exp(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.exp(a)
+
+
+@_rule("log")
+def _log(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.log(a)
+
+
+@_rule("sqrt", "rsqrt", "square", "integer_pow")
+def _power(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    power = params["y"] if step.op == "integer_pow" else {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}[step.op]
+    return p.power(a, power, step.call)
+
+
+@_rule("pow")
+def _pow(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    if not isinstance(b, Random):
+        powers = np.unique(np.asarray(jax.lax.stop_gradient(b)))
+        if isinstance(a, Random) and len(powers) == 1:
+            return p.power(a, float(powers[0]), lambda x: step.call(x, b))
+        return p.elementwise(step.call, a, b) if p.shared(a, b) else NotImplemented
+    return p.exp(p.multiply(b, p.log(a) if isinstance(a, Random) else jnp.log(a)))
+
+
+@_rule("gt", "ge", "lt", "le", "eq", "ne")
+def _compare(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    if not p.shared(a, b):
+        a = p.subtract(a, b)
+        b = jnp.zeros(a.shape, a.expression.source.mean.dtype)
+    return p.elementwise(step.call, a, b, bends=[(a, b)])
+
+
+# Along axes
+
+
+@_rule("reduce_max", "reduce_min")
+def _max(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.max(a, params["axes"], False, 1.0 if step.op == "reduce_max" else -1.0)
+
+
+def check_result(value: Any) -> None:
+    """Whether there is an output at all."""
+    if value is None:
+        raise MomentError("moments: the function returns nothing")

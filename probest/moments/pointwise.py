@@ -1,0 +1,66 @@
+"""Functions of a Gaussian vector that are applied entry by entry, kept as expressions until their moments are needed.
+
+``x * sigmoid(x)``, ``where(x > 0, x, exp(x) - 1)``, ``x - relu(x)`` reach the quadrature as one function of x, whatever
+operations they were written in. An expression knows where it may bend or jump, whether it is affine in its source, and
+whether it is an exponential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from probest.moments.gaussian import Gaussian
+
+__all__ = ["Expression", "Random", "evaluate", "leaf"]
+
+Array = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A function of ``source``, entry by entry; entries in the order of flattened arrays.
+
+    call, args: what computes it from other expressions of the same source and from constants; call None: the source
+    itself, with this ``shape``. breaks ``(n,)`` each: where it may bend or jump, in units of the source. affine:
+    whether it is a x + b. nonnegative: whether it can only be ≥ 0. log: an affine expression whose exponential it is.
+    """
+
+    source: Gaussian
+    shape: tuple[int, ...]
+    call: Callable[..., Array] | None = None
+    args: tuple[Any, ...] = ()
+    breaks: tuple[Array, ...] = ()
+    affine: bool = False
+    nonnegative: bool = False
+    log: Expression | None = None
+
+
+@dataclass(eq=False)
+class Random:
+    """A random value of the function that is being read. Its expression changes when its moments are taken."""
+
+    expression: Expression
+    dtype: Any = field(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.expression.shape
+
+
+def leaf(source: Gaussian, shape: tuple[int, ...]) -> Expression:
+    """The source itself."""
+    return Expression(source, shape, affine=True, nonnegative=source.positive)
+
+
+def evaluate(expression: Expression, x: Array, memo: dict[Expression, Array] | None = None) -> Array:
+    """The expression where its source has the value ``x``, ``(n,)``; each of its parts is computed once."""
+    memo = {} if memo is None else memo
+    if expression not in memo:
+        if expression.call is None:
+            memo[expression] = x.reshape(expression.shape)
+        else:
+            values = [evaluate(a, x, memo) if isinstance(a, Expression) else a for a in expression.args]
+            memo[expression] = expression.call(*values)
+    return memo[expression]

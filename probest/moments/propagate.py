@@ -1,0 +1,231 @@
+"""``moments(fn, mean, cov)``: the mean and covariance of a function of a Gaussian, by reading the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from probest.backends.load import load_backend
+from probest.moments.hermite import QUADRATURE, Quadrature
+from probest.moments.pointwise import Random
+from probest.moments.rules import Propagation
+from probest.moments.steps import MomentError, read
+
+__all__ = ["Moments", "moments", "register_rule"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a function of a Gaussian input.
+
+    Attributes:
+        mean: of the output, of its shape ``(*O)``.
+        cov: ``(*O, *O)``.
+        cross: Cov(input, output), ``(*S, *O)`` for an input of shape ``(*S)``.
+    """
+
+    mean: Array
+    cov: Array
+    cross: Array
+
+    @property
+    def variance(self) -> Array:
+        """Of each entry of the output, of its shape."""
+        size = int(np.prod(self.mean.shape))
+        return self.cov.reshape((size, size))[np.arange(size), np.arange(size)].reshape(self.mean.shape)
+
+    @property
+    def std(self) -> Array:
+        """Of each entry of the output, of its shape."""
+        return self.variance**0.5
+
+    def __repr__(self) -> str:
+        return f"Moments(mean of shape {tuple(self.mean.shape)}, input of shape {self._input})"
+
+    @property
+    def _input(self) -> tuple[int, ...]:
+        return tuple(self.cross.shape[: self.cross.ndim - self.mean.ndim])
+
+
+def moments(
+    fn: Callable[[Array], Array],
+    mean: Array,
+    cov: Array | None = None,
+    *,
+    linearize: bool = False,
+    settings: Quadrature = QUADRATURE,
+) -> Moments:
+    """Mean and covariance of ``fn(x)`` for x ~ N(mean, cov), without a sample.
+
+    ``fn`` is traced once and read operation by operation on a joint Gaussian law (`probest.moments.rules`): exact for
+    affine operations; for functions applied entry by entry, the exact mean and covariance of a Gaussian argument. What
+    is neglected is that a layer's output is not Gaussian: an error of the order of 1 / width.
+
+    Args:
+        fn: a torch module or function, or a JAX function; of one array, which may be a batch.
+        mean: of the input, ``(*S)``: a torch tensor or a JAX array.
+        cov: its covariance: ``(n, n)`` or ``(*S, *S)`` with n the number of entries; or the variances alone, ``(*S)``;
+            None for the identity.
+        linearize: replace an operation that has no rule by its derivative at the mean, with a warning.
+        settings: how finely integrals are taken.
+
+    Returns:
+        The moments, arrays of the library of ``mean``, differentiable in everything that ``fn`` is made of.
+
+    Raises:
+        MomentError: an operation has no rule; the message names it and its place in the user's code.
+        TypeError: ``mean`` is not an array of torch or JAX, or ``fn`` cannot be called or does not return one array.
+        ValueError: ``mean`` or ``cov`` is not finite, or ``cov`` is not a covariance of that shape.
+    """
+    if not callable(fn):
+        raise TypeError(f"moments(fn=...) has to be a function or module, not {type(fn).__name__}")
+    name = _library_of(mean)
+    backend = load_backend(name)
+    front: Any
+    if name == "torch":
+        from probest.moments import fx as front
+
+        library: Any = front.TorchLibrary()
+    else:
+        from probest.moments import jaxpr as front
+
+        library = front.JaxLibrary()
+    p = Propagation(library, settings)
+    flat, matrix = _checked(p, backend, mean, cov)
+    with backend.evaluating(fn):
+        traced = front.trace(fn, mean)
+    shape = tuple(mean.shape)
+    source = p.joint.add(flat, matrix, {})
+    value = p.random(source, shape)
+    found = read(traced, p, front.rule_for, value, linearize=linearize)
+    return _moments(p, library, front, found, source, shape)
+
+
+def register_rule(
+    op: str,
+    rule: Callable[..., Any] | None = None,
+    *,
+    linear: bool = False,
+    elementwise: bool = False,
+    bends: tuple[float, ...] = (),
+) -> None:
+    """Teaches `moments` an operation.
+
+    Args:
+        op: as the error about it names it: ``"aten.name"`` or ``"aten.name.overload"``, or a JAX primitive's name.
+        rule: ``rule(p, step, *args, **params) -> value``, composed of the rules of ``p`` (`Propagation`): random
+            arguments are `Random`, constants are arrays, ``step.call`` is the operation.
+        linear: instead of ``rule``: the operation is affine in its random arguments together.
+        elementwise: instead of ``rule``: it is applied entry by entry.
+        bends: of an elementwise operation, the arguments at which it or its slope jumps.
+
+    Raises:
+        ValueError: not exactly one of ``rule``, ``linear`` and ``elementwise`` is given.
+    """
+    if (rule is not None) + bool(linear) + bool(elementwise) != 1:
+        raise ValueError("register_rule: give exactly one of rule=, linear=True and elementwise=True")
+    if rule is None:
+        rule = _linear_rule if linear else _elementwise_rule(bends)
+    if op.startswith("aten.") or "::" in op or "." in op:
+        from probest.moments import fx
+
+        fx.RULES[op.replace("::", ".")] = rule
+    else:
+        from probest.moments import jaxpr
+
+        jaxpr.RULES[op] = rule
+
+
+def _linear_rule(p: Propagation, step: Any, *args: Any, **params: Any) -> Any:
+    from probest.moments.steps import linear
+
+    return linear(p, step, args, {} if type(params) is not dict else params)
+
+
+def _elementwise_rule(bends: tuple[float, ...]) -> Callable[..., Any]:
+    def rule(p: Propagation, step: Any, *args: Any, **params: Any) -> Any:
+        first = next(a for a in args if isinstance(a, Random))
+        return p.elementwise(lambda *x: step.call(*x, **params), *args, bends=[(first, b) for b in bends])
+
+    return rule
+
+
+def _library_of(mean: Any) -> str:
+    module = type(mean).__module__.split(".")[0]
+    if module == "torch":
+        return "torch"
+    if module in ("jax", "jaxlib"):
+        return "jax"
+    raise TypeError(
+        f"moments(mean=...) is a {type(mean).__name__}: pass a torch tensor or a JAX array, by which fn is traced"
+    )
+
+
+def _checked(p: Propagation, backend: Any, mean: Any, cov: Any) -> tuple[Array, Array]:
+    """mean ``(n,)`` and cov ``(n, n)``."""
+    shape, size = tuple(mean.shape), int(np.prod(mean.shape))
+    host = backend.to_host(backend.constant(mean))
+    if host.dtype.kind != "f":
+        raise TypeError(f"moments(mean=...) holds {mean.dtype}: it has to be of a floating type")
+    if size == 0:
+        raise ValueError("moments(mean=...) is empty")
+    if not np.isfinite(host).all():
+        raise ValueError("moments(mean=...) is not finite")
+    if cov is None:
+        return mean.reshape(-1), p.s.array(np.eye(size), mean)
+    cov = p.s.array(cov, mean)
+    given = tuple(cov.shape)
+    if given == shape and given != (size, size):
+        cov = p.s.array(np.eye(size), mean) * cov.reshape(-1)
+    elif given in ((size, size), shape + shape):
+        cov = cov.reshape((size, size))
+    else:
+        raise ValueError(
+            f"moments(cov=...) has shape {given}: for a mean of shape {shape} it is {(size, size)}, {shape + shape}, "
+            f"or {shape} for variances alone"
+        )
+    matrix = backend.to_host(backend.constant(cov))
+    if not np.isfinite(matrix).all():
+        raise ValueError("moments(cov=...) is not finite")
+    largest = np.abs(matrix).max()
+    slack = 1e-5 * largest
+    if np.abs(matrix - matrix.T).max() > slack:
+        raise ValueError("moments(cov=...) is not symmetric")
+    try:
+        np.linalg.cholesky(matrix + np.eye(size) * (slack + 1e-300))
+    except np.linalg.LinAlgError:
+        raise ValueError("moments(cov=...) has negative eigenvalues: it is not a covariance") from None
+    return mean.reshape(-1), cov
+
+
+def _moments(p: Propagation, library: Any, front: Any, found: Any, source: Any, shape: tuple[int, ...]) -> Moments:
+    front.check_result(found)
+    if isinstance(found, tuple | list) and len(found) == 1:
+        found = found[0]
+    size = source.size
+    if not isinstance(found, Random):
+        if isinstance(found, tuple | list | dict):
+            raise TypeError(
+                "moments(fn=...) returns several arrays: wrap fn so that it returns one, such as their concatenation"
+            )
+        if not library.is_array(found):
+            raise TypeError(f"moments(fn=...) has to return an array, not {type(found).__name__}")
+        zero = p.s.array(np.zeros((*found.shape, *found.shape)), source.mean)
+        return Moments(found, zero, p.s.array(np.zeros((*shape, *found.shape)), source.mean))
+    out = found.shape
+    expression = found.expression
+    try:
+        vector = p.gaussian(found)
+    except Exception as error:
+        raise MomentError(f"moments: the function's output: {error}") from error
+    del expression
+    return Moments(
+        vector.mean.reshape(out),
+        vector.cov.reshape(out + out),
+        p.joint.between(source, vector).reshape(shape + out) if size else vector.mean,
+    )
