@@ -158,3 +158,175 @@ def test_input_is_checked(library: Library) -> None:
         library.moments(lambda x: (x, x))
     with pytest.raises(ValueError, match="exactly one"):
         register_rule("aten.sort", linear=True, elementwise=True)
+
+
+def composed(library: Library) -> dict[str, Any]:
+    """Functions that users compose, of eight numbers."""
+    a = library.array(np.random.default_rng(3).normal(size=(8, 8)) / 3)
+    if library.name == "torch":
+        import torch
+        import torch.nn.functional as F
+
+        names = (
+            "relu leaky_relu elu selu celu gelu silu mish softplus softsign tanhshrink hardtanh relu6 hardswish "
+            "hardsigmoid logsigmoid softshrink hardshrink tanh sigmoid"
+        )
+        found = {name: getattr(F, name) for name in names.split()}
+        nn = torch.nn
+        return found | {
+            "threshold": lambda x: F.threshold(x, 0.1, -1.0),
+            "glu": lambda x: F.glu(a @ x),
+            "softmax": nn.Softmax(0),
+            "log_softmax": nn.LogSoftmax(0),
+            "tanh gelu": nn.GELU("tanh"),
+            "mlp": lambda x: a @ torch.tanh(a @ x),
+            "conv": lambda x: F.conv1d(x.reshape(1, 2, 4), a.reshape(4, 2, 8)[:, :, :3], padding=1),
+            "transposed": lambda x: F.conv_transpose1d(x.reshape(1, 2, 4), a.reshape(2, 4, 8)[:, :, :3]),
+            "max pool": lambda x: F.max_pool1d(x.reshape(1, 1, 8), 2),
+            "average pool": lambda x: F.avg_pool1d(x.reshape(1, 1, 8), 2),
+            "batch norm": nn.BatchNorm1d(4).double().eval().requires_grad_(False),
+            "maximum": lambda x: x.max(),
+            "margin": lambda x: x[0] - x[1:].max(),
+            "logsumexp": lambda x: x.logsumexp(0),
+            "clamp": lambda x: x.clamp(-0.5, 0.5),
+            "mse": lambda x: F.mse_loss(x, a[0]),
+            "cross entropy": lambda x: F.cross_entropy(x[None], torch.tensor([2])),
+            "cumsum": lambda x: x.cumsum(0),
+            "einsum": lambda x: torch.einsum("ij,j->i", a, x),
+            "where": lambda x: torch.where(x > 0, x, x.exp() - 1),
+            "variance": lambda x: x.var(),
+            "huber": lambda x: F.huber_loss(x, a[0], reduction="none"),
+        }
+    import jax
+    import jax.numpy as jnp
+    from jax import lax, nn
+
+    names = (
+        "relu relu6 sigmoid softplus sparse_plus soft_sign silu log_sigmoid leaky_relu hard_sigmoid hard_silu "
+        "hard_tanh elu celu selu gelu squareplus mish softmax log_softmax logsumexp identity"
+    )
+    found = {name: getattr(nn, name) for name in names.split()}
+    return found | {
+        "glu": lambda x: nn.glu(a @ x),
+        "exact gelu": lambda x: nn.gelu(x, approximate=False),
+        "mlp": lambda x: a @ jnp.tanh(a @ x),
+        "maximum": jnp.max,
+        "margin": lambda x: x[0] - jnp.max(x[1:]),
+        "where": lambda x: jnp.where(x > 0, x, jnp.exp(x) - 1),
+        "clip": lambda x: jnp.clip(x, -0.5, 0.5),
+        "var": jnp.var,
+        "conv": lambda x: lax.conv(x.reshape(1, 2, 4), a.reshape(4, 2, 8)[:, :, :3], (1,), "SAME"),
+        "max pool": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2,), (2,), "VALID"),
+        "average pool": lambda x: lax.reduce_window(x, 0.0, lax.add, (2,), (2,), "VALID"),
+        "cumsum": jnp.cumsum,
+        "scan": lambda x: lax.scan(lambda c, t: (jnp.sin(c + t), c[0]), x, jnp.arange(2.0))[0],
+        "loop": lambda x: lax.fori_loop(0, 2, lambda i, c: jnp.sin(c) + i, x),
+        "while": lambda x: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x))[1],
+        "cond": lambda x: lax.cond(jnp.array(1) > 0, lambda y: 2 * y, lambda y: y, x),
+        "einsum": lambda x: jnp.einsum("ij,j->i", a, x),
+        "checkpoint": jax.checkpoint(lambda x: jnp.sin(a @ x)),
+        "at": lambda x: x.at[2].set(1.0)[:3],
+    }
+
+
+def test_what_users_compose_needs_no_registration(library: Library) -> None:
+    """Means and standard deviations of some forty functions against 20,000 draws; the bound is what moments neglect."""
+    functions = composed(library)
+    assert len(functions) >= 30
+    mean = np.full(8, 0.3)
+    draws = mean + np.random.default_rng(1).normal(size=(20_000, 8))
+    for name, fn in functions.items():
+        shaped = (lambda x, fn=fn: fn(x.reshape((2, 4)))) if name == "batch norm" else fn
+        found, cov, _ = library.moments(shaped, mean, None)
+        if library.name == "torch":
+            import torch
+
+            values = torch.func.vmap(shaped)(library.array(draws)).detach().numpy()
+        else:
+            import jax
+
+            values = np.asarray(jax.vmap(shaped)(library.array(draws)))
+        values = values.reshape(len(draws), -1)
+        std = np.sqrt(np.diag(cov.reshape(values.shape[1], -1)))
+        spread = values.std(0)
+        assert np.abs(found.reshape(-1) - values.mean(0)).max() < 0.05 * spread.max() + 1e-9, name
+        np.testing.assert_allclose(std, spread, rtol=0.1, atol=1e-9, err_msg=name)
+
+
+def network(library: Library, parameters: Any) -> Any:
+    a, b = parameters
+    return lambda x: b @ library.tanh(a @ library.relu(a @ x) + x)
+
+
+def test_gradients_match_central_differences(library: Library) -> None:
+    """Of a sum of means and variances in the weights, through an identity branch, a bend and a smooth function."""
+    rng = np.random.default_rng(5)
+    start = [rng.normal(size=(4, 4)) / 2, rng.normal(size=(2, 4))]
+    direction = [rng.normal(size=s.shape) for s in start]
+
+    def objective(parameters: Any) -> Any:
+        found = moments(network(library, parameters), library.array(MEAN[:4]), library.array(COV[:4, :4]))
+        return found.mean.sum() + found.variance.sum()
+
+    if library.name == "torch":
+        leaves = [library.array(s).requires_grad_() for s in start]
+        objective(leaves).backward()
+        slopes = [leaf.grad.numpy() for leaf in leaves]
+    else:
+        import jax
+
+        slopes = [np.asarray(g) for g in jax.grad(objective)([library.array(s) for s in start])]
+    step = 1e-5
+    ends = [
+        float(objective([library.array(s + sign * step * d) for s, d in zip(start, direction, strict=True)]))
+        for sign in (1, -1)
+    ]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    found = sum(float((g * d).sum()) for g, d in zip(slopes, direction, strict=True))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_libraries_agree_and_so_does_single_precision() -> None:
+    pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(7)
+    w, v = rng.normal(size=(12, 12)) / 3, rng.normal(size=(3, 12)) / 3
+    found = {}
+    with jax.enable_x64(True):
+        for name in ("torch", "jax"):
+            library = Library(name)
+            for kind in (np.float64, np.float32):
+                a, b = library.array(w.astype(kind)), library.array(v.astype(kind))
+
+                def fn(x: Any, a: Any = a, b: Any = b, library: Library = library) -> Any:
+                    h = library.relu(a @ x)
+                    return b @ (library.softmax(h) * 3.0 + library.tanh(h))
+
+                result = library.moments(fn, np.full(12, 0.2, kind), None)
+                assert all(part.dtype == kind for part in result)
+                found[name, kind] = result
+    for part in range(3):
+        np.testing.assert_allclose(found["torch", np.float64][part], found["jax", np.float64][part], atol=1e-8)
+        for name in ("torch", "jax"):
+            np.testing.assert_allclose(found[name, np.float32][part], found[name, np.float64][part], atol=1e-3)
+
+
+def test_rules_can_be_registered() -> None:
+    torch = pytest.importorskip("torch")
+    from probest.moments import fx
+
+    before = dict(fx.RULES)
+    try:
+        mean = torch.tensor([0.5, -0.5], dtype=torch.float64)
+        register_rule("aten.special_bessel_j0", elementwise=True)
+        elementwise = moments(torch.special.bessel_j0, mean)
+        register_rule("aten.special_bessel_j0", lambda p, step, x: p.multiply(x, 2.0))
+        doubled = moments(torch.special.bessel_j0, mean)
+    finally:
+        fx.RULES.clear()
+        fx.RULES.update(before)
+    e = np.linspace(-12, 12, 100_001)
+    from scipy.special import j0
+
+    close(elementwise.mean[0], (norm.pdf(e) * j0(0.5 + e)).sum() * (e[1] - e[0]), 1e-8)
+    close(doubled.mean, 2 * mean)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +27,14 @@ class TorchLibrary:
 
     special = special_torch
 
-    def vmap(self, fn: Callable[..., Array]) -> Callable[..., Array]:
-        return torch.func.vmap(fn)
+    def value(self, x: Any) -> Any:
+        return x
+
+    def result(self, x: Array) -> Array:
+        return x
+
+    def batched(self, call: Callable[..., Array], which: Sequence[bool]) -> Callable[..., Array]:
+        return torch.func.vmap(call, in_dims=tuple(0 if batched else None for batched in which))
 
     def derivative(self, fn: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
         with warnings.catch_warnings():
@@ -39,11 +43,10 @@ class TorchLibrary:
         at = tuple(points)
         return lambda *tangents: torch.func.jvp(fn, at, tangents)[1]
 
-    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
-        return torch.broadcast_to(x, shape)
 
-    def is_array(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor)
+def library(trace: Trace, *inputs: Any) -> TorchLibrary:
+    """The library in which a trace is read."""
+    return TorchLibrary()
 
 
 @contextlib.contextmanager
@@ -190,18 +193,11 @@ def _same_entries(p: Propagation, step: Step, value: Any, *args: Any, **params: 
         return value
     if params.get("dtype") is not None and not params["dtype"].is_floating_point:
         return NotImplemented
-    mean = step.call(_like(p, value), *args, **params)
-    return _reshaped(p, value, lambda x: step.call(x, *args, **params), tuple(mean.shape))
+    return p.reshaped(value, tuple(step.call(_like(p, value), *args, **params).shape))
 
 
 def _like(p: Propagation, value: Random) -> Array:
-    return p.library.broadcast(value.expression.source.mean.detach().new_zeros(()), value.shape)
-
-
-def _reshaped(p: Propagation, value: Random, call: Any, shape: tuple[int, ...]) -> Random:
-    old = value.expression
-    log = None if old.log is None else _reshaped(p, Random(old.log), call, shape).expression
-    return Random(replace(old, shape=shape, call=call, args=(old,), log=log))
+    return value.expression.source.mean.detach().new_zeros(()).expand(value.shape)
 
 
 @_rule("mm", "bmm", "mv", "dot", "matmul", "linear")
@@ -346,7 +342,7 @@ def _div(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
 
 @_rule("neg")
 def _neg(p: Propagation, step: Step, a: Any) -> Any:
-    return p.elementwise(lambda x: -x, a, affine=True)
+    return p.elementwise(lambda x: -x, a, native=False, affine=True)
 
 
 @_rule("maximum", "fmax")
@@ -448,19 +444,8 @@ def _max_pool(
         sides = [side for pad in reversed(padding) for side in (pad, pad)]
         low = float((p.mean(x) - 40 * p.gaussian(x).cov.diagonal().max().sqrt()).detach().min()) - 200.0
         x = p.affine(lambda v: torch.constant_pad_nd(v, sides, low), x)
-    inner = x.shape[-rank:]
-    counts = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(inner, size, stride, dilation, strict=True)]
-    windows = []
-    for offset in itertools.product(*(range(k) for k in size)):
-        part = tuple(
-            slice(o * d, o * d + s * (c - 1) + 1, s)
-            for o, d, s, c in zip(offset, dilation, stride, counts, strict=True)
-        )
-        windows.append(p.affine(lambda v, part=part: v[(..., *part)], x))
-    while len(windows) > 1:
-        pairs = [p.maximum(a, b) for a, b in zip(windows[::2], windows[1::2], strict=False)]
-        windows = pairs + ([windows[-1]] if len(windows) % 2 else [])
-    return [windows[0], Unknown(step.place)] if "with_indices" in step.op else windows[0]
+    found = p.pooled(x, size, stride, dilation)
+    return [found, Unknown(step.place)] if "with_indices" in step.op else found
 
 
 @_rule("var", "std")

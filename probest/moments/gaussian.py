@@ -31,14 +31,15 @@ class Origin:
 class Gaussian:
     """A vector of the joint law: mean ``(n,)``, cov ``(n, n)``, and whether it stands for something that is ≥ 0.
 
-    ``logarithm`` is the Gaussian whose exponential carries it from then on, once it was asked for.
+    difference: whether it is one of two such, as E x² − (E x)² is, which may be ≥ 0 by more than its law shows.
+    logarithm: the Gaussian whose exponential carries it from then on, once it was asked for.
     """
 
-    __slots__ = ("__weakref__", "blocks", "cov", "logarithm", "mean", "number", "origin", "positive")
+    __slots__ = ("__weakref__", "blocks", "cov", "difference", "logarithm", "mean", "number", "origin", "positive")
 
     def __init__(self, number: int, mean: Array, cov: Array, origin: Origin | None, positive: bool) -> None:
         self.number, self.mean, self.cov = number, mean, cov
-        self.origin, self.positive = origin, positive
+        self.origin, self.positive, self.difference = origin, positive, False
         self.blocks: weakref.WeakKeyDictionary[Gaussian, Array] = weakref.WeakKeyDictionary()
         self.logarithm: Gaussian | None = None
 

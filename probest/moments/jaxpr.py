@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from probest.backends import special_jax
-from probest.moments.pointwise import Random
+from probest.backends import special_jax, special_numpy
+from probest.moments.patterns import simplified
+from probest.moments.pointwise import Random, evaluate
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError, Name, Rule, Step, Trace, linear
 
@@ -23,22 +23,40 @@ Array = Any
 
 
 class JaxLibrary:
-    """See :class:`~probest.moments.rules.Library`."""
+    """See :class:`~probest.moments.rules.Library`.
 
-    special = special_jax
+    Without a gradient the rules compute in NumPy and only the user's operations are JAX: of the many small ones that
+    the rules are made of, XLA would compile each anew for every shape.
+    """
 
-    def vmap(self, fn: Callable[..., Array]) -> Callable[..., Array]:
-        return jax.vmap(fn)
+    def __init__(self, *, traced: bool) -> None:
+        self.special = special_jax if traced else special_numpy
+        self._traced = traced
 
-    def derivative(self, fn: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
-        found: Callable[..., Array] = jax.linearize(fn, *points)[1]
+    def value(self, x: Any) -> Any:
+        return x if self._traced else jax.tree.map(_on_host, x)
+
+    def result(self, x: Array) -> Array:
+        return jnp.asarray(x)
+
+    def batched(self, call: Callable[..., Array], which: Sequence[bool]) -> Callable[..., Array]:
+        mapped = jax.vmap(call, in_axes=tuple(0 if batched else None for batched in which))
+        return mapped if self._traced else lambda *args: np.asarray(mapped(*args))
+
+    def derivative(self, call: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
+        found: Callable[..., Array] = jax.linearize(call, *points)[1]
         return found
 
-    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
-        return jnp.broadcast_to(x, shape)
 
-    def is_array(self, value: Any) -> bool:
-        return isinstance(value, jax.Array)
+def _on_host(x: Any) -> Any:
+    known = isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return np.asarray(x) if known else x
+
+
+def library(trace: Trace, *inputs: Any) -> JaxLibrary:
+    """The library in which a trace is read: in JAX where something is differentiated, else on the host."""
+    values = [*inputs, *trace.constants.values()]
+    return JaxLibrary(traced=any(isinstance(value, jax.core.Tracer) for value in values))
 
 
 def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
@@ -50,7 +68,11 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     result: Any = outputs
     if jax.tree.leaves(shape) == [shape]:
         result = outputs[0]
-    return Trace(inputs[0].id, flat.constants, flat.steps, result)
+    return simplified(Trace(inputs[0].id, flat.constants, flat.steps, result), jax.lax.stop_gradient(example))
+
+
+_TURNS = 10_000
+"""The most turns of a loop that are unrolled."""
 
 
 class _Flattening:
@@ -68,6 +90,12 @@ class _Flattening:
         name = self.new()
         self.constants[name.id] = value
         return name
+
+    def _constants(self, args: Sequence[Any]) -> list[Any] | None:
+        """The values of the arguments, None where one of them depends on the input."""
+        if any(isinstance(a, Name) and a.id not in self.constants for a in args):
+            return None
+        return [self.constants[a.id] if isinstance(a, Name) else a for a in args]
 
     def inline(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """Adds the steps of a jaxpr; returns its outputs, as names or constants."""
@@ -92,9 +120,16 @@ class _Flattening:
                 return self.inline(inner.jaxpr if closed else inner, consts, args)
         if name == "scan":
             return self._scan(equation, params, args)
+        if name == "while":
+            return self._while(equation, params, args)
+        which = self._constants(args[:1]) if name == "cond" else None
+        if which is not None:
+            branch = params["branches"][int(which[0])]
+            return self.inline(branch.jaxpr, [self.constant(c) for c in branch.consts], args[1:])
         return self._step(equation, name, args)
 
     def _step(self, equation: Any, name: str, args: Sequence[Any]) -> list[Name]:
+        """One step; done at once where all it needs are constants."""
         primitive = equation.primitive
         bind = primitive.get_bind_params(equation.params)
         subfuns, bind = bind if isinstance(bind, tuple) else ((), bind)  # a tuple before jax 0.10
@@ -103,6 +138,10 @@ class _Flattening:
         def call(*values: Any, **_: Any) -> Any:
             return primitive.bind(*subfuns, *values, **bind)
 
+        constants = self._constants(args)
+        if constants is not None:
+            found = call(*constants)
+            return [self.constant(value) for value in (found if primitive.multiple_results else [found])]
         names = tuple(output.id for output in outputs)
         self.steps.append(
             Step(name, call, tuple(args), _Params(equation.params), names, primitive.multiple_results, _place(equation))
@@ -133,6 +172,22 @@ class _Flattening:
             shapes = [variable.aval for variable in equation.outvars[carried:]]
             stacked = [jnp.zeros(aval.shape, aval.dtype) for aval in shapes]
         return [*carry, *stacked]
+
+    def _while(self, equation: Any, params: Any, args: Sequence[Any]) -> Sequence[Any]:
+        """Turn after turn, as long as the condition follows from constants alone."""
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        first, second = params["cond_nconsts"], params["body_nconsts"]
+        of_test, of_body, carry = args[:first], args[first : first + second], list(args[first + second :])
+        for _ in range(_TURNS):
+            inside = [self.constant(c) for c in test.consts]
+            goes_on = self._constants(self.inline(test.jaxpr, inside, [*of_test, *carry]))
+            if goes_on is None:
+                break
+            if not bool(goes_on[0]):
+                return carry
+            inside = [self.constant(c) for c in body.consts]
+            carry = self.inline(body.jaxpr, inside, [*of_body, *carry])
+        return self._step(equation, "while", args)
 
     def _call(self, op: str, call: Callable[..., Any], args: tuple[Any, ...], place: str) -> Name:
         output = self.new()
@@ -200,31 +255,18 @@ def _linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
     "optimization_barrier",
 )
 def _same_entries(p: Propagation, step: Step, value: Any, *args: Any, **params: Any) -> Any:
-    old = value.expression
-    if step.op == "convert_element_type" and not jnp.issubdtype(params["new_dtype"], jnp.floating):
-        return NotImplemented
-    boolean = old.call is not None and step.op == "convert_element_type"
-    call = (lambda x: jnp.asarray(x, params["new_dtype"])) if step.op == "convert_element_type" else step.call
-    shape = tuple(params.get("new_sizes", params.get("shape", old.shape)))
+    if step.op == "convert_element_type":
+        if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+            return NotImplemented
+        source = value.expression.source.mean
+        if evaluate(value.expression, p.s.stop_gradient(source)[None]).dtype != bool:
+            return value
+        one = p.s.array(1.0, source)
+        return p.elementwise(lambda x: p.xp.where(x, one, 0.0 * one), value, native=False, nonnegative=True)
+    shape = tuple(params.get("new_sizes", params.get("shape", value.shape)))
     if step.op == "squeeze":
-        shape = tuple(n for i, n in enumerate(old.shape) if i not in params["dimensions"])
-    log = None
-    if old.log is not None:
-        log = _same_entries(p, step, Random(old.log), *args, **params).expression
-    return Random(
-        replace(
-            old,
-            shape=shape,
-            call=call,
-            args=(old,),
-            log=log,
-            nonnegative=old.nonnegative or (boolean and not old.affine and _boolean(old)),
-        )
-    )
-
-
-def _boolean(expression: Any) -> bool:
-    return bool(getattr(expression.call, "boolean", False))
+        shape = tuple(n for i, n in enumerate(value.shape) if i not in params["dimensions"])
+    return p.reshaped(value, shape)
 
 
 @_rule("dot_general")
@@ -243,7 +285,7 @@ def _dot_general(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> A
     left, rows = arranged(a, batch_a, contract_a, False)
     right, columns = arranged(b, batch_b, contract_b, True)
     shape = tuple([a.shape[i] for i in batch_a] + rows + columns)
-    return p.affine(lambda v: v.reshape(shape), p.matmul(left, right))
+    return p.reshaped(p.matmul(left, right), shape)
 
 
 @_rule("conv_general_dilated")
@@ -283,7 +325,7 @@ def _sub(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
 
 @_rule("neg")
 def _neg(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
-    return p.elementwise(lambda x: -x, a, affine=True)
+    return p.elementwise(lambda x: -x, a, native=False, affine=True)
 
 
 @_rule("mul")
@@ -316,7 +358,7 @@ def _minimum(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
 def _clamp(p: Propagation, step: Step, low: Any, x: Any, high: Any, **params: Any) -> Any:
     if not p.shared(low, x, high):
         return NotImplemented
-    return p.elementwise(lambda a, b, c: jnp.clip(b, a, c), low, x, high, bends=[(x, low), (x, high)])
+    return p.elementwise(step.call, low, x, high, bends=[(x, low), (x, high)])
 
 
 @_rule("select_n")
@@ -351,7 +393,7 @@ def _pow(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
         if isinstance(a, Random) and len(powers) == 1:
             return p.power(a, float(powers[0]), lambda x: step.call(x, b))
         return p.elementwise(step.call, a, b) if p.shared(a, b) else NotImplemented
-    return p.exp(p.multiply(b, p.log(a) if isinstance(a, Random) else jnp.log(a)))
+    return p.exp(p.multiply(b, p.log(a) if isinstance(a, Random) else p.xp.log(a)))
 
 
 @_rule("gt", "ge", "lt", "le", "eq", "ne")
@@ -363,6 +405,38 @@ def _compare(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
 
 
 # Along axes
+
+
+@_rule("probest_softmax")
+def _softmax(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.softmax(a, params["axes"][0])
+
+
+@_rule("probest_log_softmax")
+def _log_softmax(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.softmax(a, params["axes"][0], log=True)
+
+
+@_rule("probest_logsumexp")
+def _logsumexp(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return p.logsumexp(a, params["axes"], False)
+
+
+@_rule("logaddexp")
+def _logaddexp(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    return p.logaddexp(a, b)
+
+
+@_rule("reduce_window_max", "reduce_window_min")
+def _window(p: Propagation, step: Step, x: Any, **params: Any) -> Any:
+    sign = 1.0 if step.op.endswith("max") else -1.0
+    if any(d != 1 for d in params["base_dilation"]):
+        return NotImplemented
+    sides = params["padding"]
+    if any(any(side) for side in sides):
+        return NotImplemented
+    sizes, strides, dilation = params["window_dimensions"], params["window_strides"], params["window_dilation"]
+    return p.pooled(x, sizes, strides, dilation, sign)
 
 
 @_rule("reduce_max", "reduce_min")

@@ -8,7 +8,7 @@ whether it is an exponential.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from probest.moments.gaussian import Gaussian
@@ -22,9 +22,10 @@ Array = Any
 class Expression:
     """A function of ``source``, entry by entry; entries in the order of flattened arrays.
 
-    call, args: what computes it from other expressions of the same source and from constants; call None: the source
-    itself, with this ``shape``. breaks ``(n,)`` each: where it may bend or jump, in units of the source. affine:
-    whether it is a x + b. nonnegative: whether it can only be ≥ 0. log: an affine expression whose exponential it is.
+    call, args: what computes it from other expressions of the same source, along a first axis of samples, and from
+    constants; call None: the source itself, with this ``shape``. breaks ``(n,)`` each: where it may bend or jump, in
+    units of the source. affine: whether it is a x + b. nonnegative: whether it can only be ≥ 0. log: an affine
+    expression whose exponential it is.
     """
 
     source: Gaussian
@@ -42,7 +43,6 @@ class Random:
     """A random value of the function that is being read. Its expression changes when its moments are taken."""
 
     expression: Expression
-    dtype: Any = field(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,11 +55,11 @@ def leaf(source: Gaussian, shape: tuple[int, ...]) -> Expression:
 
 
 def evaluate(expression: Expression, x: Array, memo: dict[Expression, Array] | None = None) -> Array:
-    """The expression where its source has the value ``x``, ``(n,)``; each of its parts is computed once."""
+    """The expression, ``(Q, *shape)``, for values ``x``, ``(Q, n)``, of its source; each part is computed once."""
     memo = {} if memo is None else memo
     if expression not in memo:
         if expression.call is None:
-            memo[expression] = x.reshape(expression.shape)
+            memo[expression] = x.reshape((x.shape[0], *expression.shape))
         else:
             values = [evaluate(a, x, memo) if isinstance(a, Expression) else a for a in expression.args]
             memo[expression] = expression.call(*values)

@@ -89,21 +89,37 @@ def moments(
     front: Any
     if name == "torch":
         from probest.moments import fx as front
-
-        library: Any = front.TorchLibrary()
     else:
         from probest.moments import jaxpr as front
-
-        library = front.JaxLibrary()
-    p = Propagation(library, settings)
-    flat, matrix = _checked(p, backend, mean, cov)
+    shape = tuple(mean.shape)
+    _check(backend, mean, cov)
     with backend.evaluating(fn):
         traced = front.trace(fn, mean)
-    shape = tuple(mean.shape)
-    source = p.joint.add(flat, matrix, {})
-    value = p.random(source, shape)
-    found = read(traced, p, front.rule_for, value, linearize=linearize)
-    return _moments(p, library, front, found, source, shape)
+    library = front.library(traced, mean, cov)
+    p = Propagation(library, settings)
+    flat = library.value(mean).reshape(-1)
+    source = p.joint.add(flat, _matrix(p, flat, shape, library.value(cov)), {})
+    found = read(traced, p, front.rule_for, p.random(source, shape), linearize=linearize)
+    front.check_result(found)
+    if isinstance(found, tuple | list) and len(found) == 1:
+        (found,) = found
+    if isinstance(found, tuple | list | dict):
+        raise TypeError("moments(fn=...) returns several arrays: wrap fn so that it returns one, as by concatenation")
+    if not isinstance(found, Random):
+        if not hasattr(found, "shape"):
+            raise TypeError(f"moments(fn=...) has to return an array, not {type(found).__name__}")
+        found = p.random(_constant(p, flat, found), found.shape)
+    try:
+        vector = p.gaussian(found)
+    except ValueError as error:
+        raise MomentError(f"moments: the function's output: {error}") from error
+    out = found.shape
+    between = p.joint.between(source, vector)
+    return Moments(
+        library.result(vector.mean.reshape(out)),
+        library.result(vector.cov.reshape(out + out)),
+        library.result(between.reshape(shape + out)),
+    )
 
 
 def register_rule(
@@ -166,66 +182,54 @@ def _library_of(mean: Any) -> str:
     )
 
 
-def _checked(p: Propagation, backend: Any, mean: Any, cov: Any) -> tuple[Array, Array]:
-    """mean ``(n,)`` and cov ``(n, n)``."""
-    shape, size = tuple(mean.shape), int(np.prod(mean.shape))
-    host = backend.to_host(backend.constant(mean))
-    if host.dtype.kind != "f":
+def _check(backend: Any, mean: Any, cov: Any) -> None:
+    """Raises what `moments` says of ``mean`` and ``cov``."""
+    host = np.asarray(backend.to_host(backend.constant(mean)))
+    if host.dtype.kind != "f" or "float" not in str(mean.dtype):
         raise TypeError(f"moments(mean=...) holds {mean.dtype}: it has to be of a floating type")
-    if size == 0:
+    if host.size == 0:
         raise ValueError("moments(mean=...) is empty")
     if not np.isfinite(host).all():
         raise ValueError("moments(mean=...) is not finite")
     if cov is None:
-        return mean.reshape(-1), p.s.array(np.eye(size), mean)
-    cov = p.s.array(cov, mean)
-    given = tuple(cov.shape)
-    if given == shape and given != (size, size):
-        cov = p.s.array(np.eye(size), mean) * cov.reshape(-1)
-    elif given in ((size, size), shape + shape):
-        cov = cov.reshape((size, size))
-    else:
+        return
+    shape, size, given = host.shape, host.size, tuple(np.shape(cov))
+    if given not in ((size, size), shape + shape, shape):
         raise ValueError(
             f"moments(cov=...) has shape {given}: for a mean of shape {shape} it is {(size, size)}, {shape + shape}, "
             f"or {shape} for variances alone"
         )
-    matrix = backend.to_host(backend.constant(cov))
+    matrix = np.asarray(backend.to_host(backend.constant(backend.as_array(cov))))
     if not np.isfinite(matrix).all():
         raise ValueError("moments(cov=...) is not finite")
-    largest = np.abs(matrix).max()
-    slack = 1e-5 * largest
+    if given == shape and given != (size, size):
+        if (matrix < 0).any():
+            raise ValueError("moments(cov=...) holds a negative variance")
+        return
+    matrix = matrix.reshape((size, size))
+    slack = 1e-5 * np.abs(matrix).max()
     if np.abs(matrix - matrix.T).max() > slack:
         raise ValueError("moments(cov=...) is not symmetric")
     try:
         np.linalg.cholesky(matrix + np.eye(size) * (slack + 1e-300))
     except np.linalg.LinAlgError:
         raise ValueError("moments(cov=...) has negative eigenvalues: it is not a covariance") from None
-    return mean.reshape(-1), cov
 
 
-def _moments(p: Propagation, library: Any, front: Any, found: Any, source: Any, shape: tuple[int, ...]) -> Moments:
-    front.check_result(found)
-    if isinstance(found, tuple | list) and len(found) == 1:
-        found = found[0]
-    size = source.size
-    if not isinstance(found, Random):
-        if isinstance(found, tuple | list | dict):
-            raise TypeError(
-                "moments(fn=...) returns several arrays: wrap fn so that it returns one, such as their concatenation"
-            )
-        if not library.is_array(found):
-            raise TypeError(f"moments(fn=...) has to return an array, not {type(found).__name__}")
-        zero = p.s.array(np.zeros((*found.shape, *found.shape)), source.mean)
-        return Moments(found, zero, p.s.array(np.zeros((*shape, *found.shape)), source.mean))
-    out = found.shape
-    expression = found.expression
-    try:
-        vector = p.gaussian(found)
-    except Exception as error:
-        raise MomentError(f"moments: the function's output: {error}") from error
-    del expression
-    return Moments(
-        vector.mean.reshape(out),
-        vector.cov.reshape(out + out),
-        p.joint.between(source, vector).reshape(shape + out) if size else vector.mean,
-    )
+def _matrix(p: Propagation, mean: Array, shape: tuple[int, ...], cov: Any) -> Array:
+    """The covariance ``(n, n)``."""
+    size = mean.shape[0]
+    if cov is None:
+        return p.s.array(np.eye(size), mean)
+    cov = p.s.array(cov, mean)
+    if tuple(cov.shape) == shape and shape != (size, size):
+        return p.s.array(np.eye(size), mean) * cov.reshape(-1)
+    return cov.reshape((size, size))
+
+
+def _constant(p: Propagation, like: Array, value: Any) -> Any:
+    """A value that does not depend on the input, as a vector without variance."""
+    flat = p.s.array(p.library.value(value), like).reshape(-1)
+    size = flat.shape[0]
+    blocks = {v: p.s.array(np.zeros((size, v.size)), like) for v in p.joint.alive()}
+    return p.joint.add(flat, p.s.array(np.zeros((size, size)), like), blocks)

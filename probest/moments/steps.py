@@ -89,7 +89,8 @@ def read(trace: Trace, p: Propagation, rules: Callable[[Step], Rule | None], val
     for leaf in leaves(trace.result):
         if isinstance(leaf, Name):
             needed[leaf.id] = len(trace.steps)
-    values: dict[Any, Any] = {**trace.constants, trace.input: value}
+    values = {name: p.library.value(constant) for name, constant in trace.constants.items()}
+    values[trace.input] = value
     del value
 
     def known(leaf: Any) -> Any:
@@ -118,7 +119,7 @@ def _value(
     inputs = leaves((args, params))
     if not any(isinstance(leaf, Random) for leaf in inputs):
         unknown = next((leaf for leaf in inputs if isinstance(leaf, Unknown)), None)
-        return step.call(*args, **params) if unknown is None or step.op == "getitem" else unknown
+        return p.library.value(step.call(*args, **params)) if unknown is None or step.op == "getitem" else unknown
     rule = rules(step)
     if rule is not None:
         try:
@@ -168,7 +169,10 @@ def linear(
         return p.affine(call, *randoms, nonnegative=nonnegative, tangent=tangent)
 
     if isinstance(value, tuple | list):
-        return [part(lambda *x, k=k: call(*x)[k]) for k in range(len(value))]
+        return [
+            part(lambda *x, k=k: call(*x)[k]) if "float" in str(one.dtype) else Unknown(step.place)
+            for k, one in enumerate(value)
+        ]
     return part(call)
 
 

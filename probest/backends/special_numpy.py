@@ -1,0 +1,25 @@
+"""The functions of `special_jax` that moment propagation uses, for NumPy arrays on the host."""
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["array", "clip", "stop_gradient", "xp"]
+
+Array = Any
+xp = np
+
+
+def array(values: Any, like: Array) -> Array:
+    """`values`, which may be Python numbers, as an array of the dtype of `like`."""
+    return np.asarray(values, like.dtype)
+
+
+def clip(x: Array, low: Any, high: Any) -> Array:
+    """x between two bounds, either of which may be None."""
+    return np.clip(x, low, high)
+
+
+def stop_gradient(x: Array) -> Array:
+    """x: there are no gradients here."""
+    return x
