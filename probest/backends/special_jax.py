@@ -35,6 +35,11 @@ def below(x: Array) -> Array:
     return jnp.nextafter(x, -jnp.inf)
 
 
+def with_diagonal(x: Array, values: Any) -> Array:
+    """The matrix x with `values` on its diagonal."""
+    return jnp.fill_diagonal(x, values, inplace=False)
+
+
 def repeat(times: int, body: Callable[[Any], Any], state: Any) -> Any:
     """`body` applied `times` times."""
     return jax.lax.fori_loop(0, times, lambda _, state: body(state), state)

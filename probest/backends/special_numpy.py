@@ -20,6 +20,13 @@ def clip(x: Array, low: Any, high: Any) -> Array:
     return np.clip(x, low, high)
 
 
+def with_diagonal(x: Array, values: Any) -> Array:
+    """The matrix x with `values` on its diagonal."""
+    found = x.copy()
+    np.fill_diagonal(found, values)
+    return found
+
+
 def stop_gradient(x: Array) -> Array:
     """x: there are no gradients here."""
     return x

@@ -33,6 +33,11 @@ def below(x: Array) -> Array:
     return torch.nextafter(x, torch.full_like(x, -torch.inf))
 
 
+def with_diagonal(x: Array, values: Any) -> Array:
+    """The matrix x with `values` on its diagonal."""
+    return torch.diagonal_scatter(x, torch.as_tensor(values, dtype=x.dtype, device=x.device).expand(len(x)))
+
+
 def stop_gradient(x: Array) -> Array:
     """x as a constant."""
     return x.detach()

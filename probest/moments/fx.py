@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import warnings
@@ -15,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from probest.backends import special_torch
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, Name, Rule, Step, Trace, Unknown, leaves, linear, rebuilt
+from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, Unknown, leaves, linear, rebuilt
 
 __all__ = ["RULES", "TorchLibrary", "rule_for", "trace"]
 
@@ -67,9 +68,15 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     def of_one(x: Array) -> Any:
         return fn(x)
 
-    with _plain():
-        tracing = make_fx(torch.func.functionalize(of_one), _decompositions(), record_stack_traces=True)
-        module = tracing(example.detach())
+    def graph(**options: Any) -> Any:
+        with _plain():
+            return make_fx(torch.func.functionalize(of_one), _decompositions(), **options)(example.detach())
+
+    @functools.cache
+    def places() -> dict[str, str]:
+        return {node.name: _place(node) for node in graph(record_stack_traces=True).graph.nodes}
+
+    module = graph()
     constants: dict[Any, Any] = {}
     steps: list[Step] = []
     source = result = None
@@ -83,12 +90,13 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
         else:
             target = node.target
             op = getattr(target, "__name__", str(target)) if target is operator.getitem else str(target)
-            steps.append(
-                Step(op, target, _named(tuple(node.args)), _named(dict(node.kwargs)), (node.name,), False, _place(node))
-            )
+            place = Place(lambda name=node.name: places().get(name, ""))  # type: ignore[misc]
+            args, params = _named(tuple(node.args)), _named(dict(node.kwargs))
+            steps.append(Step(op, target, args, params, (node.name,), False, place))
     return Trace(source, constants, steps, result)
 
 
+@functools.cache
 def _decompositions() -> dict[Any, Any]:
     """Operations that torch itself can write in those that have rules."""
     aten = torch.ops.aten
@@ -123,7 +131,7 @@ def _place(node: Any) -> str:
     lines = (node.meta.get("stack_trace") or "").splitlines()
     places = [line.strip() for line in lines if line.strip().startswith("File ")]
     own = [p for p in places if "/torch/" not in p and "/probest/moments/" not in p]
-    chosen = (own or places or ["place unknown"])[-1]
+    chosen = (own or places or [""])[-1]
     return chosen.replace("File ", "", 1).replace('"', "").split(", in ")[0].replace(", line ", ":")
 
 

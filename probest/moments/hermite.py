@@ -18,6 +18,7 @@ orders depend on values, so nothing here can be compiled as a whole; everything 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,9 +48,9 @@ class Quadrature:
     """
 
     reach: float = 12.0
-    nodes: int = 192
-    most_nodes: int = 6144
-    per_piece: int = 32
+    nodes: int = 128
+    most_nodes: int = 8192
+    per_piece: int = 64
     most_per_piece: int = 256
     tolerance: float = 1e-7
     covariance: float = 1e-6
@@ -141,21 +142,21 @@ def covariance(
     largest = min(_number(s, xp.max(xp.abs(correlation))), 1.0)
     if scale == 0 or largest == 0:
         return 0.0 * correlation, 0.0
-    total, power = 0.0 * correlation, correlation
-    rest = [left.variance, right.variance]
-    missing = math.inf
-    series = coefficients(left, settings.orders)
-    pairs = (
-        ((c, c) for c in series) if right is left else zip(series, coefficients(right, settings.orders), strict=True)
-    )
-    for k, (c, d) in enumerate(pairs, start=1):
-        total = total + c[:, None] * d[None, :] * power
+    found = [coefficients(side, settings.orders) for side in ((left,) if right is left else (left, right))]
+    rest = [side.variance for side in (left, right)]
+    pairs, missing = [], math.inf
+    for k, cs in enumerate(zip(*found, strict=True), start=1):
+        c, d = cs[0], cs[-1]
+        pairs.append((c, d))
         rest = [rest[0] - c * c, rest[1] - d * d]
         tails = [max(_number(s, xp.max(tail)), 0.0) ** 0.5 for tail in rest]
         missing = largest ** (k + 1) * tails[0] * tails[1] / scale
         if missing <= settings.covariance:
             break
-        power = power * correlation
+    total = None
+    for c, d in reversed(pairs):
+        term = c[:, None] * d[None, :]
+        total = correlation * (term if total is None else term + total)
     return total, missing
 
 
@@ -176,6 +177,11 @@ def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
         below, polynomial = polynomial, (x * polynomial - math.sqrt(k) * below) / math.sqrt(k + 1)
 
 
+@functools.cache
+def _legendre(size: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(size)
+
+
 def _expand(
     s: Any, f: Callable[[Array], Array], mean: Array, std: Array, breaks: Sequence[Any], size: int, reach: float
 ) -> Expansion:
@@ -184,7 +190,7 @@ def _expand(
         safe = xp.where(std > 0, std, 1.0)
         inner = [s.clip((s.array(b, mean) - mean) / safe, -reach, reach) for b in breaks]
         edges = [0.0 * mean - reach, *xp.sort(xp.stack(inner), axis=0), 0.0 * mean + reach]
-        points, shares = np.polynomial.legendre.leggauss(size)
+        points, shares = _legendre(size)
         points, shares = s.array(points, mean)[:, None], s.array(shares, mean)[:, None]
         halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
         nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])

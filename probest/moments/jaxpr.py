@@ -15,7 +15,7 @@ from probest.backends import special_jax, special_numpy
 from probest.moments.patterns import simplified
 from probest.moments.pointwise import Random, evaluate
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, Name, Rule, Step, Trace, linear
+from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, linear
 
 __all__ = ["RULES", "JaxLibrary", "rule_for", "trace"]
 
@@ -189,7 +189,7 @@ class _Flattening:
             carry = self.inline(body.jaxpr, inside, [*of_body, *carry])
         return self._step(equation, "while", args)
 
-    def _call(self, op: str, call: Callable[..., Any], args: tuple[Any, ...], place: str) -> Name:
+    def _call(self, op: str, call: Callable[..., Any], args: tuple[Any, ...], place: Place) -> Name:
         output = self.new()
         self.steps.append(Step(op, lambda *values, **_: call(*values), args, _Params({}), (output.id,), False, place))
         return output
@@ -199,10 +199,10 @@ class _Params(dict[str, Any]):
     """Parameters of an equation: static, so that nothing in them is looked for."""
 
 
-def _place(equation: Any) -> str:
+def _place(equation: Any) -> Place:
     from jax._src import source_info_util
 
-    return str(source_info_util.summarize(equation.source_info)) or "place unknown"
+    return Place(lambda: str(source_info_util.summarize(equation.source_info)))
 
 
 RULES: dict[str, Rule] = {}

@@ -104,7 +104,7 @@ class Propagation:
         others = self.joint.alive()
         between = self.joint.between
         act = self._linear_part(many, [o.shape for o in operands], sources[0].mean)
-        acted = act([self.xp.concat([between(v, g) for v in others]) for g in sources])
+        acted = act([_stacked(self.xp, [between(v, g) for v in others]) for g in sources])
         blocks, start = {}, 0
         for v in others:
             blocks[v] = acted[start : start + v.size].T
@@ -586,13 +586,12 @@ class Propagation:
 
     def _series(self, left: Expansion, right: Expansion, cov: Array) -> Array:
         xp = self.xp
-        outer = left.std[:, None] * right.std[None, :]
-        correlation = self.s.clip(cov / xp.where(outer > 0, outer, 1.0), -1.0, 1.0)
+        scales = [xp.where(side.std > 0, 1 / xp.where(side.std > 0, side.std, 1.0), 0.0) for side in (left, right)]
+        correlation = self.s.clip(scales[0][:, None] * cov * scales[1][None, :], -1.0, 1.0)
         if left is not right:
             return covariance(self.s, left, right, correlation, self.settings)[0]
-        eye = self.s.array(np.eye(left.mean.shape[0]), left.mean)
-        found, _ = covariance(self.s, left, left, correlation * (1.0 - eye), self.settings)
-        return found * (1.0 - eye) + eye * left.variance
+        found, _ = covariance(self.s, left, left, self.s.with_diagonal(correlation, 0.0), self.settings)
+        return self.s.with_diagonal(found, left.variance)
 
     def _line(self, expression: Expression) -> tuple[Array, Array]:
         """Slope and shift ``(n,)`` of an affine expression."""
@@ -787,6 +786,10 @@ def _contracted(xp: Any, block: Array) -> Array:
     diagonal = xp.linalg.diagonal(xp.permute_dims(block, (1, 2, 4, 5, 0, 3)))  # i k k m a
     diagonal = xp.linalg.diagonal(xp.permute_dims(diagonal, (0, 3, 4, 1, 2)))  # i m a k
     return xp.permute_dims(xp.sum(diagonal, axis=-1), (2, 0, 1))
+
+
+def _stacked(xp: Any, blocks: Sequence[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
 
 
 def _any_random(*values: Any) -> bool:

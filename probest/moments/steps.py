@@ -11,7 +11,7 @@ from typing import Any
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
 
-__all__ = ["MomentError", "Name", "Rule", "Step", "Trace", "Unknown", "leaves", "linear", "read", "rebuilt"]
+__all__ = ["MomentError", "Name", "Place", "Rule", "Step", "Trace", "Unknown", "leaves", "linear", "read", "rebuilt"]
 
 Rule = Callable[..., Any]
 """``rule(p, step, *args, **params)`` -> the step's value; random arguments are :class:`Random`, ``p`` has the rules."""
@@ -29,6 +29,16 @@ class Name:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A line of the user's code, looked up only where a message names it."""
+
+    look: Callable[[], str]
+
+    def __str__(self) -> str:
+        return self.look() or "place unknown"
+
+
+@dataclass(frozen=True)
 class Step:
     """One operation. ``call(*args, **params)`` computes it; args and params are nested and may hold :class:`Name`.
 
@@ -41,14 +51,14 @@ class Step:
     params: Mapping[str, Any]
     outputs: tuple[Any, ...]
     parts: bool
-    place: str
+    place: Place
 
 
 @dataclass(frozen=True)
 class Unknown:
     """Random, but not a number that has moments: which entry is the largest, for instance."""
 
-    place: str
+    place: Place
 
 
 @dataclass(frozen=True)
