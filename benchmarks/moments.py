@@ -3,10 +3,10 @@
     python benchmarks/moments.py --samples 1000000 --json build/moments.json
 
 Each line sets ``moments(fn, mean, cov)`` beside as many draws: the worst and the root-mean-square error of the
-standard deviations of the outputs, as a share of them; the worst error of a mean, in standard deviations; and the cost in
-batched forward passes of the same function in the same process, without and with the tracing. What sampling itself misses
-is in the column ``noise``: one standard error of a standard deviation. Networks are random: weights N(0, gain² / fan-in),
-gain √2 for ReLU and 1 else, biases N(0, 0.1²).
+standard deviations of the outputs, as a share of them; the worst error of a mean, in standard deviations; and the cost
+in batched forward passes of the same function in the same process, without and with the tracing. What sampling itself
+misses is in the column ``noise``: one standard error of a standard deviation. Networks are random: weights
+N(0, gain² / fan-in), gain √2 for ReLU and 1 else, biases N(0, 0.1²).
 """
 
 from __future__ import annotations

@@ -194,6 +194,10 @@ def composed(library: Library) -> dict[str, Any]:
             "cumsum": lambda x: x.cumsum(0),
             "einsum": lambda x: torch.einsum("ij,j->i", a, x),
             "where": lambda x: torch.where(x > 0, x, x.exp() - 1),
+            "layer norm": nn.LayerNorm(8).double().requires_grad_(False),
+            "rms norm": nn.RMSNorm(8).double().requires_grad_(False),
+            "normalize": lambda x: F.normalize(x, dim=0),
+            "relu, then max pool": lambda x: F.max_pool1d(F.relu(x.reshape(1, 1, 8)), 2),
             "variance": lambda x: x.var(),
             "huber": lambda x: F.huber_loss(x, a[0], reduction="none"),
         }
@@ -208,6 +212,9 @@ def composed(library: Library) -> dict[str, Any]:
     found = {name: getattr(nn, name) for name in names.split()}
     return found | {
         "glu": lambda x: nn.glu(a @ x),
+        "standardize": nn.standardize,
+        "layer norm": lambda x: (x - x.mean()) / jnp.sqrt(jnp.var(x) + 1e-5) * a[0] + a[1],
+        "rms norm": lambda x: x * (lax.rsqrt(jnp.mean(x**2) + 1e-6) * a[0]),
         "exact gelu": lambda x: nn.gelu(x, approximate=False),
         "mlp": lambda x: a @ jnp.tanh(a @ x),
         "maximum": jnp.max,
@@ -255,7 +262,13 @@ def test_what_users_compose_needs_no_registration(library: Library) -> None:
 
 def network(library: Library, parameters: Any) -> Any:
     a, b = parameters
-    return lambda x: b @ library.tanh(a @ library.relu(a @ x) + x)
+
+    def fn(x: Any) -> Any:
+        h = library.tanh(a @ library.relu(a @ x) + x)
+        c = h - h.mean()
+        return b @ (c * ((c * c).mean() + 0.01) ** -0.5 * a[0])
+
+    return fn
 
 
 def test_gradients_match_central_differences(library: Library) -> None:

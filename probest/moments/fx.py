@@ -14,6 +14,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from probest.backends import special_torch
+from probest.moments.patterns import with_normalisation
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, Unknown, leaves, linear, rebuilt
@@ -93,7 +94,12 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
             place = Place(lambda name=node.name: places().get(name, ""))  # type: ignore[misc]
             args, params = _named(tuple(node.args)), _named(dict(node.kwargs))
             steps.append(Step(op, target, args, params, (node.name,), False, place))
-    return Trace(source, constants, steps, result)
+    with torch.no_grad():
+        return with_normalisation(Trace(source, constants, steps, result), example.detach(), _detached)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 @functools.cache
@@ -155,7 +161,7 @@ def _name(step: Step) -> str:
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        RULES.update({f"aten.{name}" if "getitem" not in name else name: rule for name in names})
+        RULES.update({name if name == "getitem" or "probest" in name else f"aten.{name}": rule for name in names})
         return rule
 
     return register
@@ -483,6 +489,11 @@ def _softmax(p: Propagation, step: Step, a: Any, dim: int, *rest: Any, **params:
 @_rule("_log_softmax", "log_softmax")
 def _log_softmax(p: Propagation, step: Step, a: Any, dim: int, *rest: Any, **params: Any) -> Any:
     return p.softmax(a, dim, log=True)
+
+
+@_rule("probest_normalise")
+def _normalise(p: Propagation, step: Step, a: Any, times: Any, guess: Any) -> Any:
+    return p.multiply(p.normalise(a, guess.axes, guess.eps, centre=guess.centre), guess.factor * times)
 
 
 @_rule("native_layer_norm")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["QUADRATURE", "Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite"]
+__all__ = ["QUADRATURE", "Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite", "legendre"]
 
 Array = Any
 
@@ -178,7 +178,8 @@ def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
 
 
 @functools.cache
-def _legendre(size: int) -> tuple[np.ndarray, np.ndarray]:
+def legendre(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss–Legendre points in (−1, 1) and their weights."""
     return np.polynomial.legendre.leggauss(size)
 
 
@@ -190,7 +191,7 @@ def _expand(
         safe = xp.where(std > 0, std, 1.0)
         inner = [s.clip((s.array(b, mean) - mean) / safe, -reach, reach) for b in breaks]
         edges = [0.0 * mean - reach, *xp.sort(xp.stack(inner), axis=0), 0.0 * mean + reach]
-        points, shares = _legendre(size)
+        points, shares = legendre(size)
         points, shares = s.array(points, mean)[:, None], s.array(shares, mean)[:, None]
         halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
         nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])

@@ -68,7 +68,12 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     result: Any = outputs
     if jax.tree.leaves(shape) == [shape]:
         result = outputs[0]
-    return simplified(Trace(inputs[0].id, flat.constants, flat.steps, result), jax.lax.stop_gradient(example))
+    traced = Trace(inputs[0].id, flat.constants, flat.steps, result)
+    return simplified(traced, jax.lax.stop_gradient(example), _detached)
+
+
+def _detached(value: Any) -> Any:
+    return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
 _TURNS = 10_000
@@ -415,6 +420,11 @@ def _softmax(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
 @_rule("probest_log_softmax")
 def _log_softmax(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
     return p.softmax(a, params["axes"][0], log=True)
+
+
+@_rule("probest_normalise")
+def _normalise(p: Propagation, step: Step, a: Any, times: Any, guess: Any) -> Any:
+    return p.multiply(p.normalise(a, guess.axes, guess.eps, centre=guess.centre), guess.factor * times)
 
 
 @_rule("probest_logsumexp")

@@ -1,43 +1,182 @@
-"""What a trace says in several steps and has one rule: log Σ exp, softmax and log softmax as JAX writes them out.
+"""What a trace says in several steps and has one rule: log Σ exp, softmax and its logarithm as JAX writes them out, and
+layer and RMS normalisation in any form.
 
-Two things stand in the way. The largest entry is taken off first, behind ``stop_gradient``, so that exp cannot
-overflow: whether the result depends on it is tried, and where it does not a constant takes its place. And the steps
-that nothing needs any more are dropped.
+Normalisation is written in many ways; so a product with a reciprocal root is taken for one where it is one by the
+numbers, on random inputs. To softmax two things stand in the way. The largest entry is taken off first, behind
+``stop_gradient``, so that exp cannot overflow: whether the result depends on it is tried, and where it does not a
+constant takes its place. And the steps that nothing needs any more are dropped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from probest.moments.steps import Name, Step, Trace, leaves, rebuilt
 
 __all__ = ["simplified"]
 
 Array = Any
-_VIEWS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+_VIEWS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "expand", "view", "unsqueeze", "expand_as")
+_ON_THE_WAY = {
+    *_VIEWS,
+    "mul",
+    "div",
+    "max",
+    "sub",
+    "clamp_min",
+    "square",
+    "pow",
+    "integer_pow",
+    "add",
+    "clip",
+    "select_n",
+    "where",
+}
 
 
-def simplified(trace: Trace, example: Array) -> Trace:
-    """The same function in fewer steps, of inputs near ``example``."""
-    trace = _without_shifts(trace, example)
+def simplified(trace: Trace, example: Array, detached: Callable[[Any], Any]) -> Trace:
+    """The same function in fewer steps, of inputs near ``example``; ``detached`` takes gradients off a constant."""
+    trace = _without_shifts(trace, example, detached)
     made = {name: step for step in trace.steps for name in step.outputs}
     constants = trace.constants
     steps = [_softmax(step, made, constants) or _logsumexp(step, made) or step for step in trace.steps]
-    return _needed(replace(trace, steps=steps))
+    return _needed(with_normalisation(replace(trace, steps=steps), example, detached))
 
 
-def _without_shifts(trace: Trace, example: Array) -> Trace:
+def with_normalisation(trace: Trace, example: Array, detached: Callable[[Any], Any]) -> Trace:
+    """x ↦ factor · (x − mean) / √(variance + eps), or without the mean, as one step ``probest_normalise``."""
+    made = {name: step for step in trace.steps for name in step.outputs}
+    plain = _plain(trace, detached)
+    steps: list[Step] = []
+    for step in trace.steps:
+        guesses = _guesses(step, made)
+        found = next((c for g in guesses if (c := _confirmed(plain, example, step, g)) is not None), None)
+        steps.append(step if found is None else _normalising(step, found))
+    return replace(trace, steps=steps)
+
+
+class Guess(NamedTuple):
+    """What a step may be: factor · times · normalise(x) along ``axes``; ``times`` is a value of the trace."""
+
+    x: Any
+    axes: tuple[int, ...]
+    eps: float
+    centre: bool
+    times: Any = 1.0
+    factor: float = 1.0
+
+
+def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
+    if _kind(step) not in ("mul", "div") or len(step.args) != 2:
+        return []
+    found = []
+    for value, by in (step.args, step.args[::-1]) if _kind(step) == "mul" else (step.args,):
+        root, times = _behind(by, made, _VIEWS), 1.0
+        if root is not None and _kind(root) == "mul":
+            for inner, other in (root.args, root.args[::-1]):
+                behind = _behind(inner, made, _VIEWS)
+                if behind is not None and _kind(behind) == "rsqrt":
+                    root, times = behind, other
+                    break
+        if root is None or _kind(root) not in ("rsqrt", "sqrt", "linalg_vector_norm", "clamp_min", "max"):
+            continue
+        if _kind(root) in ("clamp_min", "max"):
+            root = next((r for a in root.args if (r := _behind(a, made, _VIEWS)) is not None), root)
+        inside = made.get(root.args[0].id) if isinstance(root.args[0], Name) else None
+        eps = 0.0
+        if inside is not None and _kind(inside) == "add" and _kind(root) != "linalg_vector_norm":
+            numbers = [a for a in inside.args if np.ndim(a) == 0 and not isinstance(a, Name)]
+            eps = float(numbers[0]) if numbers else 0.0
+        axes = _axes_of_mean(root, made)
+        above = made.get(value.id) if isinstance(value, Name) else None
+        if axes is None:
+            continue
+        found.append(Guess(value, axes, eps, False, times))
+        if above is not None and _kind(above) == "sub":
+            found.insert(0, Guess(above.args[0], axes, eps, True, times))
+    return found
+
+
+def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | None:
+    """Over which axes the squares below a root are summed."""
+    waiting = [root]
+    while waiting:
+        step = waiting.pop(0)
+        kind = _kind(step)
+        if kind == "reduce_sum":
+            return tuple(step.params["axes"])
+        if kind in ("mean", "sum") and len(step.args) > 1:
+            return tuple(step.args[1])
+        if kind == "linalg_vector_norm" and len(step.args) > 2:
+            return tuple(step.args[2])
+        if step is root or kind in _ON_THE_WAY:
+            waiting += [made[a.id] for a in step.args if isinstance(a, Name) and a.id in made]
+    return None
+
+
+def _confirmed(trace: Trace, example: Array, step: Step, guess: Guess) -> Guess | None:
+    """The guess with its factor, where it gives the step's values for three random x; else None."""
+    _, values = _evaluated(trace, example, {})
+    if not isinstance(guess.x, Name) or guess.x.id not in values:
+        return None
+    x, out = values[guess.x.id], values[step.outputs[0]]
+    if not hasattr(x, "shape") or tuple(x.shape) != tuple(out.shape) or math.prod(x.shape) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    factor: float | None = None
+    for scale in (1.0, 1.0, 3.0):
+        instead = 0.0 * x + _library(x).asarray(scale * rng.normal(size=x.shape) + 0.5, dtype=x.dtype)
+        _, values = _evaluated(trace, example, {guess.x.id: instead})
+        times = values[guess.times.id] if isinstance(guess.times, Name) else guess.times
+        expected = np.asarray(normalised(instead, times, guess), float)
+        found = np.asarray(values[step.outputs[0]], float)
+        if factor is None:
+            factor = float((found * expected).sum() / (expected**2).sum())
+        if not _same([factor * expected], [found]):
+            return None
+    assert factor is not None
+    return guess._replace(factor=1.0 if abs(factor - 1.0) < 1e-6 else factor)
+
+
+def normalised(x: Array, times: Any, guess: Guess) -> Array:
+    """What the guess stands for."""
+    xp = _library(x)
+    if guess.centre:
+        x = x - xp.mean(x, axis=guess.axes, keepdims=True)
+    return guess.factor * x / xp.sqrt(xp.mean(x * x, axis=guess.axes, keepdims=True) + guess.eps) * times
+
+
+def _normalising(step: Step, guess: Guess) -> Step:
+    def call(x: Array, times: Any, **_: Any) -> Array:
+        return normalised(x, times, guess)
+
+    args = (guess.x, guess.times)
+    return replace(step, op="probest_normalise", call=call, args=args, params={"guess": guess})
+
+
+def _kind(step: Step) -> str:
+    return step.op.removeprefix("aten.").split(".")[0].removesuffix("_")
+
+
+def _plain(trace: Trace, detached: Callable[[Any], Any]) -> Trace:
+    return replace(trace, constants={name: detached(value) for name, value in trace.constants.items()})
+
+
+def _without_shifts(trace: Trace, example: Array, detached: Callable[[Any], Any]) -> Trace:
     places = [step.outputs[0] for step in trace.steps if step.op == "stop_gradient"]
     if not places:
         return trace
-    plain, values = _evaluated(trace, example, {})
+    tried = _plain(trace, detached)
+    plain, values = _evaluated(tried, example, {})
     constants = dict(trace.constants)
     for place in places:
-        moved, _ = _evaluated(trace, example, {place: values[place] + 0.37})
+        moved, _ = _evaluated(tried, example, {place: values[place] + 0.37})
         if _same(plain, moved):
             constants[place] = values[place]
     steps = [step for step in trace.steps if not (step.op == "stop_gradient" and step.outputs[0] in constants)]
@@ -45,15 +184,17 @@ def _without_shifts(trace: Trace, example: Array) -> Trace:
 
 
 def _evaluated(trace: Trace, x: Array, instead: Mapping[Any, Array]) -> tuple[list[Any], dict[Any, Any]]:
-    values = {**trace.constants, trace.input: x}
+    values = {**trace.constants, trace.input: instead.get(trace.input, x)}
 
     def known(leaf: Any) -> Any:
         return values[leaf.id] if isinstance(leaf, Name) else leaf
 
     for step in trace.steps:
-        found = step.call(*rebuilt(step.args, known))
+        if step.outputs[0] in instead:
+            values[step.outputs[0]] = instead[step.outputs[0]]
+            continue
+        found = step.call(*rebuilt(step.args, known), **rebuilt(step.params, known))
         values.update(zip(step.outputs, found if step.parts else [found], strict=True))
-        values.update({name: instead[name] for name in step.outputs if name in instead})
     return [known(leaf) for leaf in leaves(trace.result)], values
 
 
@@ -79,7 +220,7 @@ def _behind(value: Any, made: Mapping[Any, Step], ops: tuple[str, ...]) -> Step 
     """The step that made ``value``, looking through ``ops``."""
     while isinstance(value, Name) and value.id in made:
         step = made[value.id]
-        if step.op not in ops:
+        if _kind(step) not in ops:
             return step
         value = step.args[0]
     return None
@@ -141,7 +282,7 @@ def _replaced(step: Step, op: str, value: Any, axes: tuple[int, ...]) -> Step:
 
 
 def _library(x: Array) -> Any:
-    return x.__array_namespace__()
+    return array_namespace(x)
 
 
 def _logsumexp_of(x: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:

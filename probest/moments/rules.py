@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from probest.moments.gaussian import Gaussian, Joint, Origin
-from probest.moments.hermite import QUADRATURE, Expansion, Quadrature, covariance, expand, hermite
+from probest.moments.hermite import QUADRATURE, Expansion, Quadrature, covariance, expand, hermite, legendre
 from probest.moments.pointwise import Expression, Random, evaluate, leaf
 
 __all__ = ["Library", "Propagation"]
@@ -420,6 +420,8 @@ class Propagation:
 
     def max(self, a: Random, axes: Sequence[int], keepdims: bool, sign: float = 1.0) -> Random:
         """The largest (sign −1: smallest) entry along ``axes``."""
+        if self._increasing(a):
+            return self._applied(a, self.max(self.random(a.expression.source, a.shape), axes, keepdims, sign))
         flat, restore = self.rows(a, axes)
         found = self._tournament(self._floored(flat, sign), lambda x, y: self.maximum(x, y, sign=sign))
         return restore(found, keepdims)
@@ -428,6 +430,9 @@ class Propagation:
         self, a: Random, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int], sign: float = 1.0
     ) -> Random:
         """The largest (sign −1: smallest) entry of each window, over the last ``len(sizes)`` axes."""
+        if self._increasing(a):
+            source = self.random(a.expression.source, a.shape)
+            return self._applied(a, self.pooled(source, sizes, strides, dilations, sign))
         settings = list(zip(a.shape[len(a.shape) - len(sizes) :], sizes, strides, dilations, strict=True))
         counts = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in settings]
         windows = []
@@ -461,14 +466,59 @@ class Propagation:
         return self.elementwise(lambda d: self.xp.exp(-self._softplus(-d)), margin, native=False, nonnegative=True)
 
     def normalise(self, a: Random, axes: Sequence[int], eps: float, *, centre: bool = True) -> Random:
-        """(x − mean) / √(variance + eps) along ``axes``; centre False: x / √(mean x² + eps)."""
-        mean = self.xp.mean
+        """(x − mean) / √(variance + eps) along ``axes``; centre False: x / √(mean x² + eps).
+
+        With x ~ N(m, S) one row of K, y = x r, r = (Q + eps)^−½ and Q = xᵀx / K, the mean and covariance of y within a
+        row and E ∂y/∂x are integrals over the powers of r, r^2a = ∫ τ^(a−1) e^(−τ(Q + eps)) dτ / Γ(a): under the
+        exponential x is Gaussian with covariance (S⁻¹ + 2τ/K)⁻¹. To other values, the other rows included, the
+        derivative carries covariances (exactly, for Gaussian x: Stein).
+        """
+        xp, s = self.xp, self.s
         flat, restore = self.rows(a, axes)
         if centre:
-            flat = self.affine(lambda x: x - mean(x, axis=-1, keepdims=True), flat, native=False)
-        square = self.multiply(flat, flat)
-        size = self.affine(lambda x: mean(x, axis=-1, keepdims=True), square, native=False, nonnegative=True)
-        return restore(self.multiply(flat, self.power(self.add(size, eps), -0.5)))
+            flat = self.affine(lambda x: x - xp.mean(x, axis=-1, keepdims=True), flat, native=False)
+        source = self.gaussian(flat)
+        rows, size = flat.shape
+        m = source.mean.reshape((rows, size))
+        cov = source.cov.reshape((rows, size, rows, size))
+        S = xp.permute_dims(xp.linalg.diagonal(xp.permute_dims(cov, (1, 3, 0, 2))), (2, 0, 1))
+        eye = s.array(np.eye(size), m)
+        power = (xp.linalg.trace(S) + xp.sum(m * m, axis=1)) / size + eps
+        unit = 1 / xp.sqrt(s.clip(s.stop_gradient(power), float(xp.finfo(m.dtype).tiny) ** 0.5, None))
+        both = xp.concat([S, m[:, :, None]], axis=2)
+        scale: Any = 0.0
+        mean = second = third = scale
+        points, weights = legendre(self.settings.per_piece)
+        for u, w in zip((points + 1) / 2, weights / 2, strict=True):  # t = √τ from 0 to ∞
+            t, dt = unit * float(u / (1 - u)), unit * float(w / (1 - u) ** 2)
+            matrix = eye + (2 / size) * (t * t)[:, None, None] * S
+            solved = xp.linalg.solve(matrix, both)
+            inner, at = solved[:, :, :size], solved[:, :, size]
+            exponent = -0.5 * xp.linalg.slogdet(matrix)[1] - t * t * (xp.sum(m * at, axis=1) / size + eps)
+            mass = dt * xp.exp(exponent)
+            outer = mass[:, None, None] * (inner + at[:, :, None] * at[:, None, :])
+            scale = scale + mass
+            mean = mean + mass[:, None] * at
+            second = second + t[:, None, None] * outer
+            third = third + (t * t)[:, None, None] * outer
+        root = math.pi**0.5
+        mean = (2 / root) * mean
+        derivative = (2 / root) * scale[:, None, None] * eye - (4 / root / size) * third
+        back = xp.permute_dims(derivative, (0, 2, 1))
+        rest = 2 * second - mean[:, :, None] * mean[:, None, :] - derivative @ S @ back
+        within = s.array(np.eye(rows), m)[:, None, :, None] * rest[:, :, None, :]
+
+        def moved(x: Array) -> Array:
+            return xp.permute_dims(xp.permute_dims(x, (1, 0, 2)) @ back, (1, 0, 2))
+
+        found = self.affine(
+            lambda x: mean[None] + 0.0 * x,
+            flat,
+            native=False,
+            tangent=moved,
+            extra=within.reshape((rows * size, rows * size)),
+        )
+        return restore(found)
 
     # What these are made of
 
@@ -735,6 +785,36 @@ class Propagation:
             return False
         mean, std = expression.source.mean, self._std(expression.source)
         return bool(self.xp.all(self.s.stop_gradient(mean > std)))
+
+    def _increasing(self, value: Random) -> bool:
+        """Whether it is one and the same function that nowhere falls, of every entry: then the largest value of it is
+        its value at the largest entry, whose law is nearer to a Gaussian's. It is looked at within reach.
+        """
+        expression = value.expression
+        if expression.affine:
+            return False
+        source, s = expression.source, self.s
+        mean, far = s.stop_gradient(source.mean), self.settings.reach * s.stop_gradient(self._std(source))
+        low, high = float(self.xp.min(mean - far)), float(self.xp.max(mean + far))
+        grid = s.array(np.linspace(low, high, 4 * self.settings.nodes + 1), mean)[:, None] + 0.0 * mean
+        values = np.asarray(s.stop_gradient(evaluate(expression, grid).reshape(grid.shape)))
+        slack = 1e-6 * np.abs(values).max(initial=0)
+        return bool(np.ptp(values, axis=1).max() <= slack and np.diff(values[:, 0]).min() >= -slack)
+
+    def _applied(self, function: Random, value: Random) -> Random:
+        """The function that ``function`` is of each entry of its source, of ``value``."""
+        old = function.expression
+        size = old.source.size
+
+        def call(x: Array) -> Array:
+            flat = x.reshape(-1)
+            rows = -(-flat.shape[0] // size)
+            filling = self.xp.broadcast_to(flat[:1], (rows * size - flat.shape[0],))
+            found = evaluate(old, self.xp.concat([flat, filling]).reshape((rows, size)))
+            return found.reshape(-1)[: flat.shape[0]].reshape(x.shape)
+
+        bends = [(value, b[0]) for b in old.breaks]
+        return self.elementwise(call, value, native=False, bends=bends, nonnegative=old.nonnegative)
 
     def _carried(self, *args: Any) -> bool:
         """Whether one of them is a Gaussian that stands for something ≥ 0: it is the time to take its logarithm."""
