@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -343,3 +344,39 @@ def test_rules_can_be_registered() -> None:
 
     close(elementwise.mean[0], (norm.pdf(e) * j0(0.5 + e)).sum() * (e[1] - e[0]), 1e-8)
     close(doubled.mean, 2 * mean)
+
+
+@pytest.mark.parametrize("rho", [-0.999, -0.99, -0.5, 0.9, 0.99, 0.999, 1.0])
+def test_covariances_are_exact_up_to_collinear_arguments(library: Library, rho: float) -> None:
+    """ReLU, abs and a step at six pairs of means, against integrals whose inner one is in closed form."""
+    a, b = np.array([-4.0, -0.5, 0.0, 0.3, 1.0, 4.0]), np.array([3.0, 0.4, 0.0, -1.0, -0.7, 5.0])
+    cov = np.block([[np.eye(6), rho * np.eye(6)], [rho * np.eye(6), np.eye(6)]])
+    step = lambda x: library.where(x > 0, library.array(1.0), library.array(0.0))  # noqa: E731
+    e, w = np.polynomial.legendre.leggauss(300)
+    for name, fn in {"relu": library.relu, "abs": library.abs, "step": step}.items():
+        _, found, _ = library.moments(fn, np.concatenate([a, b]), cov)
+        for i in range(6):
+            if rho == 1.0:
+                cut = sorted({-9.0, 9.0, *np.clip([-a[i], -b[i]], -9, 9).tolist()})
+            else:
+                turn = -b[i] / rho
+                near = 8 * np.sqrt(1 - rho * rho) / abs(rho)
+                cut = sorted({-9.0, 9.0, *np.clip([-a[i], turn - near, turn, turn + near], -9, 9).tolist()})
+            both = 0.0
+            for low, high in itertools.pairwise(cut):
+                x = low + (high - low) * (e + 1) / 2
+                outer = a[i] + x
+                f = {"relu": np.maximum(outer, 0), "abs": np.abs(outer), "step": (outer > 0) * 1.0}[name]
+                m, sd = b[i] + rho * x, np.sqrt(1 - rho * rho) + 1e-15
+                up, ramp = norm.cdf(m / sd), m * norm.cdf(m / sd) + sd * norm.pdf(m / sd)
+                g = {"relu": ramp, "abs": 2 * ramp - m, "step": up}[name]
+                both += (w * norm.pdf(x) * f * g).sum() * (high - low) / 2
+            each = [
+                {
+                    "relu": m * norm.cdf(m) + norm.pdf(m),
+                    "abs": m * (2 * norm.cdf(m) - 1) + 2 * norm.pdf(m),
+                    "step": norm.cdf(m),
+                }[name]
+                for m in (a[i], b[i])
+            ]
+            assert found[i, 6 + i] == pytest.approx(both - each[0] * each[1], abs=1e-6), (name, i)

@@ -35,6 +35,11 @@ def below(x: Array) -> Array:
     return jnp.nextafter(x, -jnp.inf)
 
 
+def put(x: Array, rows: Any, columns: Any, values: Array) -> Array:
+    """The matrix x with `values` at the given places."""
+    return x.at[rows, columns].set(values)
+
+
 def with_diagonal(x: Array, values: Any) -> Array:
     """The matrix x with `values` on its diagonal."""
     return jnp.fill_diagonal(x, values, inplace=False)

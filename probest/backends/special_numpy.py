@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["array", "clip", "stop_gradient", "xp"]
+__all__ = ["array", "clip", "put", "stop_gradient", "with_diagonal", "xp"]
 
 Array = Any
 xp = np
@@ -18,6 +18,13 @@ def array(values: Any, like: Array) -> Array:
 def clip(x: Array, low: Any, high: Any) -> Array:
     """x between two bounds, either of which may be None."""
     return np.clip(x, low, high)
+
+
+def put(x: Array, rows: Any, columns: Any, values: Array) -> Array:
+    """The matrix x with `values` at the given places."""
+    found = x.copy()
+    found[rows, columns] = values
+    return found
 
 
 def with_diagonal(x: Array, values: Any) -> Array:

@@ -33,6 +33,11 @@ def below(x: Array) -> Array:
     return torch.nextafter(x, torch.full_like(x, -torch.inf))
 
 
+def put(x: Array, rows: Any, columns: Any, values: Array) -> Array:
+    """The matrix x with `values` at the given places."""
+    return torch.index_put(x, (torch.as_tensor(rows), torch.as_tensor(columns)), values)
+
+
 def with_diagonal(x: Array, values: Any) -> Array:
     """The matrix x with `values` on its diagonal."""
     return torch.diagonal_scatter(x, torch.as_tensor(values, dtype=x.dtype, device=x.device).expand(len(x)))

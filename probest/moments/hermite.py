@@ -44,6 +44,7 @@ class Quadrature:
             |E f|.
         covariance: error allowed in a covariance, in units of the largest standard deviations of f and g.
         orders: the most Hermite orders that are kept.
+        pairs: the most pairs of nearly collinear arguments whose covariance is integrated, and not left to the series.
         refused: the change of the moments, as above, from which on they are not used.
     """
 
@@ -56,6 +57,7 @@ class Quadrature:
     covariance: float = 1e-6
     orders: int = 128
     refused: float = 1e-3
+    pairs: int = 2000
 
     def __post_init__(self) -> None:
         positive = (
@@ -83,7 +85,8 @@ class Expansion(NamedTuple):
 
     mean, variance ``(n,)`` of f(x). nodes ``(Q, n)``: ε, in standard deviations from m. weights ``(Q, n)``: of the
     standard normal law. centred ``(Q, n)``: f − E f there. std ``(n,)``: √v. error: by how much half the nodes would
-    have changed the moments, in units of f's standard deviation and |mean|.
+    have changed the moments, in units of f's standard deviation and |mean|. location ``(n,)``: m. function, breaks: f,
+    where it is still wanted, and where it may jump.
     """
 
     mean: Array
@@ -93,6 +96,9 @@ class Expansion(NamedTuple):
     centred: Array
     std: Array
     error: float
+    location: Array
+    function: Callable[[Array], Array] | None
+    breaks: Sequence[Array | float]
 
 
 def expand(
@@ -208,7 +214,9 @@ def _expand(
         )
     average = xp.sum(weights * values, axis=0)
     centred = values - average
-    return Expansion(average, xp.sum(weights * centred**2, axis=0), nodes, weights, centred, std, math.nan)
+    return Expansion(
+        average, xp.sum(weights * centred**2, axis=0), nodes, weights, centred, std, math.nan, mean, f, breaks
+    )
 
 
 def _moved(s: Any, coarse: Expansion, fine: Expansion) -> float:

@@ -27,11 +27,14 @@ class Moments:
         mean: of the output, of its shape ``(*O)``.
         cov: ``(*O, *O)``.
         cross: Cov(input, output), ``(*S, *O)`` for an input of shape ``(*S)``.
+        error: the largest error that an integral on the way may have had, in units of the largest standard deviation in
+            it. What else is neglected, that a layer's values are not Gaussian, is not in it.
     """
 
     mean: Array
     cov: Array
     cross: Array
+    error: float
 
     @property
     def variance(self) -> Array:
@@ -45,7 +48,7 @@ class Moments:
         return self.variance**0.5
 
     def __repr__(self) -> str:
-        return f"Moments(mean of shape {tuple(self.mean.shape)}, input of shape {self._input})"
+        return f"Moments(mean of shape {tuple(self.mean.shape)}, input of shape {self._input}, error={self.error:.1g})"
 
     @property
     def _input(self) -> tuple[int, ...]:
@@ -119,6 +122,7 @@ def moments(
         library.result(vector.mean.reshape(out)),
         library.result(vector.cov.reshape(out + out)),
         library.result(between.reshape(shape + out)),
+        p.error,
     )
 
 

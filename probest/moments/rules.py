@@ -21,6 +21,7 @@ import numpy as np
 
 from probest.moments.gaussian import Gaussian, Joint, Origin
 from probest.moments.hermite import QUADRATURE, Expansion, Quadrature, covariance, expand, hermite, legendre
+from probest.moments.pairs import with_close_pairs
 from probest.moments.pointwise import Expression, Random, evaluate, leaf
 
 __all__ = ["Library", "Propagation"]
@@ -50,12 +51,16 @@ class Library(Protocol):
 
 
 class Propagation:
-    """The joint law of everything alive, and the rules that extend it."""
+    """The joint law of everything alive, and the rules that extend it.
+
+    error: the largest error that an integral may have had so far, in units of the largest standard deviation in it.
+    """
 
     def __init__(self, library: Library, settings: Quadrature = QUADRATURE) -> None:
         self.library, self.settings, self.joint = library, settings, Joint()
         self.s = library.special
         self.xp = self.s.xp
+        self.error = 0.0
         self._margins: weakref.WeakKeyDictionary[Gaussian, dict[Any, weakref.ref[Gaussian]]]
         self._margins = weakref.WeakKeyDictionary()
 
@@ -622,6 +627,7 @@ class Propagation:
                 f"its moments did not settle (they moved by {expansion.error:.1g} when the nodes were doubled): it has "
                 "a pole or a jump that is not known of"
             )
+        self.error = max(self.error, expansion.error)
         slope = xp.where(std > 0, hermite(expansion, 1) / xp.where(std > 0, std, 1.0), 0.0)
         blocks = {}
         for v in self.joint.alive():
@@ -631,7 +637,7 @@ class Propagation:
             else:
                 blocks[v] = self._series(expansion, v.origin.expansion, self.joint.between(source, other))
         cov = self._series(expansion, expansion, source.cov)
-        origin = Origin(weakref.ref(source), expansion)
+        origin = Origin(weakref.ref(source), expansion._replace(function=None, breaks=()))
         return self.joint.add(expansion.mean, cov, blocks, origin=origin, positive=expression.nonnegative)
 
     def _series(self, left: Expansion, right: Expansion, cov: Array) -> Array:
@@ -639,8 +645,15 @@ class Propagation:
         scales = [xp.where(side.std > 0, 1 / xp.where(side.std > 0, side.std, 1.0), 0.0) for side in (left, right)]
         correlation = self.s.clip(scales[0][:, None] * cov * scales[1][None, :], -1.0, 1.0)
         if left is not right:
-            return covariance(self.s, left, right, correlation, self.settings)[0]
-        found, _ = covariance(self.s, left, left, self.s.with_diagonal(correlation, 0.0), self.settings)
+            found, missing = covariance(self.s, left, right, correlation, self.settings)
+            self.error = max(self.error, missing)
+            return found
+        correlation = self.s.with_diagonal(correlation, 0.0)
+        found, missing = covariance(self.s, left, left, correlation, self.settings)
+        if missing > self.settings.covariance:
+            found, done = with_close_pairs(self.s, left, correlation, found, self.settings)
+            missing = self.settings.covariance if done else missing
+        self.error = max(self.error, missing)
         return self.s.with_diagonal(found, left.variance)
 
     def _line(self, expression: Expression) -> tuple[Array, Array]:
