@@ -380,3 +380,67 @@ def test_covariances_are_exact_up_to_collinear_arguments(library: Library, rho: 
                 for m in (a[i], b[i])
             ]
             assert found[i, 6 + i] == pytest.approx(both - each[0] * each[1], abs=1e-6), (name, i)
+
+
+def test_an_error_names_the_users_line(library: Library) -> None:
+    def fn(x: Any) -> Any:
+        y = 2.0 * x
+        if library.name == "torch":
+            import torch
+
+            return torch.sort(y).values
+        import jax.numpy as jnp
+
+        return jnp.sort(y)
+
+    with pytest.raises(MomentError, match=r"test_moments_traced\.py:\d+"):
+        library.moments(fn)
+
+
+def test_truth_values_are_their_indicators(library: Library) -> None:
+    """P(x_0 > 0), P(both > 0) of two independent and of two that are not, and how many are above 0."""
+    mean, cov = np.array([0.5, -1.0, 2.0]), np.diag([1.0, 4.0, 1.0])
+    p = norm.cdf(mean / np.sqrt(np.diag(cov)))
+    found, spread, _ = library.moments(lambda x: x > 0, mean, cov)
+    close(found, p, 1e-8)
+    close(np.diag(spread), p * (1 - p), 1e-7)
+    found, _, _ = library.moments(lambda x: (x[:1] > 0) & (x[1:2] > 0), mean, cov)
+    close(found, [p[0] * p[1]], 1e-7)
+    found, _, _ = library.moments(lambda x: (x[:1] > 0) | (x[1:2] > 0), mean, cov)
+    close(found, [p[0] + p[1] - p[0] * p[1]], 1e-7)
+
+
+def test_normalisation_is_exact_within_a_row(library: Library) -> None:
+    """x / √mean x² of four independent N(0, 1): mean 0, covariance the identity; of a mean far out, by quadrature."""
+    fn = lambda x: x * ((x * x).mean() + 0.0) ** -0.5  # noqa: E731
+    mean, cov, _ = library.moments(fn, np.zeros(4), None)
+    close(mean, np.zeros(4), 1e-9)
+    close(cov, np.eye(4), 1e-6)
+    mean, cov, cross = library.moments(fn, np.array([2.0, -1.0]), None)
+    e, w = np.polynomial.hermite_e.hermegauss(200)
+    x, y = 2.0 + e[:, None], -1.0 + e[None, :]
+    u = x / np.sqrt((x * x + y * y) / 2)
+    weights = w[:, None] * w[None, :] / (2 * np.pi)
+    close(mean[0], (weights * u).sum(), 2e-3)  # the integrand jumps at the origin: that is the quadrature's error
+    close(cov[0, 0], (weights * u**2).sum() - mean[0] ** 2, 2e-3)
+    close(cross[0, 0], (weights * u * e[:, None]).sum(), 2e-3)
+
+
+def test_largest_of_increasing_functions_is_that_of_the_largest(library: Library) -> None:
+    """max(relu(x), relu(y)) of independent N(0, 1): the mean is that of max(x, y, 0), by quadrature."""
+    mean, _, _ = library.moments(lambda x: library.max(library.relu(x)), np.zeros(2), None)
+    e = np.linspace(-9, 9, 20_001)
+    density = 2 * norm.pdf(e) * norm.cdf(e) * (e[1] - e[0])
+    assert float(mean) == pytest.approx((density * np.maximum(e, 0)).sum(), rel=0.02)
+
+
+def test_what_draws_random_numbers_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    mean = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(MomentError, match="random numbers"):
+        moments(lambda x: torch.nn.functional.dropout(x, 0.5), mean)
+    dropout = torch.nn.Dropout(0.5)
+    close(moments(dropout, mean).mean, np.zeros(3))
+    assert dropout.training
+    with pytest.raises(MomentError, match="could not be traced"):
+        moments(lambda x: x if x[0] > 0 else -x, mean)

@@ -66,16 +66,17 @@ def _plain() -> Iterator[None]:
 def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     """``fn`` as steps. Its parameters are constants of the trace, through which gradients pass."""
 
-    def of_one(x: Array) -> Any:
+    def forward(x: Array) -> Any:
         return fn(x)
 
     def graph(**options: Any) -> Any:
-        with _plain():
-            return make_fx(torch.func.functionalize(of_one), _decompositions(), **options)(example.detach())
+        with _plain(), torch.random.fork_rng(devices=[]):
+            return make_fx(torch.func.functionalize(forward), _decompositions(), **options)(example.detach())
 
     @functools.cache
     def places() -> dict[str, str]:
-        return {node.name: _place(node) for node in graph(record_stack_traces=True).graph.nodes}
+        with _whole_stacks():
+            return {node.name: _place(node) for node in graph(record_stack_traces=True).graph.nodes}
 
     module = graph()
     constants: dict[Any, Any] = {}
@@ -91,6 +92,11 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
         else:
             target = node.target
             op = getattr(target, "__name__", str(target)) if target is operator.getitem else str(target)
+            if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+                raise MomentError(
+                    f"moments: the function draws random numbers ({op}): put its modules in evaluation mode, or make "
+                    "what is random a part of the input"
+                )
             place = Place(lambda name=node.name: places().get(name, ""))  # type: ignore[misc]
             args, params = _named(tuple(node.args)), _named(dict(node.kwargs))
             steps.append(Step(op, target, args, params, (node.name,), False, place))
@@ -132,13 +138,27 @@ def _named(tree: Any) -> Any:
     return tree
 
 
+@contextlib.contextmanager
+def _whole_stacks() -> Iterator[None]:
+    """Nodes remember every frame of the stack, where torch would keep those of modules alone."""
+    tracer: Any = torch.fx.proxy.TracerBase
+    kept = tracer._filter_traceback_frames
+    tracer._filter_traceback_frames = lambda self, frames: frames
+    try:
+        yield
+    finally:
+        tracer._filter_traceback_frames = kept
+
+
 def _place(node: Any) -> str:
     """The user's line: the innermost one outside torch."""
     lines = (node.meta.get("stack_trace") or "").splitlines()
     places = [line.strip() for line in lines if line.strip().startswith("File ")]
-    own = [p for p in places if "/torch/" not in p and "/probest/moments/" not in p]
-    chosen = (own or places or [""])[-1]
-    return chosen.replace("File ", "", 1).replace('"', "").split(", in ")[0].replace(", line ", ":")
+    inside = [k for k, place in enumerate(places) if place.endswith("in forward") and "moments/fx.py" in place]
+    own = [place for place in places[inside[-1] + 1 :] if "/torch/" not in place] if inside else []
+    if not own:
+        return ""
+    return own[-1].replace("File ", "", 1).replace('"', "").split(", in ")[0].replace(", line ", ":")
 
 
 RULES: dict[str, Rule] = {}
@@ -192,7 +212,7 @@ def _monotone_linear(p: Propagation, step: Step, *args: Any, **params: Any) -> A
     return linear(p, step, args, params, nonnegative=nonnegative and not constants)
 
 
-@_rule("constant_pad_nd", "select_scatter", "slice_scatter", "index_put", "scatter", "scatter_add", "diff")
+@_rule("constant_pad_nd", "select_scatter", "index_put", "scatter", "scatter_add", "diff")
 def _linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
     return linear(p, step, args, params)
 
@@ -417,6 +437,22 @@ def _where(p: Propagation, step: Step, which: Any, yes: Any, no: Any) -> Any:
 @_rule("masked_fill")
 def _masked_fill(p: Propagation, step: Step, value: Any, mask: Any, fill: Any) -> Any:
     return p.select(mask, torch.as_tensor(fill, dtype=value.expression.source.mean.dtype), value)
+
+
+@_rule("bitwise_and", "logical_and", "bitwise_or", "logical_or")
+def _logical(p: Propagation, step: Step, a: Any, b: Any) -> Any:
+    if p.shared(a, b):
+        return _pointwise(p, step, a, b)
+    return p.both(a, b) if _name(step).endswith("and") else p.either(a, b)
+
+
+@_rule("slice_scatter")
+def _slice_scatter(
+    p: Propagation, step: Step, into: Any, part: Any, dim: int = 0, start: Any = None, end: Any = None, by: int = 1
+) -> Any:  # fmt: skip
+    size = into.shape[dim]
+    first, last, _ = slice(start, end, by).indices(size)
+    return linear(p, step, (into, part, dim, first, last, by), {})
 
 
 @_rule("gt", "ge", "lt", "le", "eq", "ne")

@@ -87,6 +87,7 @@ class _Flattening:
         self.constants: dict[int, Any] = {}
         self.steps: list[Step] = []
         self._numbers = itertools.count()
+        self._around: list[Any] = []  # the equations whose calls are being inlined
 
     def new(self) -> Name:
         return Name(next(self._numbers))
@@ -122,7 +123,10 @@ class _Flattening:
                 inner = params[key]
                 closed = isinstance(inner, ClosedJaxpr)
                 consts = [self.constant(c) for c in inner.consts] if closed else []
-                return self.inline(inner.jaxpr if closed else inner, consts, args)
+                self._around.append(equation)
+                found = self.inline(inner.jaxpr if closed else inner, consts, args)
+                self._around.pop()
+                return found
         if name == "scan":
             return self._scan(equation, params, args)
         if name == "while":
@@ -149,7 +153,15 @@ class _Flattening:
             return [self.constant(value) for value in (found if primitive.multiple_results else [found])]
         names = tuple(output.id for output in outputs)
         self.steps.append(
-            Step(name, call, tuple(args), _Params(equation.params), names, primitive.multiple_results, _place(equation))
+            Step(
+                name,
+                call,
+                tuple(args),
+                _Params(equation.params),
+                names,
+                primitive.multiple_results,
+                _place(equation, *self._around[::-1]),
+            )
         )
         return outputs
 
@@ -160,7 +172,7 @@ class _Flattening:
         consts, carry, over = list(args[:fixed]), list(args[fixed : fixed + carried]), args[fixed + carried :]
         collected: list[list[Any]] = []
         order = range(length - 1, -1, -1) if params["reverse"] else range(length)
-        place = _place(equation)
+        place = _place(equation, *self._around[::-1])
         for turn in order:
             sliced = [self._call("probest_take", lambda x, i=turn: x[i], (x,), place) for x in over]
             inside = [self.constant(c) for c in inner.consts]
@@ -204,10 +216,18 @@ class _Params(dict[str, Any]):
     """Parameters of an equation: static, so that nothing in them is looked for."""
 
 
-def _place(equation: Any) -> Place:
+def _place(*equations: Any) -> Place:
+    """The user's line: of the first equation that has one."""
     from jax._src import source_info_util
 
-    return Place(lambda: str(source_info_util.summarize(equation.source_info)))
+    def look() -> str:
+        for equation in equations:
+            frame = source_info_util.user_frame(equation.source_info.traceback)
+            if frame is not None and "/probest/moments/" not in frame.file_name:
+                return f"{frame.file_name}:{frame.start_line}"
+        return ""
+
+    return Place(look)
 
 
 RULES: dict[str, Rule] = {}
@@ -309,7 +329,7 @@ _NONNEGATIVE = {"abs", "logistic", "erfc", "cosh", "exp2"}
 @_rule(
     "abs", "sign", "tanh", "logistic", "sin", "cos", "tan", "erf", "erfc", "erf_inv", "log1p", "expm1", "asin", "acos",
     "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "exp2", "cbrt", "is_finite", "not", "lgamma", "digamma",
-    "log_softplus", "and", "or", "xor", "atan2", "bessel_i0e", "bessel_i1e",
+    "xor", "atan2", "bessel_i0e", "bessel_i1e",
 )  # fmt: skip
 def _pointwise(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
     if not p.shared(*args):
@@ -399,6 +419,13 @@ def _pow(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
             return p.power(a, float(powers[0]), lambda x: step.call(x, b))
         return p.elementwise(step.call, a, b) if p.shared(a, b) else NotImplemented
     return p.exp(p.multiply(b, p.log(a) if isinstance(a, Random) else p.xp.log(a)))
+
+
+@_rule("and", "or")
+def _logical(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
+    if p.shared(a, b):
+        return _pointwise(p, step, a, b)
+    return p.both(a, b) if step.op == "and" else p.either(a, b)
 
 
 @_rule("gt", "ge", "lt", "le", "eq", "ne")

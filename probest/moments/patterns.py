@@ -81,10 +81,12 @@ def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
         if root is not None and _kind(root) == "mul":
             for inner, other in (root.args, root.args[::-1]):
                 behind = _behind(inner, made, _VIEWS)
-                if behind is not None and _kind(behind) == "rsqrt":
+                if behind is not None and _is_root(behind):
                     root, times = behind, other
                     break
-        if root is None or _kind(root) not in ("rsqrt", "sqrt", "linalg_vector_norm", "clamp_min", "max"):
+        if root is not None and _kind(root) in ("reciprocal", "div"):
+            root = _behind(root.args[-1], made, _VIEWS)
+        if root is None or not (_is_root(root) or _kind(root) in ("linalg_vector_norm", "clamp_min", "max")):
             continue
         if _kind(root) in ("clamp_min", "max"):
             root = next((r for a in root.args if (r := _behind(a, made, _VIEWS)) is not None), root)
@@ -103,16 +105,23 @@ def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
     return found
 
 
+def _is_root(step: Step) -> bool:
+    """A square root or its reciprocal."""
+    power = step.args[1] if _kind(step) == "pow" and len(step.args) > 1 else step.params.get("y", 0)
+    power = None if isinstance(power, Name) or np.ndim(power) else abs(float(power))
+    return _kind(step) in ("rsqrt", "sqrt") or (_kind(step) == "pow" and power == 0.5)
+
+
 def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | None:
-    """Over which axes the squares below a root are summed."""
+    """Over which axes the squares below a root are summed; () for all."""
     waiting = [root]
     while waiting:
         step = waiting.pop(0)
         kind = _kind(step)
         if kind == "reduce_sum":
             return tuple(step.params["axes"])
-        if kind in ("mean", "sum") and len(step.args) > 1:
-            return tuple(step.args[1])
+        if kind in ("mean", "sum"):
+            return tuple(step.args[1]) if len(step.args) > 1 else ()
         if kind == "linalg_vector_norm" and len(step.args) > 2:
             return tuple(step.args[2])
         if step is root or kind in _ON_THE_WAY:
@@ -128,6 +137,7 @@ def _confirmed(trace: Trace, example: Array, step: Step, guess: Guess) -> Guess 
     x, out = values[guess.x.id], values[step.outputs[0]]
     if not hasattr(x, "shape") or tuple(x.shape) != tuple(out.shape) or math.prod(x.shape) < 2:
         return None
+    guess = guess if guess.axes else guess._replace(axes=tuple(range(x.ndim)))
     rng = np.random.default_rng(0)
     factor: float | None = None
     for scale in (1.0, 1.0, 3.0):

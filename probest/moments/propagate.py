@@ -97,7 +97,7 @@ def moments(
     shape = tuple(mean.shape)
     _check(backend, mean, cov)
     with backend.evaluating(fn):
-        traced = front.trace(fn, mean)
+        traced = _traced(front, fn, mean)
     library = front.library(traced, mean, cov)
     p = Propagation(library, settings)
     flat = library.value(mean).reshape(-1)
@@ -173,6 +173,20 @@ def _elementwise_rule(bends: tuple[float, ...]) -> Callable[..., Any]:
         return p.elementwise(lambda *x: step.call(*x, **params), *args, bends=[(first, b) for b in bends])
 
     return rule
+
+
+def _traced(front: Any, fn: Callable[[Array], Array], mean: Array) -> Any:
+    try:
+        return front.trace(fn, mean)
+    except MomentError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise MomentError(
+            f"moments: fn could not be traced on an array of shape {tuple(mean.shape)} and type {mean.dtype}. It may "
+            "not branch on a value that depends on its input, nor read one out (.item()), and its parameters have to "
+            f"be of that type. {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _library_of(mean: Any) -> str:

@@ -337,6 +337,28 @@ class Propagation:
 
         return self.add(a, self.elementwise(excess, beyond, native=False, bends=[(beyond, 0.0)]))
 
+    def indicator(self, value: Any) -> Any:
+        """1 where a truth value holds, else 0."""
+        if not isinstance(value, Random):
+            return self.xp.where(value, 1.0, 0.0)
+        one = self.s.array(1.0, self._like(value))
+        return self.elementwise(lambda x: self.xp.where(x, one, 0.0 * one), value, native=False, nonnegative=True)
+
+    def both(self, a: Any, b: Any) -> Any:
+        """a and b, as 1 or 0: truth values or their indicators."""
+        return self.multiply(self._indicated(a), self._indicated(b))
+
+    def either(self, a: Any, b: Any) -> Any:
+        """a or b, as 1 or 0."""
+        a, b = self._indicated(a), self._indicated(b)
+        return self.subtract(self.add(a, b), self.multiply(a, b))
+
+    def _indicated(self, value: Any) -> Any:
+        if isinstance(value, Random):
+            middle = evaluate(value.expression, self.s.stop_gradient(self._like(value))[None])
+            return self.indicator(value) if "bool" in str(middle.dtype) else value
+        return self.indicator(value) if "bool" in str(getattr(value, "dtype", "bool")) else value
+
     def select(self, which: Any, yes: Any, no: Any) -> Any:
         """``yes`` where ``which``, else ``no``."""
         call = self.xp.where
@@ -356,8 +378,7 @@ class Propagation:
         if known:
             self._spread(yes, no, which)
             return self.affine(lambda x, y: call(which, x, y), yes, no, native=False, nonnegative=nonnegative)
-        one = self.s.array(1.0, self._like(which))
-        chosen = self.elementwise(lambda p: call(p, one, 0.0 * one), which, native=False, nonnegative=True)
+        chosen = self._indicated(which)
         return self.add(no, self.multiply(chosen, self.subtract(yes, no)))
 
     def matmul(self, a: Random, b: Random) -> Random:
@@ -619,7 +640,8 @@ class Propagation:
         std = self._std(source)
 
         def f(x: Array) -> Array:
-            return evaluate(expression, x).reshape(x.shape)
+            found = evaluate(expression, x).reshape(x.shape)
+            return xp.where(found, self.s.array(1.0, x), 0.0 * x) if "bool" in str(found.dtype) else found
 
         expansion = expand(self.s, f, source.mean, std, expression.breaks, self.settings)
         if expansion.error > self.settings.refused:
