@@ -45,6 +45,7 @@ class Quadrature:
         covariance: error allowed in a covariance, in units of the largest standard deviations of f and g.
         orders: the most Hermite orders that are kept.
         pairs: the most pairs of nearly collinear arguments whose covariance is integrated, and not left to the series.
+        at_once: the most values of f that are computed at once for such pairs; bounds the memory.
         refused: the change of the moments, as above, from which on they are not used.
     """
 
@@ -58,6 +59,7 @@ class Quadrature:
     orders: int = 128
     refused: float = 1e-3
     pairs: int = 2000
+    at_once: int = 2_000_000
 
     def __post_init__(self) -> None:
         positive = (

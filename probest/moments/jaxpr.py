@@ -41,11 +41,30 @@ class JaxLibrary:
 
     def batched(self, call: Callable[..., Array], which: Sequence[bool]) -> Callable[..., Array]:
         mapped = jax.vmap(call, in_axes=tuple(0 if batched else None for batched in which))
-        return mapped if self._traced else lambda *args: np.asarray(mapped(*args))
+        if self._traced:
+            return mapped
+
+        def on_host(*args: Any) -> Any:
+            rows = next(a.shape[0] for a, batched in zip(args, which, strict=True) if batched)
+            filled = [_filled(a, _rounded(rows)) if batched else a for a, batched in zip(args, which, strict=True)]
+            return np.asarray(mapped(*filled))[:rows]
+
+        return on_host
 
     def derivative(self, call: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
         found: Callable[..., Array] = jax.linearize(call, *points)[1]
         return found
+
+
+def _rounded(rows: int) -> int:
+    """Up to a size with three leading bits: XLA compiles anew for every one, and few are met this way."""
+    step = 1 << max(rows.bit_length() - 3, 0)
+    return -(-rows // step) * step
+
+
+def _filled(x: Any, rows: int) -> Any:
+    filling = np.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)
+    return np.concatenate([x, filling]) if len(filling) else x
 
 
 def _on_host(x: Any) -> Any:
@@ -249,7 +268,7 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 @_rule(
     "reduce_sum", "transpose", "slice", "concatenate", "rev", "broadcast_in_dim", "cumsum", "gather", "dynamic_slice",
-    "probest_take", "probest_stack", "split", "reduce_window_sum", "expand_dims",
+    "probest_take", "probest_stack", "split", "reduce_window_sum", "expand_dims", "stack", "unstack", "tile",
 )  # fmt: skip
 def _monotone_linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
     randoms = [a for a in args if isinstance(a, Random)]

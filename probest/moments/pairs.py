@@ -76,8 +76,12 @@ def _between(s: Any, e: Expansion, correlation: Array, i: np.ndarray, j: np.ndar
     total = zero
     inner_cuts = [(a[j] - rho * outer) / width for a in at]
     inner, inner_weights = _rule(s, inner_cuts, 0.0 * outer, 9.0, size)
-    for eta, weight in zip(inner, inner_weights, strict=True):
-        total = total + xp.sum(outer_weights * left * weight * _evaluated(s, e, rho * outer + width * eta, j), axis=0)
+    together = max(1, settings.at_once // (outer.shape[0] * e.mean.shape[0]))
+    for start in range(0, inner.shape[0], together):
+        eta, weight = inner[start : start + together], inner_weights[start : start + together]
+        nodes = rho * outer + width * eta
+        right = _evaluated(s, e, nodes.reshape((-1, len(j))), j).reshape(nodes.shape)
+        total = total + xp.sum(outer_weights * left * xp.sum(weight * right, axis=0), axis=0)
     return total
 
 

@@ -84,7 +84,8 @@ def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
                 if behind is not None and _is_root(behind):
                     root, times = behind, other
                     break
-        if root is not None and _kind(root) in ("reciprocal", "div"):
+        inverse = root is not None and _kind(root) == "div" and not isinstance(root.args[0], Name)
+        if root is not None and (inverse or _kind(root) == "reciprocal"):
             root = _behind(root.args[-1], made, _VIEWS)
         if root is None or not (_is_root(root) or _kind(root) in ("linalg_vector_norm", "clamp_min", "max")):
             continue
@@ -131,27 +132,32 @@ def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | Non
 
 def _confirmed(trace: Trace, example: Array, step: Step, guess: Guess) -> Guess | None:
     """The guess with its factor, where it gives the step's values for three random x; else None."""
+    rng = np.random.default_rng(0)
+    example = _moved(example, 1.0, rng)  # at the mean itself, too much may be 0
     _, values = _evaluated(trace, example, {})
-    if not isinstance(guess.x, Name) or guess.x.id not in values:
+    if not isinstance(guess.x, Name) or guess.x.id in trace.constants:
         return None
     x, out = values[guess.x.id], values[step.outputs[0]]
     if not hasattr(x, "shape") or tuple(x.shape) != tuple(out.shape) or math.prod(x.shape) < 2:
         return None
     guess = guess if guess.axes else guess._replace(axes=tuple(range(x.ndim)))
-    rng = np.random.default_rng(0)
     factor: float | None = None
     for scale in (1.0, 1.0, 3.0):
-        instead = 0.0 * x + _library(x).asarray(scale * rng.normal(size=x.shape) + 0.5, dtype=x.dtype)
+        instead = _moved(0.0 * x + 0.5, scale, rng)
         _, values = _evaluated(trace, example, {guess.x.id: instead})
         times = values[guess.times.id] if isinstance(guess.times, Name) else guess.times
         expected = np.asarray(normalised(instead, times, guess), float)
         found = np.asarray(values[step.outputs[0]], float)
         if factor is None:
             factor = float((found * expected).sum() / (expected**2).sum())
-        if not _same([factor * expected], [found]):
+        if factor == 0.0 or not _same([factor * expected], [found]):
             return None
     assert factor is not None
     return guess._replace(factor=1.0 if abs(factor - 1.0) < 1e-6 else factor)
+
+
+def _moved(x: Array, scale: float, rng: np.random.Generator) -> Array:
+    return x + _library(x).asarray(scale * rng.normal(size=tuple(x.shape)), dtype=x.dtype)
 
 
 def normalised(x: Array, times: Any, guess: Guess) -> Array:
@@ -183,12 +189,14 @@ def _without_shifts(trace: Trace, example: Array, detached: Callable[[Any], Any]
     if not places:
         return trace
     tried = _plain(trace, detached)
-    plain, values = _evaluated(tried, example, {})
+    elsewhere = _moved(example, 1.0, np.random.default_rng(0))
+    plain, values = _evaluated(tried, elsewhere, {})
+    _, here = _evaluated(tried, example, {})
     constants = dict(trace.constants)
     for place in places:
-        moved, _ = _evaluated(tried, example, {place: values[place] + 0.37})
+        moved, _ = _evaluated(tried, elsewhere, {place: values[place] + 0.37})
         if _same(plain, moved):
-            constants[place] = values[place]
+            constants[place] = here[place]
     steps = [step for step in trace.steps if not (step.op == "stop_gradient" and step.outputs[0] in constants)]
     return replace(trace, constants=constants, steps=steps)
 
