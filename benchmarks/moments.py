@@ -1,6 +1,8 @@
 """How good are propagated moments, and what do they cost?
 
-    python benchmarks/moments.py --samples 1000000 --json build/moments.json
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/moments.py --samples 1000000 --json build/moments.json
+
+(With more threads OpenBLAS spins, and the CPU time that is counted doubles.)
 
 Each line sets ``moments(fn, mean, cov)`` beside as many draws: the worst and the root-mean-square error of the
 standard deviations of the outputs, as a share of them; the worst error of a mean, in standard deviations; and the cost
