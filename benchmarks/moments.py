@@ -119,8 +119,6 @@ def digits() -> Case:
 
     style = digits.fitted_style()
     cov = style.loadings[3].double() @ style.loadings[3].double().T
-    if cov.shape[0] != digits.PIXELS:
-        cov = style.loadings[3].double().T @ style.loadings[3].double()
     net = digits.train_model().double().requires_grad_(False)
     noise = digits.NOISE_SCALE**2 * torch.eye(digits.PIXELS, dtype=torch.float64)
     return "digits, trained", net, style.mean[3].double(), cov + noise

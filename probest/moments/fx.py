@@ -17,7 +17,7 @@ from probest.backends import special_torch
 from probest.moments.patterns import with_normalisation
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, Unknown, leaves, linear, rebuilt
+from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, Unknown, leaves, linear
 
 __all__ = ["RULES", "TorchLibrary", "rule_for", "trace"]
 
@@ -170,13 +170,9 @@ def rule_for(step: Step) -> Rule | None:
     packet = step.op.rsplit(".", 1)[0] if step.op.count(".") == 2 else step.op
     found = RULES.get(step.op) or RULES.get(packet) or RULES.get(packet.removesuffix("_"))
     pointwise = torch.Tag.pointwise in getattr(step.call, "tags", ())
-    if found is None and (pointwise or (step.op.startswith("aten.") and _name(step) in _BENDS)):
+    if found is None and (pointwise or (step.op.startswith("aten.") and step.kind in _BENDS)):
         return _pointwise
     return found
-
-
-def _name(step: Step) -> str:
-    return step.op.split(".")[1].removesuffix("_")
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -201,13 +197,6 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 def _monotone_linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
     randoms = [r for r in leaves((args, params)) if isinstance(r, Random)]
     nonnegative = all(r.expression.nonnegative for r in randoms)
-    if step.op.startswith(("aten.split", "aten.unbind", "aten.chunk")):
-        whole = randoms[0]
-        count = len(step.call(*rebuilt(args, lambda a: p.mean(a) if isinstance(a, Random) else a), **params))
-        return [
-            p.affine(lambda x, k=k: step.call(x, *args[1:], **params)[k], whole, nonnegative=nonnegative)
-            for k in range(count)
-        ]
     constants = [a for a in leaves((args, params)) if isinstance(a, torch.Tensor) and a.is_floating_point()]
     return linear(p, step, args, params, nonnegative=nonnegative and not constants)
 
@@ -223,8 +212,7 @@ def _linear(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
 )  # fmt: skip
 def _same_entries(p: Propagation, step: Step, value: Any, *args: Any, **params: Any) -> Any:
     if step.op.startswith("aten.copy"):
-        value, args = args[0], ()
-        return value
+        return args[0]
     if params.get("dtype") is not None and not params["dtype"].is_floating_point:
         return NotImplemented
     return p.reshaped(value, tuple(step.call(_like(p, value), *args, **params).shape))
@@ -240,13 +228,13 @@ def _matmul(p: Propagation, step: Step, a: Any, b: Any, *rest: Any) -> Any:
         return linear(p, step, (a, b, *rest), {})
     if rest or step.op.startswith(("aten.matmul", "aten.linear")):
         return NotImplemented
-    name = _name(step)
+    name = step.kind
     if name == "bmm":
         return p.matmul(a, b)
     shapes = {"mm": (a.shape, b.shape), "mv": (a.shape, (*b.shape, 1)), "dot": ((1, *a.shape), (*b.shape, 1))}[name]
-    wide = [p.affine(lambda x, s=s: x.reshape((1, *s)), v) for v, s in zip((a, b), shapes, strict=True)]
+    wide = [p.reshaped(v, (1, *s)) for v, s in zip((a, b), shapes, strict=True)]
     out = {"mm": (a.shape[0], b.shape[-1]), "mv": (a.shape[0],), "dot": ()}[name]
-    return p.affine(lambda x: x.reshape(out), p.matmul(*wide))
+    return p.reshaped(p.matmul(*wide), out)
 
 
 @_rule("addmm", "baddbmm", "addmv")
@@ -304,7 +292,7 @@ def _pointwise(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
         return NotImplemented
     if not p.shared(*args):
         return NotImplemented
-    name = _name(step)
+    name = step.kind
     values = _BENDS[name](*args[1:], **params) if name in _BENDS else ()
     bends = [(args[0], value) for value in values]
     if name in _COMPARISONS:
@@ -357,8 +345,8 @@ def _add(p: Propagation, step: Step, a: Any, b: Any, *, alpha: Any = 1) -> Any:
             return x + alpha * y
         return x - alpha * y if name == "sub" else y - alpha * x
 
-    name = _name(step)
-    return p.add(a, b, call if alpha != 1 else None) if name == "add" and alpha == 1 else p.subtract(a, b, call)
+    name = step.kind
+    return p.add(a, b) if name == "add" and alpha == 1 else p.subtract(a, b, call)
 
 
 @_rule("mul")
@@ -443,7 +431,7 @@ def _masked_fill(p: Propagation, step: Step, value: Any, mask: Any, fill: Any) -
 def _logical(p: Propagation, step: Step, a: Any, b: Any) -> Any:
     if p.shared(a, b):
         return _pointwise(p, step, a, b)
-    return p.both(a, b) if _name(step).endswith("and") else p.either(a, b)
+    return p.both(a, b) if step.kind.endswith("and") else p.either(a, b)
 
 
 @_rule("slice_scatter")
@@ -473,7 +461,7 @@ def _axes(dim: Any, rank: int) -> list[int]:
 
 @_rule("amax", "amin", "max", "min")
 def _max(p: Propagation, step: Step, a: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    name = _name(step)
+    name = step.kind
     if isinstance(dim, Random):
         return p.maximum(a, dim, sign=1.0 if name.endswith("max") else -1.0)
     found = p.max(a, _axes(dim, len(a.shape)), keepdim, 1.0 if name.endswith("max") else -1.0)
@@ -509,7 +497,7 @@ def _variance(
     centred = p.affine(lambda v: v - v.mean(dim=axes, keepdim=True), x)
     by = 1.0 / max(count - (1 if correction is None else correction), 0)
     found = p.sum(p.multiply(centred, centred), lambda v: by * v.sum(dim=axes, keepdim=keepdim))
-    return p.power(found, 0.5) if _name(step) == "std" else found
+    return p.power(found, 0.5) if step.kind == "std" else found
 
 
 @_rule("logsumexp")
@@ -569,9 +557,3 @@ def _norm(
     if order == 1:
         return p.sum(absolute, lambda v: torch.sum(v, dim=axes, keepdim=keepdim))
     return p.max(absolute, axes, keepdim)
-
-
-def check_result(value: Any) -> None:
-    """An output that is an index or a statistic without moments."""
-    if isinstance(value, Unknown):
-        raise MomentError(f"moments: the function returns a value that has no moments here ({value.place})")

@@ -27,7 +27,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["QUADRATURE", "Expansion", "Quadrature", "coefficients", "covariance", "expand", "hermite", "legendre"]
+__all__ = [
+    "QUADRATURE",
+    "Expansion",
+    "Quadrature",
+    "coefficients",
+    "covariance",
+    "expand",
+    "hermite",
+    "legendre",
+    "pieces",
+]
 
 Array = Any
 
@@ -191,23 +201,32 @@ def legendre(size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(size)
 
 
+def pieces(s: Any, cuts: Sequence[Array], like: Array, reach: float, size: int) -> tuple[Array, Array]:
+    """Gauss–Legendre nodes between ``cuts``, within ± reach, and standard normal weights, along a new first axis.
+
+    like: zeros of the shape of each cut, which may be none. size: nodes of each piece.
+    """
+    xp = s.xp
+    shape = (size, *(1 for _ in like.shape))
+    points, shares = (s.array(values.reshape(shape), like) for values in legendre(size))
+    inside = [s.clip(cut, -reach, reach) for cut in cuts]
+    edges = [like - reach, *(xp.sort(xp.stack(inside), axis=0) if inside else []), like + reach]
+    halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
+    nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])
+    widths = xp.concat([half * shares for half in halves])
+    return nodes, widths * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
+
+
 def _expand(
     s: Any, f: Callable[[Array], Array], mean: Array, std: Array, breaks: Sequence[Any], size: int, reach: float
 ) -> Expansion:
     xp = s.xp
     if breaks:
         safe = xp.where(std > 0, std, 1.0)
-        inner = [s.clip((s.array(b, mean) - mean) / safe, -reach, reach) for b in breaks]
-        edges = [0.0 * mean - reach, *xp.sort(xp.stack(inner), axis=0), 0.0 * mean + reach]
-        points, shares = legendre(size)
-        points, shares = s.array(points, mean)[:, None], s.array(shares, mean)[:, None]
-        halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
-        nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])
-        widths = xp.concat([half * shares for half in halves])
+        nodes, weights = pieces(s, [(s.array(b, mean) - mean) / safe for b in breaks], 0.0 * mean, reach, size)
     else:
         nodes = s.array(np.linspace(-reach, reach, size + 1), mean)[:, None] + 0.0 * mean
-        widths = 2 * reach / size + 0.0 * nodes
-    weights = widths * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
+        weights = 2 * reach / size * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
     values = f(mean + std * nodes)
     if values.shape != nodes.shape:
         raise ValueError(

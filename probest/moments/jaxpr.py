@@ -15,7 +15,7 @@ from probest.backends import special_jax, special_numpy
 from probest.moments.patterns import simplified
 from probest.moments.pointwise import Random, evaluate
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, linear
+from probest.moments.steps import Name, Place, Rule, Step, Trace, linear
 
 __all__ = ["RULES", "JaxLibrary", "rule_for", "trace"]
 
@@ -305,8 +305,7 @@ def _same_entries(p: Propagation, step: Step, value: Any, *args: Any, **params: 
         source = value.expression.source.mean
         if evaluate(value.expression, p.s.stop_gradient(source)[None]).dtype != bool:
             return value
-        one = p.s.array(1.0, source)
-        return p.elementwise(lambda x: p.xp.where(x, one, 0.0 * one), value, native=False, nonnegative=True)
+        return p.indicator(value)
     shape = tuple(params.get("new_sizes", params.get("shape", value.shape)))
     if step.op == "squeeze":
         shape = tuple(n for i, n in enumerate(value.shape) if i not in params["dimensions"])
@@ -498,9 +497,3 @@ def _window(p: Propagation, step: Step, x: Any, **params: Any) -> Any:
 @_rule("reduce_max", "reduce_min")
 def _max(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
     return p.max(a, params["axes"], False, 1.0 if step.op == "reduce_max" else -1.0)
-
-
-def check_result(value: Any) -> None:
-    """Whether there is an output at all."""
-    if value is None:
-        raise MomentError("moments: the function returns nothing")

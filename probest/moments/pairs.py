@@ -7,14 +7,12 @@ the inner function, smoothed by √(1 − ρ²), changes quickly. For any f, and
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from probest.moments.hermite import Expansion, Quadrature, coefficients, legendre
+from probest.moments.hermite import Expansion, Quadrature, coefficients, pieces
 
 __all__ = ["with_close_pairs"]
 
@@ -71,11 +69,11 @@ def _between(s: Any, e: Expansion, correlation: Array, i: np.ndarray, j: np.ndar
         centre = a[j] / xp.where(xp.abs(rho) > 0, rho, 1.0)
         around = 8 * width / xp.abs(rho)
         cuts += [centre - around, centre, centre + around]
-    outer, outer_weights = _rule(s, cuts, zero, reach, size)
+    outer, outer_weights = pieces(s, cuts, zero, reach, size)
     left = _evaluated(s, e, outer, i)
     total = zero
     inner_cuts = [(a[j] - rho * outer) / width for a in at]
-    inner, inner_weights = _rule(s, inner_cuts, 0.0 * outer, 9.0, size)
+    inner, inner_weights = pieces(s, inner_cuts, 0.0 * outer, 9.0, size)
     together = max(1, settings.at_once // (outer.shape[0] * e.mean.shape[0]))
     for start in range(0, inner.shape[0], together):
         eta, weight = inner[start : start + together], inner_weights[start : start + together]
@@ -83,20 +81,6 @@ def _between(s: Any, e: Expansion, correlation: Array, i: np.ndarray, j: np.ndar
         right = _evaluated(s, e, nodes.reshape((-1, len(j))), j).reshape(nodes.shape)
         total = total + xp.sum(outer_weights * left * xp.sum(weight * right, axis=0), axis=0)
     return total
-
-
-def _rule(s: Any, cuts: list[Array], like: Array, reach: float, size: int) -> tuple[Array, Array]:
-    """Nodes and standard normal weights along a new first axis, or the pieces' axis joined with that of ``like``."""
-    xp = s.xp
-    points, shares = legendre(size)
-    shape = (size, *(1 for _ in like.shape))
-    points, shares = s.array(points.reshape(shape), like), s.array(shares.reshape(shape), like)
-    inside = [s.clip(c, -reach, reach) for c in cuts]
-    edges = [like - reach, *(xp.sort(xp.stack(inside), axis=0) if inside else []), like + reach]
-    halves = [(high - low) / 2 for low, high in itertools.pairwise(edges)]
-    nodes = xp.concat([low + half * (points + 1) for low, half in zip(edges[:-1], halves, strict=True)])
-    weights = xp.concat([half * shares for half in halves])
-    return nodes, weights * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
 
 
 def _evaluated(s: Any, e: Expansion, nodes: Array, entries: np.ndarray) -> Array:

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace
 
 from probest.moments.steps import Name, Step, Trace, leaves, rebuilt
 
-__all__ = ["simplified"]
+__all__ = ["simplified", "with_normalisation"]
 
 Array = Any
 _VIEWS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "expand", "view", "unsqueeze", "expand_as")
@@ -53,9 +53,10 @@ def with_normalisation(trace: Trace, example: Array, detached: Callable[[Any], A
     """x ↦ factor · (x − mean) / √(variance + eps), or without the mean, as one step ``probest_normalise``."""
     made = {name: step for step in trace.steps for name in step.outputs}
     plain = _plain(trace, detached)
+    example = _moved(example, 1.0, np.random.default_rng(0))  # at the mean itself, too much may be 0
     steps: list[Step] = []
     for step in trace.steps:
-        guesses = _guesses(step, made)
+        guesses = [g for g in _guesses(step, made) if isinstance(g.x, Name) and g.x.id not in trace.constants]
         found = next((c for g in guesses if (c := _confirmed(plain, example, step, g)) is not None), None)
         steps.append(step if found is None else _normalising(step, found))
     return replace(trace, steps=steps)
@@ -73,27 +74,27 @@ class Guess(NamedTuple):
 
 
 def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
-    if _kind(step) not in ("mul", "div") or len(step.args) != 2:
+    if step.kind not in ("mul", "div") or len(step.args) != 2:
         return []
     found = []
-    for value, by in (step.args, step.args[::-1]) if _kind(step) == "mul" else (step.args,):
+    for value, by in (step.args, step.args[::-1]) if step.kind == "mul" else (step.args,):
         root, times = _behind(by, made, _VIEWS), 1.0
-        if root is not None and _kind(root) == "mul":
+        if root is not None and root.kind == "mul":
             for inner, other in (root.args, root.args[::-1]):
                 behind = _behind(inner, made, _VIEWS)
                 if behind is not None and _is_root(behind):
                     root, times = behind, other
                     break
-        inverse = root is not None and _kind(root) == "div" and not isinstance(root.args[0], Name)
-        if root is not None and (inverse or _kind(root) == "reciprocal"):
+        inverse = root is not None and root.kind == "div" and not isinstance(root.args[0], Name)
+        if root is not None and (inverse or root.kind == "reciprocal"):
             root = _behind(root.args[-1], made, _VIEWS)
-        if root is None or not (_is_root(root) or _kind(root) in ("linalg_vector_norm", "clamp_min", "max")):
+        if root is None or not (_is_root(root) or root.kind in ("linalg_vector_norm", "clamp_min", "max")):
             continue
-        if _kind(root) in ("clamp_min", "max"):
+        if root.kind in ("clamp_min", "max"):
             root = next((r for a in root.args if (r := _behind(a, made, _VIEWS)) is not None), root)
         inside = made.get(root.args[0].id) if isinstance(root.args[0], Name) else None
         eps = 0.0
-        if inside is not None and _kind(inside) == "add" and _kind(root) != "linalg_vector_norm":
+        if inside is not None and inside.kind == "add" and root.kind != "linalg_vector_norm":
             numbers = [a for a in inside.args if np.ndim(a) == 0 and not isinstance(a, Name)]
             eps = float(numbers[0]) if numbers else 0.0
         axes = _axes_of_mean(root, made)
@@ -101,16 +102,16 @@ def _guesses(step: Step, made: Mapping[Any, Step]) -> list[Guess]:
         if axes is None:
             continue
         found.append(Guess(value, axes, eps, False, times))
-        if above is not None and _kind(above) == "sub":
+        if above is not None and above.kind == "sub":
             found.insert(0, Guess(above.args[0], axes, eps, True, times))
     return found
 
 
 def _is_root(step: Step) -> bool:
     """A square root or its reciprocal."""
-    power = step.args[1] if _kind(step) == "pow" and len(step.args) > 1 else step.params.get("y", 0)
+    power = step.args[1] if step.kind == "pow" and len(step.args) > 1 else step.params.get("y", 0)
     power = None if isinstance(power, Name) or np.ndim(power) else abs(float(power))
-    return _kind(step) in ("rsqrt", "sqrt") or (_kind(step) == "pow" and power == 0.5)
+    return step.kind in ("rsqrt", "sqrt") or (step.kind == "pow" and power == 0.5)
 
 
 def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | None:
@@ -118,7 +119,7 @@ def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | Non
     waiting = [root]
     while waiting:
         step = waiting.pop(0)
-        kind = _kind(step)
+        kind = step.kind
         if kind == "reduce_sum":
             return tuple(step.params["axes"])
         if kind in ("mean", "sum"):
@@ -132,15 +133,12 @@ def _axes_of_mean(root: Step, made: Mapping[Any, Step]) -> tuple[int, ...] | Non
 
 def _confirmed(trace: Trace, example: Array, step: Step, guess: Guess) -> Guess | None:
     """The guess with its factor, where it gives the step's values for three random x; else None."""
-    rng = np.random.default_rng(0)
-    example = _moved(example, 1.0, rng)  # at the mean itself, too much may be 0
     _, values = _evaluated(trace, example, {})
-    if not isinstance(guess.x, Name) or guess.x.id in trace.constants:
-        return None
     x, out = values[guess.x.id], values[step.outputs[0]]
     if not hasattr(x, "shape") or tuple(x.shape) != tuple(out.shape) or math.prod(x.shape) < 2:
         return None
     guess = guess if guess.axes else guess._replace(axes=tuple(range(x.ndim)))
+    rng = np.random.default_rng(1)
     factor: float | None = None
     for scale in (1.0, 1.0, 3.0):
         instead = _moved(0.0 * x + 0.5, scale, rng)
@@ -157,12 +155,12 @@ def _confirmed(trace: Trace, example: Array, step: Step, guess: Guess) -> Guess 
 
 
 def _moved(x: Array, scale: float, rng: np.random.Generator) -> Array:
-    return x + _library(x).asarray(scale * rng.normal(size=tuple(x.shape)), dtype=x.dtype)
+    return x + array_namespace(x).asarray(scale * rng.normal(size=tuple(x.shape)), dtype=x.dtype)
 
 
 def normalised(x: Array, times: Any, guess: Guess) -> Array:
     """What the guess stands for."""
-    xp = _library(x)
+    xp = array_namespace(x)
     if guess.centre:
         x = x - xp.mean(x, axis=guess.axes, keepdims=True)
     return guess.factor * x / xp.sqrt(xp.mean(x * x, axis=guess.axes, keepdims=True) + guess.eps) * times
@@ -174,10 +172,6 @@ def _normalising(step: Step, guess: Guess) -> Step:
 
     args = (guess.x, guess.times)
     return replace(step, op="probest_normalise", call=call, args=args, params={"guess": guess})
-
-
-def _kind(step: Step) -> str:
-    return step.op.removeprefix("aten.").split(".")[0].removesuffix("_")
 
 
 def _plain(trace: Trace, detached: Callable[[Any], Any]) -> Trace:
@@ -238,7 +232,7 @@ def _behind(value: Any, made: Mapping[Any, Step], ops: tuple[str, ...]) -> Step 
     """The step that made ``value``, looking through ``ops``."""
     while isinstance(value, Name) and value.id in made:
         step = made[value.id]
-        if _kind(step) not in ops:
+        if step.kind not in ops:
             return step
         value = step.args[0]
     return None
@@ -299,12 +293,8 @@ def _replaced(step: Step, op: str, value: Any, axes: tuple[int, ...]) -> Step:
     return replace(step, op=op, call=_CALLS[op](axes), args=(value,), params={"axes": axes})
 
 
-def _library(x: Array) -> Any:
-    return array_namespace(x)
-
-
 def _logsumexp_of(x: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    xp = _library(x)
+    xp = array_namespace(x)
     largest = xp.max(x, axis=axes, keepdims=True)
     found = largest + xp.log(xp.sum(xp.exp(x - largest), axis=axes, keepdims=True))
     return found if keepdims else xp.squeeze(found, axis=axes)
@@ -312,6 +302,6 @@ def _logsumexp_of(x: Array, axes: tuple[int, ...], keepdims: bool = False) -> Ar
 
 _CALLS: dict[str, Callable[[tuple[int, ...]], Callable[..., Array]]] = {
     "probest_logsumexp": lambda axes: lambda x, **_: _logsumexp_of(x, axes),
-    "probest_softmax": lambda axes: lambda x, **_: _library(x).exp(x - _logsumexp_of(x, axes, True)),
+    "probest_softmax": lambda axes: lambda x, **_: array_namespace(x).exp(x - _logsumexp_of(x, axes, True)),
     "probest_log_softmax": lambda axes: lambda x, **_: x - _logsumexp_of(x, axes, True),
 }

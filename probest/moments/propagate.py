@@ -12,7 +12,7 @@ from probest.backends.load import load_backend
 from probest.moments.hermite import QUADRATURE, Quadrature
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, read
+from probest.moments.steps import MomentError, Unknown, linear, read
 
 __all__ = ["Moments", "moments", "register_rule"]
 
@@ -103,7 +103,8 @@ def moments(
     flat = library.value(mean).reshape(-1)
     source = p.joint.add(flat, _matrix(p, flat, shape, library.value(cov)), {})
     found = read(traced, p, front.rule_for, p.random(source, shape), linearize=linearize)
-    front.check_result(found)
+    if isinstance(found, Unknown):
+        raise MomentError(f"moments: the function returns a value that has no moments here ({found.place})")
     if isinstance(found, tuple | list) and len(found) == 1:
         (found,) = found
     if isinstance(found, tuple | list | dict):
@@ -162,9 +163,7 @@ def register_rule(
 
 
 def _linear_rule(p: Propagation, step: Any, *args: Any, **params: Any) -> Any:
-    from probest.moments.steps import linear
-
-    return linear(p, step, args, {} if type(params) is not dict else params)
+    return linear(p, step, args, params)
 
 
 def _elementwise_rule(bends: tuple[float, ...]) -> Callable[..., Any]:

@@ -205,8 +205,10 @@ class Propagation:
 
     # Arithmetic
 
-    def add(self, a: Any, b: Any, call: Call | None = None) -> Any:
-        call = call or (lambda x, y: x + y)
+    def add(self, a: Any, b: Any) -> Any:
+        def call(x: Array, y: Array) -> Array:
+            return x + y
+
         if not _any_random(a, b):
             return call(a, b)
         nonnegative = self._nonnegative(a) and self._nonnegative(b)
@@ -694,7 +696,8 @@ class Propagation:
             xp, mean = self.xp, source.mean
             if not bool(xp.all(self.s.stop_gradient(mean) > 0)):
                 return None
-            cov = self._log_of_covariance(source, source)
+            ratio = source.cov / (mean[:, None] * mean[None, :])
+            cov = xp.log1p(self.s.clip(ratio, -0.999, None))
             blocks = {}
             for v in self.joint.alive():
                 if v is source:
@@ -704,10 +707,6 @@ class Propagation:
             variance = xp.linalg.diagonal(cov)
             source.logarithm = self.joint.add(xp.log(mean) - variance / 2, cov, blocks)
         return source.logarithm
-
-    def _log_of_covariance(self, a: Gaussian, b: Gaussian) -> Array:
-        ratio = self.joint.between(a, b) / (a.mean[:, None] * b.mean[None, :])
-        return self.xp.log1p(self.s.clip(ratio, -0.999, None))
 
     def _plus_log_of(self, log: Random, call: Call) -> Random:
         """log + log(call(1)), for a multiplication ``call`` by something positive."""

@@ -53,6 +53,11 @@ class Step:
     parts: bool
     place: Place
 
+    @property
+    def kind(self) -> str:
+        """The operation without its library and overload, in place or not: ``add`` for ``aten.add_.Tensor``."""
+        return self.op.removeprefix("aten.").split(".")[0].removesuffix("_")
+
 
 @dataclass(frozen=True)
 class Unknown:
