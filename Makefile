@@ -12,6 +12,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMEXPR_NUM_THREADS=1
 WORKERS    ?= 2
 
+# Most of the tests' time with JAX is compilation, of programs that run for milliseconds: code that is generated in half
+# the time and runs slower is the better bargain here. Everything else (make demo, notebooks) compiles as a user does.
+QUICK_XLA := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+             --xla_cpu_use_fusion_emitters=false
+
 .PHONY: help install demo test test-arviz lint format notebooks docs figures clean
 .DEFAULT_GOAL := help
 
@@ -31,7 +36,8 @@ demo: $(STAMP)  ## estimate a rare catastrophe, train it away, audit the result
 	$(ONE_THREAD) $(BIN)/probest demo
 
 test: lint  ## lint and types, then the tests
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(ONE_THREAD) XLA_FLAGS="$(QUICK_XLA) $$XLA_FLAGS" \
+	  $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # ArviZ 1.0 and later need Python 3.12: `make test-arviz PYTHON=python3.12` tries reports, results and files with it.
 test-arviz:  ## the tests of reports with the newest ArviZ, where PYTHON is 3.12 or later

@@ -25,7 +25,7 @@ Array = Any
 
 
 class TorchLibrary:
-    """See :class:`~probest.moments.rules.Library`."""
+    """See :class:`~probest.moments.core.Library`."""
 
     special = special_torch
 

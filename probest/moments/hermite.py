@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
+from scipy.stats import qmc
 
 __all__ = [
     "QUADRATURE",
@@ -36,6 +38,7 @@ __all__ = [
     "expand",
     "hermite",
     "legendre",
+    "normal_points",
     "pieces",
 ]
 
@@ -54,6 +57,10 @@ class Quadrature:
             |E f|.
         covariance: error allowed in a covariance, in units of the largest standard deviations of f and g.
         orders: the most Hermite orders that are kept.
+        lattice: points, and as many opposite ones, for functions of several values together (softmax, the largest of
+            them); a power of 2.
+        together: up to so many values, functions of their softmax and the like are kept until the moments are needed.
+        short: the same for sums over a row of a function applied entry by entry: norms.
         pairs: the most pairs of nearly collinear arguments whose covariance is integrated, and not left to the series.
         at_once: the most values of f that are computed at once for such pairs; bounds the memory.
         refused: the change of the moments, as above, from which on they are not used.
@@ -68,6 +75,9 @@ class Quadrature:
     covariance: float = 1e-6
     orders: int = 128
     refused: float = 1e-3
+    lattice: int = 512
+    together: int = 64
+    short: int = 16
     pairs: int = 2000
     at_once: int = 2_000_000
 
@@ -199,6 +209,16 @@ def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
 def legendre(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss–Legendre points in (−1, 1) and their weights."""
     return np.polynomial.legendre.leggauss(size)
+
+
+@functools.cache
+def normal_points(dim: int, size: int) -> np.ndarray:
+    """``size`` points of N(0, I) in ``dim`` dimensions and their opposites, ``(2 size, dim)``: Sobol', scrambled by a
+    fixed seed. size: a power of 2.
+    """
+    uniform = qmc.Sobol(dim, seed=0).random_base2(size.bit_length() - 1)
+    points = special.ndtri(uniform)
+    return np.stack([points, -points], axis=1).reshape((2 * size, dim))
 
 
 def pieces(s: Any, cuts: Sequence[Array], like: Array, reach: float, size: int) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ Array = Any
 
 
 class JaxLibrary:
-    """See :class:`~probest.moments.rules.Library`.
+    """See :class:`~probest.moments.core.Library`.
 
     Without a gradient the rules compute in NumPy and only the user's operations are JAX: of the many small ones that
     the rules are made of, XLA would compile each anew for every shape.

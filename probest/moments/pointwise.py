@@ -1,4 +1,5 @@
-"""Functions of a Gaussian vector that are applied entry by entry, kept as expressions until their moments are needed.
+"""Functions of a Gaussian vector, applied entry by entry or row by row, kept as expressions until their moments are
+needed.
 
 ``x * sigmoid(x)``, ``where(x > 0, x, exp(x) - 1)``, ``x - relu(x)`` reach the quadrature as one function of x, whatever
 operations they were written in. An expression knows where it may bend or jump, whether it is affine in its source, and
@@ -20,12 +21,14 @@ Array = Any
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """A function of ``source``, entry by entry; entries in the order of flattened arrays.
+    """A function of ``source``, entry by entry or row by row; entries in the order of flattened arrays.
 
     call, args: what computes it from other expressions of the same source, along a first axis of samples, and from
     constants; call None: the source itself, with this ``shape``. breaks ``(n,)`` each: where it may bend or jump, in
     units of the source. affine: whether it is a x + b. nonnegative: whether it can only be ≥ 0. log: an affine
-    expression whose exponential it is.
+    expression whose exponential it is. rows: 0 for entry by entry; else the number of rows that source and result are
+    cut into, each row of the result a function of that row of the source. own: how its Gaussian is found, where there
+    is something better than a sum over points.
     """
 
     source: Gaussian
@@ -36,6 +39,8 @@ class Expression:
     affine: bool = False
     nonnegative: bool = False
     log: Expression | None = None
+    rows: int = 0
+    own: Callable[[], Gaussian] | None = None
 
 
 @dataclass(eq=False)

@@ -44,8 +44,9 @@ class Moments:
 
     @property
     def std(self) -> Array:
-        """Of each entry of the output, of its shape."""
-        return self.variance**0.5
+        """Of each entry of the output, of its shape; 0 where rounding left a variance below 0."""
+        variance = self.variance
+        return (variance * (variance > 0)) ** 0.5
 
     def __repr__(self) -> str:
         return f"Moments(mean of shape {tuple(self.mean.shape)}, input of shape {self._input}, error={self.error:.1g})"

@@ -176,7 +176,7 @@ def linear(
 
         return step.call(*rebuilt(args, filled), **rebuilt(params, filled))
 
-    points = [p.mean(r) for r in randoms]
+    points = [p.mean(r) if derivative else p.point(r) for r in randoms]
     value = call(*points)
 
     def part(call: Any) -> Random:
