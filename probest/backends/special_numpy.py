@@ -3,8 +3,9 @@
 from typing import Any
 
 import numpy as np
+from scipy import special
 
-__all__ = ["array", "clip", "put", "stop_gradient", "with_diagonal", "xp"]
+__all__ = ["array", "clip", "log_ndtr", "put", "stop_gradient", "with_diagonal", "xp"]
 
 Array = Any
 xp = np
@@ -18,6 +19,11 @@ def array(values: Any, like: Array) -> Array:
 def clip(x: Array, low: Any, high: Any) -> Array:
     """x between two bounds, either of which may be None."""
     return np.clip(x, low, high)
+
+
+def log_ndtr(x: Array) -> Array:
+    """log Φ(x)."""
+    return special.log_ndtr(x)
 
 
 def put(x: Array, rows: Any, columns: Any, values: Array) -> Array:

@@ -67,6 +67,9 @@ class Values:
         self.xp = self.s.xp
         self.error = 0.0
 
+    def begin(self, source: Gaussian) -> None:
+        """Told of the input, before anything else."""
+
     # Values and their moments
 
     def random(self, source: Gaussian, shape: Sequence[int]) -> Random:
@@ -137,7 +140,15 @@ class Values:
             cov = cov + extra
         if shift is not None:
             mean = mean + shift
-        return self.random(self.joint.add(mean.reshape(-1), cov, blocks, positive=nonnegative), shape)
+        found = self.joint.add(mean.reshape(-1), cov, blocks, positive=nonnegative)
+        self._made(found, sources, act)
+        return self.random(found, shape)
+
+    def _made(self, new: Gaussian, sources: Sequence[Gaussian], act: Callable[[Sequence[Array]], Array]) -> None:
+        """Told of every vector that is affine in others; ``act`` takes rows of deviations of each."""
+
+    def _met(self, new: Gaussian, expression: Expression) -> None:
+        """Told of every vector that is a function of another, entry by entry."""
 
     def elementwise(
         self,
@@ -439,7 +450,9 @@ class Values:
         blocks = {v: slope[:, None] * between(source, v) for v in self.joint.alive()}
         cov = slope[:, None] * source.cov * slope[None, :]
         mean = self.xp.where(slope == 0, shift, slope * source.mean + shift)
-        return self.joint.add(mean, cov, blocks, positive=expression.nonnegative)
+        found = self.joint.add(mean, cov, blocks, positive=expression.nonnegative)
+        self._made(found, [source], lambda rows: rows[0] * slope)
+        return found
 
     def _expanded(self, expression: Expression) -> Gaussian:
         source, xp = expression.source, self.xp
@@ -466,7 +479,9 @@ class Values:
                 blocks[v] = self._series(expansion, v.origin.expansion, self.joint.between(source, other))
         cov = self._series(expansion, expansion, source.cov)
         origin = Origin(weakref.ref(source), expansion._replace(function=None, breaks=()))
-        return self.joint.add(expansion.mean, cov, blocks, origin=origin, positive=expression.nonnegative)
+        found = self.joint.add(expansion.mean, cov, blocks, origin=origin, positive=expression.nonnegative)
+        self._met(found, expression)
+        return found
 
     def _series(self, left: Expansion, right: Expansion, cov: Array) -> Array:
         xp = self.xp

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from probest.backends.load import load_backend
+from probest.moments.gaussian import Gaussian
 from probest.moments.hermite import QUADRATURE, Quadrature
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError, Unknown, linear, read
 
-__all__ = ["Moments", "moments", "register_rule"]
+__all__ = ["Moments", "interpret", "moments", "register_rule"]
 
 Array = Any
 
@@ -86,6 +87,33 @@ def moments(
         TypeError: ``mean`` is not an array of torch or JAX, or ``fn`` cannot be called or does not return one array.
         ValueError: ``mean`` or ``cov`` is not finite, or ``cov`` is not a covariance of that shape.
     """
+    p, source, found = interpret(fn, mean, cov, linearize=linearize, settings=settings)
+    shape = tuple(mean.shape)
+    library = p.library
+    try:
+        vector = p.gaussian(found)
+    except ValueError as error:
+        raise MomentError(f"moments: the function's output: {error}") from error
+    out = found.shape
+    between = p.joint.between(source, vector)
+    return Moments(
+        library.result(vector.mean.reshape(out)),
+        library.result(vector.cov.reshape(out + out)),
+        library.result(between.reshape(shape + out)),
+        p.error,
+    )
+
+
+def interpret(
+    fn: Callable[[Array], Array],
+    mean: Array,
+    cov: Array | None = None,
+    *,
+    linearize: bool = False,
+    settings: Quadrature = QUADRATURE,
+    rules: type[Propagation] = Propagation,
+) -> tuple[Propagation, Gaussian, Random]:
+    """Reads ``fn`` by ``rules``: the propagation, the input's vector, the output. Arguments and errors: `moments`."""
     if not callable(fn):
         raise TypeError(f"moments(fn=...) has to be a function or module, not {type(fn).__name__}")
     name = _library_of(mean)
@@ -100,9 +128,10 @@ def moments(
     with backend.evaluating(fn):
         traced = _traced(front, fn, mean)
     library = front.library(traced, mean, cov)
-    p = Propagation(library, settings)
+    p = rules(library, settings)
     flat = library.value(mean).reshape(-1)
     source = p.joint.add(flat, _matrix(p, flat, shape, library.value(cov)), {})
+    p.begin(source)
     found = read(traced, p, front.rule_for, p.random(source, shape), linearize=linearize)
     if isinstance(found, Unknown):
         raise MomentError(f"moments: the function returns a value that has no moments here ({found.place})")
@@ -114,18 +143,7 @@ def moments(
         if not hasattr(found, "shape"):
             raise TypeError(f"moments(fn=...) has to return an array, not {type(found).__name__}")
         found = p.random(_constant(p, flat, found), found.shape)
-    try:
-        vector = p.gaussian(found)
-    except ValueError as error:
-        raise MomentError(f"moments: the function's output: {error}") from error
-    out = found.shape
-    between = p.joint.between(source, vector)
-    return Moments(
-        library.result(vector.mean.reshape(out)),
-        library.result(vector.cov.reshape(out + out)),
-        library.result(between.reshape(shape + out)),
-        p.error,
-    )
+    return p, source, found
 
 
 def register_rule(

@@ -1,0 +1,230 @@
+"""A traced function in layers: linear maps between nonlinearities that are applied entry by entry.
+
+    x_k = c_k + Σ_b M_kb b        y_k = f_k(x_k)        s = c + Σ_b M_b b
+
+where b runs over the input z, earlier y and, for residual streams, earlier x. Whatever `moments` can trace has this
+form: a b = ((a + b)² − (a − b)²) / 4, max(a, b) = a + max(b − a, 0), log(e^a + e^b) = a + softplus(b − a), softmax_i =
+exp(x_i − log Σ exp x). It holds whatever the law of z, so one reading serves every tilt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from probest.moments.gaussian import Gaussian
+from probest.moments.hermite import QUADRATURE, Quadrature
+from probest.moments.pointwise import Expression, Random, evaluate
+from probest.moments.propagate import interpret
+from probest.moments.rules import Library, Propagation
+
+__all__ = ["INPUT", "Base", "Layer", "Layers", "Linear", "layers"]
+
+Array = Any
+Call = Callable[..., Array]
+Base = tuple[str, int]
+"""``("z", 0)``, ``("x", k)`` or ``("y", k)``."""
+INPUT: Base = ("z", 0)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Σ_b M_b b + shift: ``terms[b]`` is ``(n, size of b)``, ``shift`` ``(n,)``."""
+
+    terms: Mapping[Base, Array]
+    shift: Array
+
+    @property
+    def size(self) -> int:
+        return int(self.shift.shape[0])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """y = function(x), entry by entry, ``(Q, n) -> (Q, n)``, which may bend or jump at ``breaks``, each ``(n,)``."""
+
+    linear: Linear
+    function: Callable[[Array], Array]
+    breaks: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A function ``(dim,) -> (J,)`` in layers. special: the functions of the library its arrays are of."""
+
+    dim: int
+    layers: tuple[Layer, ...]
+    output: Linear
+    special: Any
+
+    def __call__(self, z: Array) -> Array:
+        """``(N, dim) -> (N, J)``, to compare with the function that was read."""
+        values: dict[Base, Array] = {INPUT: z}
+        for k, layer in enumerate(self.layers):
+            values["x", k] = _applied(layer.linear, values)
+            values["y", k] = layer.function(values["x", k])
+        return _applied(self.output, values)
+
+    def used_later(self, k: int) -> set[Base]:
+        """What the layers after k, or the output, are made of."""
+        later = itertools.chain(*(layer.linear.terms for layer in self.layers[k + 1 :]), self.output.terms)
+        return set(later)
+
+
+_ROUGH = replace(QUADRATURE, nodes=16, most_nodes=16, per_piece=8, most_per_piece=8, orders=1, refused=math.inf)
+"""The moments on the way do not matter."""
+
+
+def layers(fn: Callable[[Array], Array], mean: Array) -> Layers:
+    """``fn`` of one array, whose entries are standard normal, in layers.
+
+    Args:
+        fn: as for `moments`.
+        mean: an array of fn's input, about which it is traced: its type and shape count.
+
+    Raises:
+        MomentError, TypeError, ValueError: as `moments`.
+    """
+    p, _, found = interpret(fn, mean, settings=_ROUGH, rules=_Reading)
+    assert isinstance(p, _Reading)
+    out = p.gaussian(found)
+    return Layers(math.prod(mean.shape), tuple(p.layers), p.linear(out), p.s)
+
+
+def _applied(linear: Linear, values: Mapping[Base, Array]) -> Array:
+    total = linear.shift
+    for base, matrix in linear.terms.items():
+        total = total + values[base] @ matrix.T
+    return total
+
+
+class _Reading(Propagation):
+    """The rules, every one in terms of affine and of elementwise operations, with a record of both."""
+
+    def __init__(self, library: Library, settings: Quadrature = QUADRATURE) -> None:
+        super().__init__(library, settings)
+        self.layers: list[Layer] = []
+        self._terms: weakref.WeakKeyDictionary[Gaussian, dict[Base, Array]] = weakref.WeakKeyDictionary()
+        self._means: dict[Base, Array] = {}
+
+    def begin(self, source: Gaussian) -> None:
+        self._is(source, INPUT)
+
+    def linear(self, vector: Gaussian) -> Linear:
+        terms = self._terms.get(vector, {})
+        shift = vector.mean
+        for base, matrix in terms.items():
+            shift = shift - matrix @ self._means[base]
+        return Linear(dict(terms), shift)
+
+    def _is(self, vector: Gaussian, base: Base) -> None:
+        self._terms[vector] = {base: self.s.array(np.eye(vector.size), vector.mean)}
+        self._means[base] = vector.mean
+
+    def _made(self, new: Gaussian, sources: Sequence[Gaussian], act: Callable[[Sequence[Array]], Array]) -> None:
+        found: dict[Base, Array] = {}
+        for base in dict.fromkeys(itertools.chain(*(self._terms.get(source, {}) for source in sources))):
+            size = self._means[base].shape[0]
+            rows = []
+            for source in sources:
+                known = self._terms.get(source, {}).get(base)
+                rows.append(self.s.array(np.zeros((size, source.size)), new.mean) if known is None else known.T)
+            found[base] = act(rows).T
+        self._terms[new] = found
+
+    def _met(self, new: Gaussian, expression: Expression) -> None:
+        source, k = expression.source, len(self.layers)
+        s, xp = self.s, self.xp
+
+        def function(x: Array) -> Array:
+            found = evaluate(expression, x).reshape(x.shape)
+            return xp.where(found, s.array(1.0, x), 0.0 * x) if "bool" in str(found.dtype) else found
+
+        self.layers.append(Layer(self.linear(source), function, expression.breaks))
+        self._is(source, ("x", k))
+        self._is(new, ("y", k))
+
+    # What has rules of its own there, out of simpler parts
+
+    def _kept_in_rows(self, *args: Any) -> None:
+        return None
+
+    def positive(self, value: Random, *, surely: bool = False) -> Random:
+        return value
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        if not (isinstance(a, Random) and isinstance(b, Random)) or self.shared(a, b):
+            return super().multiply(a, b)
+        logarithm = self._log_of_product(a, b)
+        if logarithm is not None:
+            return self.exp(logarithm)
+        self._spread(a, b)
+        nonnegative = self._nonnegative(a) and self._nonnegative(b)
+        squares = [self._squared(self.affine(call, a, b, native=False)) for call in (lambda x, y: x + y, _minus)]
+        return self.affine(lambda x, y: (x - y) / 4, *squares, native=False, nonnegative=nonnegative)
+
+    def matmul(self, a: Random, b: Random) -> Random:
+        xp = self.xp
+        (batch, rows, inner), columns = a.shape, b.shape[2]
+        shape = (batch, rows, inner, columns)
+        left = self.affine(lambda x: xp.broadcast_to(x[..., None], (x.shape[0], *shape)), a, native=False)
+        right = self.affine(lambda x: xp.broadcast_to(x[:, :, None], (x.shape[0], *shape)), b, native=False)
+        return self.affine(lambda x: xp.sum(x, axis=-2), self.multiply(left, right), native=False)
+
+    def logsumexp(self, a: Random, axes: Sequence[int], keepdims: bool) -> Random:
+        flat, restore = self.rows(a, axes)
+        return restore(self._tournament(self._floored(flat), self.logaddexp), keepdims)
+
+    def softmax(self, a: Random, axis: int, *, log: bool = False) -> Random:
+        flat, restore = self.rows(a, (axis,))
+        if flat.shape[1] == 2:
+            return super().softmax(a, axis, log=log)
+        flat = self._floored(flat)
+        total = self._tournament(flat, self.logaddexp)
+        logarithm = self.affine(lambda x, y: x - y, flat, total, native=False)
+        return restore(logarithm if log else self.exp(logarithm))
+
+    def normalise(self, a: Random, axes: Sequence[int], eps: float, *, centre: bool = True) -> Random:
+        xp = self.xp
+        flat, restore = self.rows(a, axes)
+        if centre:
+            flat = self.affine(lambda x: x - xp.mean(x, axis=-1, keepdims=True), flat, native=False)
+        size = self.affine(lambda x: xp.mean(x, axis=-1, keepdims=True) + eps, self._squared(flat), native=False)
+        scale = self.elementwise(lambda x: 1 / xp.sqrt(xp.where(x > 0, x, float("inf"))), size, native=False)
+        return restore(self.multiply(flat, scale))
+
+    def _largest(self, flat: Random, sign: float) -> Random:
+        return self._tournament(flat, lambda x, y: self.maximum(x, y, sign))
+
+    def _squared(self, a: Random) -> Random:
+        return self.elementwise(lambda x: x * x, a, native=False, nonnegative=True)
+
+    def _tournament(self, flat: Random, play: Callable[[Random, Random], Random]) -> Random:
+        while (size := flat.shape[1]) > 1:
+            parts = [
+                self.affine(lambda x, i=i, j=j: x[..., i:j], flat, native=False)
+                for i, j in itertools.pairwise((0, size // 2, 2 * (size // 2), size))
+                if i < j
+            ]
+            flat = play(parts[0], parts[1])
+            if len(parts) == 3:
+                flat = self.affine(lambda x, y: self.xp.concat([x, y], axis=-1), flat, parts[2], native=False)
+        return flat
+
+    def _floored(self, flat: Random, sign: float = 1.0) -> Random:
+        source = self.gaussian(flat)
+        found = super()._floored(flat, sign)
+        lowered = self.gaussian(found)
+        if lowered is not source:
+            self._terms[lowered] = self._terms.get(source, {})
+        return found
+
+
+def _minus(x: Array, y: Array) -> Array:
+    return x - y

@@ -1,0 +1,437 @@
+"""log Pr[s(z) ≥ 0] for z ~ N(0, I), by reading s: tilt, propagate, correct.
+
+The prior's moments say nothing about tails. So the input and the noise of every layer are shifted to where the event
+mostly happens, the function is propagated from there, and what a Gaussian severity lacks is put back by terms of first
+order in 1 / width:
+
+*Tilt.* With s of mean μ and variance σ² about the shifted law, a = E ∇s, g_k the mean gradient in y_k, N_k the
+covariance of y_k that is not linear in x_k, and "covariance" κ = a·m + Σ g_k·δ_k:
+
+    β = −(μ − κ) / σ,   λ = φ(β) / Φ(−β),   m ← (λ/σ) a,   δ_k ← (λ/σ) N_k g_k,   log P ≈ log Φ(−β)
+
+to a fixed point; between full rounds the covariances stay frozen and only vectors move.
+
+*Correct.* Perturbation theory about that point. Vertices are the neurons' second and third derivatives and cumulants
+(`probest.moments.statistics`), legs c = Cov(s, x), edges the covariances within a layer. Diagrams with two legs or more
+are the *prefactor* (curvature seen along the tilt), those that close upon themselves the *rings*: within a layer, and
+across layers, where later layers are a quadratic form Q on earlier values. The factor `cross` of the last is empirical.
+
+What it states as its error is a multiple of the size of the terms and of √κ, κ = max tr S² / (tr S)² of any layer: one
+over the number of directions that a layer's values use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from probest.moments.hermite import Expansion, Quadrature, covariance, expand
+from probest.moments.layers import INPUT, Base, Layers, Linear
+from probest.moments.statistics import Statistics, statistics
+
+__all__ = ["Tilt", "Tilted", "Tilting", "tilted"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Tilting:
+    """The constants that decide.
+
+    rounds: full propagations. between: moves of the tilt between two of them, with covariances frozen. damping: share
+    of the way that each move goes. cross: factor of the rings across layers. error: factor of the stated error (90 %).
+    settled: by how much the last round may have moved log Φ(−β). quadrature: how finely neurons are integrated.
+    """
+
+    rounds: int = 3
+    between: int = 8
+    damping: float = 0.9
+    cross: float = 0.5
+    error: float = 1.14
+    settled: float = 0.02
+    quadrature: Quadrature = field(
+        default_factory=lambda: Quadrature(
+            reach=9.0,
+            nodes=64,
+            most_nodes=512,
+            per_piece=24,
+            most_per_piece=48,
+            tolerance=1e-4,
+            covariance=2e-3,
+            orders=32,
+            refused=math.inf,
+        )
+    )
+
+
+class Tilt(NamedTuple):
+    """Where the input and each layer's noise are shifted to: ``(dim,)`` and, of each layer, ``(n,)``."""
+
+    input: Array
+    noises: tuple[Array, ...]
+
+
+class Tilted(NamedTuple):
+    """What came of it.
+
+    log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by name, in nats, those across layers
+    with their factor; error: half of an interval of 90 %; moved: by how much the last round moved log Φ(−β); kappa: see
+    the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``; share: a·a / σ², the part
+    of the severity's variance that is linear in z.
+    """
+
+    log_prob: Array
+    gaussian: Array
+    terms: Mapping[str, Array]
+    error: float
+    moved: float
+    kappa: float
+    beta: Array
+    tilt: Tilt
+    direction: Array
+    share: Array
+
+
+class _Layer(NamedTuple):
+    """A layer in a propagation: x ~ (h, S), y = D x + noise of covariance N."""
+
+    h: Array
+    S: Array
+    N: Array
+    statistics: Statistics
+
+
+class _Pass(NamedTuple):
+    """A propagation. gains: mean gradient of s in each y, and ``a`` in z."""
+
+    layers: tuple[_Layer, ...]
+    gains: tuple[Array, ...]
+    a: Array
+    mean: Array
+    sd: Array
+    beta: Array
+    slope: Array
+    log_prob: Array
+
+
+def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: Tilting | None = None) -> Tilted:
+    """log Pr[output ``which`` ≥ 0].
+
+    Args:
+        net: the severities, in layers.
+        which: which of them.
+        start: a tilt to start from; None: no shift.
+        settings: the constants.
+
+    Raises:
+        ValueError: a nonlinearity is not finite within reach of the tilt.
+    """
+    settings = settings or Tilting()
+    s = net.special
+    output = Linear({b: m[which : which + 1] for b, m in net.output.terms.items()}, net.output.shift[which : which + 1])
+    zero = 0.0 * output.shift
+    tilt = start or Tilt(_zeros(s, net.dim, zero), tuple(_zeros(s, layer.linear.size, zero) for layer in net.layers))
+    found = _propagated(net, output, tilt, settings)
+    moved = math.inf
+    for _ in range(settings.rounds - 1):
+        before = _number(s, found.log_prob)
+        tilt = _settled(net, output, found, tilt, settings)
+        found = _propagated(net, output, tilt, settings)
+        moved = abs(_number(s, found.log_prob) - before)
+    prefactor, local, cross = _corrections(net, output, found)
+    cross = {name: settings.cross * value for name, value in cross.items()}
+    terms = {**prefactor, **local, **cross}
+    size = sum(abs(_number(s, x)) for x in [*prefactor.values(), *local.values()])
+    size += sum(abs(_number(s, x)) for x in cross.values()) / settings.cross
+    kappa = max((_spread(s, layer.S) for layer in found.layers), default=0.0)
+    length = s.xp.sqrt(s.xp.sum(found.a * found.a))
+    return Tilted(
+        log_prob=found.log_prob + sum(terms.values(), 0.0 * found.log_prob),
+        gaussian=found.log_prob,
+        terms=terms,
+        error=settings.error * size * math.sqrt(kappa),
+        moved=moved if net.layers else 0.0,
+        kappa=kappa,
+        beta=found.beta,
+        tilt=tilt,
+        direction=found.a / s.xp.where(length > 0, length, 1.0),
+        share=length * length / s.xp.where(found.sd > 0, found.sd, 1.0) ** 2,
+    )
+
+
+def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _Pass:
+    """Means and covariances of all layers, about the tilt."""
+    s, xp = net.special, net.special.xp
+    means: dict[Base, Array] = {INPUT: tilt.input}
+    blocks: dict[tuple[Base, Base], Array] = {}  # of pairs in use; the input's own is the identity
+    known: list[_Layer] = []
+    for k, layer in enumerate(net.layers):
+        later = net.used_later(k)
+        h = _mean(layer.linear, means)
+        others = [b for b in means if b in later or b in layer.linear.terms]
+        with_others = {b: _covariance(layer.linear, b, blocks) for b in others}
+        S = _quadratic(layer.linear, with_others)
+        std = xp.sqrt(s.clip(xp.linalg.diagonal(S), 0.0, None))
+        expansion = expand(s, layer.function, h, std, layer.breaks, settings.quadrature)
+        C = _own(s, expansion, S, settings.quadrature)
+        found = statistics(s, expansion)
+        D = found.D
+        known.append(_Layer(h, S, C - D[:, None] * S * D[None, :], found))
+        x, y = ("x", k), ("y", k)
+        means[x], means[y] = h, found.mean + tilt.noises[k]
+        blocks[x, x], blocks[y, y], blocks[y, x] = S, C, D[:, None] * S
+        for b, block in with_others.items():
+            blocks[x, b], blocks[y, b] = block, D[:, None] * block
+        for b in [b for b in means if b not in later]:
+            del means[b]
+        for pair in [pair for pair in blocks if not set(pair) <= set(means)]:
+            del blocks[pair]
+    mean = _mean(output, means)[0]
+    variance = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})[0, 0]
+    statistic = [layer.statistics.D for layer in known]
+    gains, a = _gains(net, output, statistic)
+    sd = xp.sqrt(s.clip(variance, float(xp.finfo(variance.dtype).tiny), None))
+    return _Pass(tuple(known), gains, a, mean, sd, *_tail(s, mean, sd, a, gains, tilt))
+
+
+def _tail(s: Any, mean: Array, sd: Array, a: Array, gains: Sequence[Array], tilt: Tilt) -> tuple[Array, Array, Array]:
+    """β, the slope λ / σ of the tilt, and log Φ(−β)."""
+    xp = s.xp
+    along = xp.sum(a * tilt.input)
+    for g, noise in zip(gains, tilt.noises, strict=True):
+        along = along + xp.sum(g * noise)
+    beta = -(mean - along) / sd
+    log_prob = s.log_ndtr(-beta)
+    return beta, xp.exp(-0.5 * beta * beta - 0.5 * math.log(2 * math.pi) - log_prob) / sd, log_prob
+
+
+def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Tilting) -> Tilt:
+    """The tilt, moved towards its fixed point with the covariances of ``about``."""
+    s, xp = net.special, net.special.xp
+    stds = [xp.sqrt(s.clip(xp.linalg.diagonal(layer.S), 0.0, None)) for layer in about.layers]
+    share = settings.damping
+    for _ in range(settings.between):
+        means: dict[Base, Array] = {INPUT: tilt.input}
+        slopes = []
+        for k, layer in enumerate(net.layers):
+            h = _mean(layer.linear, means)
+            expansion = expand(s, layer.function, h, stds[k], layer.breaks, settings.quadrature)
+            slopes.append(_slope(s, expansion))
+            means["x", k], means["y", k] = h, expansion.mean + tilt.noises[k]
+        gains, a = _gains(net, output, slopes)
+        wanted = [layer.N @ g for layer, g in zip(about.layers, gains, strict=True)]
+        variance = xp.sum(a * a) + sum((xp.sum(g * n) for g, n in zip(gains, wanted, strict=True)), 0.0 * a[0])
+        sd = xp.sqrt(s.clip(variance, float(xp.finfo(variance.dtype).tiny), None))
+        slope = _tail(s, _mean(output, means)[0], sd, a, gains, tilt)[1]
+        tilt = Tilt(
+            tilt.input + share * (slope * a - tilt.input),
+            tuple(n + share * (slope * w - n) for n, w in zip(tilt.noises, wanted, strict=True)),
+        )
+    return tilt
+
+
+def _gains(net: Layers, output: Linear, slopes: Sequence[Array]) -> tuple[tuple[Array, ...], Array]:
+    """Mean gradients of the output in every y, and in z."""
+    gains: dict[Base, Array] = {b: m[0] for b, m in output.terms.items()}
+    like = output.shift[0]
+    found: list[Array] = []
+    for k in reversed(range(len(net.layers))):
+        layer, D = net.layers[k], slopes[k]
+        g = gains.pop(("y", k), 0.0 * D)
+        found.append(g)
+        at_x = D * g + gains.pop(("x", k), 0.0 * D)
+        for b, matrix in layer.linear.terms.items():
+            gains[b] = gains.get(b, 0.0 * like) + at_x @ matrix
+    a = gains.get(INPUT)
+    return tuple(reversed(found)), _zeros(net.special, net.dim, like) if a is None else a
+
+
+def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Prefactor, rings within layers, rings across layers (without their factor), in nats."""
+    s, xp = net.special, net.special.xp
+    beta, sd, t = o.beta, o.sd, o.slope
+    lam = t * sd
+    x = lam - beta
+    D2, D3, D4 = beta * lam / sd**2, (beta**2 - 1) * lam / sd**3, (beta**3 - 3 * beta) * lam / sd**4
+    zero = 0.0 * o.mean
+    V = C = A = F = zero
+    local = dict.fromkeys(("ring 3", "ring 4", "neuron 3", "neuron 4", "triangle"), zero)
+    cross = dict.fromkeys(("across 2", "across 3", "across 4"), zero)
+    legs = _legs(net, o)
+    forms = _Forms(output)
+    for k in reversed(range(len(net.layers))):
+        layer, g, c = o.layers[k], o.gains[k], legs[k]
+        f, S = layer.statistics, layer.S
+        Q1, Q2, P1, P2 = forms.through(k, f.D, zero)
+        u = g * f.f2
+        off = s.with_diagonal(S, 0.0)
+        S2 = off * off
+        e1 = 0.5 * f.nu * Q1
+        d1, dl = u + e1, 0.5 * f.nu * g * g
+        d2 = dl + 0.5 * f.nu * Q2
+        V = V + xp.sum(u * c * c)
+        C = C + xp.sum(g * g * f.kappa * c)
+        A = A + xp.sum(c * dl * c) + xp.sum(u * c * (off @ (u * c)))
+        F = F + xp.sum(g * f.f3 * c**3)
+        X = u[:, None] * off
+        seen_u, seen_l, seen_2 = (S2 @ v for v in (u, dl, d2))
+        local["ring 3"] = local["ring 3"] + D3 * 0.5 * xp.sum(u * seen_l)
+        local["ring 4"] = local["ring 4"] + D4 * 0.25 * xp.sum(dl * seen_l)
+        local["neuron 3"] = local["neuron 3"] + D3 * xp.sum(g**3 * f.kappa3) / 6
+        local["neuron 4"] = local["neuron 4"] + D4 * xp.sum(g**4 * f.kappa4) / 24
+        local["triangle"] = local["triangle"] + D3 * xp.sum((X @ X) * X.T) / 6
+        if P1 is not None:
+            r1, r2 = (xp.sum((S @ P) * S, axis=1) for P in (P1, P2))
+            two = 0.5 * xp.sum(u * r1) + 0.5 * xp.sum(e1 * seen_u) + 0.25 * xp.sum(e1 * (S2 @ e1))
+            cross["across 2"] = cross["across 2"] + D2 * (two + 0.5 * xp.sum(e1 * r1))
+            three = xp.sum(d1 * seen_2) + xp.sum(d1 * r2) + xp.sum(d2 * r1) - xp.sum(u * seen_l)
+            cross["across 3"] = cross["across 3"] + D3 * 0.5 * three
+            four = xp.sum(d2 * seen_2) + 2 * xp.sum(d2 * r2) - xp.sum(dl * seen_l)
+            cross["across 4"] = cross["across 4"] + D4 * 0.25 * four
+        forms.below(k, net.layers[k].linear, d1, d2)
+    prefactor = {
+        "curvature": -lam * V / (2 * sd**3) * (1 - x * x),
+        "covariance": 0.5 * C * (D3 - t * D2),
+        "spread": 0.5 * A * (D4 - 2 * t * D3 + t * t * D2),
+        "third": F / 6 * lam / sd**4 * (3 * x - x**3),
+    }
+    return prefactor, local, cross
+
+
+def _legs(net: Layers, o: _Pass) -> list[Array]:
+    """Cov(s, x_k), as far as s is linear in z and in the layers' noises."""
+    known: dict[Base, Array] = {INPUT: o.a}
+    found = []
+    for k, layer in enumerate(net.layers):
+        c = sum((m @ known[b] for b, m in layer.linear.terms.items()), 0.0 * layer.linear.shift)
+        found.append(c)
+        known["x", k] = c
+        known["y", k] = o.layers[k].statistics.D * c + o.layers[k].N @ o.gains[k]
+    return found
+
+
+class _Forms:
+    """What later layers are to earlier values, to second order: two quadratic forms, in blocks of pairs of bases."""
+
+    def __init__(self, output: Linear) -> None:
+        self._blocks: tuple[dict[tuple[Base, Base], Array], ...] = ({}, {})
+
+    def through(self, k: int, D: Array, zero: Array) -> tuple[Array, Array, Array | None, Array | None]:
+        """The diagonals of both forms on y_k; and, y_k being D x_k, both forms on x_k, None where they are 0."""
+        x, y = ("x", k), ("y", k)
+        diagonals, whole = [], []
+        for blocks in self._blocks:
+            own = blocks.pop((y, y), None)
+            diagonals.append(0.0 * D if own is None else _diagonal(own))
+            if own is not None:
+                _put(blocks, x, x, D[:, None] * own * D[None, :])
+            for a, b in [pair for pair in blocks if y in pair]:
+                block = blocks.pop((a, b))
+                other, block = (b, block) if a == y else (a, block.T)
+                block = D[:, None] * block
+                if other == x:
+                    _put(blocks, x, x, block + block.T)
+                else:
+                    _put(blocks, x, other, block)
+            whole.append(blocks.get((x, x)))
+        return diagonals[0], diagonals[1], whole[0], whole[1]
+
+    def below(self, k: int, linear: Linear, *added: Array) -> None:
+        """x_k, with something added on the diagonal of its form, replaced by what it is made of."""
+        x = ("x", k)
+        for blocks, diagonal in zip(self._blocks, added, strict=True):
+            own = blocks.pop((x, x), None)
+            bases = list(linear.terms)
+            for i, b in enumerate(bases):
+                left = linear.terms[b].T
+                seen = left * diagonal[None, :] if own is None else left * diagonal[None, :] + left @ own
+                if b == INPUT:
+                    continue
+                for other in bases[i:]:
+                    if other != INPUT:
+                        _put(blocks, b, other, seen @ linear.terms[other])
+            for pair in [pair for pair in blocks if x in pair]:
+                block = blocks.pop(pair)
+                other, block = (pair[1], block) if pair[0] == x else (pair[0], block.T)
+                for b in bases:
+                    if b == INPUT or other == INPUT:
+                        continue
+                    seen = linear.terms[b].T @ block
+                    _put(blocks, b, other, seen + seen.T if b == other else seen)
+
+
+def _put(blocks: dict[tuple[Base, Base], Array], a: Base, b: Base, block: Array) -> None:
+    if (b, a) in blocks and a != b:
+        a, b, block = b, a, block.T
+    known = blocks.get((a, b))
+    blocks[a, b] = block if known is None else known + block
+
+
+def _mean(linear: Linear, means: Mapping[Base, Array]) -> Array:
+    total = linear.shift
+    for base, matrix in linear.terms.items():
+        total = total + matrix @ means[base]
+    return total
+
+
+def _covariance(linear: Linear, other: Base, blocks: Mapping[tuple[Base, Base], Array]) -> Array:
+    """Cov(linear, other)."""
+    total: Array = None
+    for base, matrix in linear.terms.items():
+        if base == other == INPUT:
+            term = matrix
+        elif (base, other) in blocks:
+            term = matrix @ blocks[base, other]
+        else:
+            term = matrix @ blocks[other, base].T
+        total = term if total is None else total + term
+    return total
+
+
+def _quadratic(linear: Linear, with_terms: Mapping[Base, Array]) -> Array:
+    """Cov(linear, linear)."""
+    total: Array = None
+    for base, matrix in linear.terms.items():
+        term = with_terms[base] @ matrix.T
+        total = term if total is None else total + term
+    if total is None:
+        total = 0.0 * linear.shift[:, None] * linear.shift[None, :]
+    return (total + total.T) / 2
+
+
+def _own(s: Any, expansion: Expansion, S: Array, settings: Quadrature) -> Array:
+    """Cov(y, y), its diagonal exact."""
+    xp = s.xp
+    scale = xp.where(expansion.std > 0, 1 / xp.where(expansion.std > 0, expansion.std, 1.0), 0.0)
+    correlation = s.with_diagonal(s.clip(scale[:, None] * S * scale[None, :], -1.0, 1.0), 0.0)
+    found, _ = covariance(s, expansion, expansion, correlation, settings)
+    return s.with_diagonal(found, expansion.variance)
+
+
+def _slope(s: Any, expansion: Expansion) -> Array:
+    xp = s.xp
+    live = expansion.std > 0
+    c = xp.sum(expansion.weights * expansion.centred * expansion.nodes, axis=0)
+    return xp.where(live, c, 0.0) / xp.where(live, expansion.std, 1.0)
+
+
+def _spread(s: Any, S: Array) -> float:
+    """tr S² / (tr S)²: one over the number of directions that the values use."""
+    trace = _number(s, s.xp.linalg.trace(S))
+    return _number(s, s.xp.sum(S * S)) / trace**2 if trace > 0 else 0.0
+
+
+def _diagonal(matrix: Array) -> Array:
+    return matrix[np.arange(matrix.shape[0]), np.arange(matrix.shape[0])]
+
+
+def _zeros(s: Any, size: int, like: Array) -> Array:
+    return s.array(np.zeros(size), like)
+
+
+def _number(s: Any, value: Array) -> float:
+    return float(s.stop_gradient(value))
