@@ -243,7 +243,7 @@ class Values:
         probes = np.eye(rows)[:, :, None] * numbers  # one row at a time
         act = self._linear_part(many, [old.shape], like)
         found = np.asarray(self.s.stop_gradient(act([self.s.array(probes.reshape((rows, -1)), like)])))
-        shape = tuple(self.xp.asarray(many(self.s.array(np.zeros((1, *old.shape)), like))).shape[1:])
+        shape = tuple(many(self.s.array(np.zeros((1, *old.shape)), like)).shape[1:])
         if found.shape[1] % rows or (not old.rows and found.shape[1] != rows):
             return None
         found = found.reshape((rows, rows, -1))
