@@ -251,7 +251,9 @@ class Values:
             return None
 
         def own() -> Gaussian:
-            known = Random(leaf(self.gaussian(value), old.shape))
+            now = value.expression  # what the value stands for may have changed: by its moments, or in shape
+            same = now is old or (now.call is None and now.shape == old.shape)
+            known = Random(leaf(self.gaussian(value if same else Random(old)), old.shape))
             return self.gaussian(self.affine(call, known, native=native, nonnegative=nonnegative))
 
         better = own if old.own is not None or not old.rows else None
