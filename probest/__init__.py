@@ -8,6 +8,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
 from probest.estimators.line_sampling import LineSampling
+from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
@@ -36,6 +37,7 @@ __all__ = [
     "Importance",
     "LineSampling",
     "MomentError",
+    "MomentPropagation",
     "Moments",
     "MonteCarlo",
     "Pool",

@@ -139,6 +139,7 @@ class Code(StrEnum):
     UNCHECKED = "unchecked"
     UNDEFINED = "undefined"
     UNREACHED = "unreached"
+    UNREADABLE = "unreadable"
     UNSEEN = "unseen mass"
 
 

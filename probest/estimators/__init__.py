@@ -9,6 +9,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
 from probest.estimators.line_sampling import LineSampling
+from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
@@ -42,6 +43,7 @@ __all__ = [
     "Importance",
     "LineSampling",
     "Meter",
+    "MomentPropagation",
     "MonteCarlo",
     "Need",
     "Note",

@@ -11,12 +11,16 @@ from probest.evidence import EventLike, Run
 
 __all__ = ["Estimator", "Need", "UnmetNeedError", "check_least", "check_needs", "check_precision"]
 
-Need = Literal["gradient", "unconditioned"]
-"""``gradient``: a severity with a gradient. ``unconditioned``: an adversary without observed sites or factors."""
+Need = Literal["gradient", "unconditioned", "continuous", "readable"]
+"""``gradient``: a severity with a gradient. ``unconditioned``: an adversary without observed sites or factors.
+``continuous``: no discrete sites. ``readable``: the severity is a function of torch or JAX that can be traced.
+"""
 
 _LACKING: Mapping[Need, str] = {
     "gradient": "a severity with a gradient (a checker that returns a real number, through operations of the library)",
     "unconditioned": "an adversary without observed sites or factors",
+    "continuous": "an adversary without discrete sites",
+    "readable": "a model and a checker in torch or JAX, whose operations can be read",
 }
 
 
@@ -42,7 +46,12 @@ class UnmetNeedError(ValueError):
 
 def check_needs(method: Estimator, event: EventLike) -> None:
     """Raise UnmetNeedError, naming what is missing, unless the event has what the method needs."""
-    given: dict[Need, bool] = {"gradient": event.differentiable, "unconditioned": not event.weighted}
+    given: dict[Need, bool] = {
+        "gradient": event.differentiable,
+        "unconditioned": not event.weighted,
+        "continuous": not getattr(event, "discrete_sites", ()),
+        "readable": hasattr(event, "function"),
+    }
     needs: frozenset[Need] = getattr(method, "needs", frozenset())
     unknown = set(needs) - set(given)
     if unknown:

@@ -71,7 +71,13 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
 
     def graph(**options: Any) -> Any:
         with _plain(), torch.random.fork_rng(devices=[]):
-            return make_fx(torch.func.functionalize(forward), _decompositions(), **options)(example.detach())
+            try:
+                return make_fx(torch.func.functionalize(forward), _decompositions(), **options)(example.detach())
+            except RuntimeError as error:
+                if "custom_function_call" not in str(error):
+                    raise
+                # An autograd.Function cannot be functionalised; a function that has one may not write in place.
+                return make_fx(forward, _decompositions(), **options)(example.detach())
 
     @functools.cache
     def places() -> dict[str, str]:
@@ -503,6 +509,11 @@ def _variance(
 @_rule("logsumexp")
 def _logsumexp(p: Propagation, step: Step, a: Any, dim: Any, keepdim: bool = False) -> Any:
     return p.logsumexp(a, _axes(dim, len(a.shape)), keepdim)
+
+
+@_rule("special_log_ndtr")
+def _log_ndtr(p: Propagation, step: Step, a: Any) -> Any:
+    return p.elementwise(torch.special.log_ndtr, a, native=False)
 
 
 @_rule("_softmax", "softmax", "_safe_softmax")

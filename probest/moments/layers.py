@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from probest.backends import special_numpy
+from probest.backends.base import Backend
 from probest.moments.gaussian import Gaussian
 from probest.moments.hermite import QUADRATURE, Quadrature
 from probest.moments.pointwise import Expression, Random, evaluate
@@ -70,6 +72,27 @@ class Layers:
             values["x", k] = _applied(layer.linear, values)
             values["y", k] = layer.function(values["x", k])
         return _applied(self.output, values)
+
+    def on_host(self, backend: Backend) -> Layers:
+        """The same in NumPy and float64; functions are still computed by the library, in its own precision."""
+
+        def host(x: Array) -> Array:
+            return np.asarray(backend.to_host(backend.constant(x)), np.float64)
+
+        def linear(one: Linear) -> Linear:
+            return Linear({b: host(m) for b, m in one.terms.items()}, host(one.shift))
+
+        def function(layer: Layer) -> Callable[[Array], Array]:
+            like, native = layer.linear.shift, self.special
+
+            def call(x: Array) -> Array:
+                with backend.no_gradient():
+                    return host(layer.function(native.array(x, like)))
+
+            return call
+
+        found = (Layer(linear(one.linear), function(one), tuple(map(host, one.breaks))) for one in self.layers)
+        return Layers(self.dim, tuple(found), linear(self.output), special_numpy)
 
     def used_later(self, k: int) -> set[Base]:
         """What the layers after k, or the output, are made of."""

@@ -33,7 +33,7 @@ from probest.moments.hermite import Expansion, Quadrature, covariance, expand
 from probest.moments.layers import INPUT, Base, Layers, Linear
 from probest.moments.statistics import Statistics, statistics
 
-__all__ = ["Tilt", "Tilted", "Tilting", "tilted"]
+__all__ = ["Tilt", "Tilted", "Tilting", "resettled", "tilted"]
 
 Array = Any
 
@@ -42,12 +42,14 @@ Array = Any
 class Tilting:
     """The constants that decide.
 
-    rounds: full propagations. between: moves of the tilt between two of them, with covariances frozen. damping: share
+    rounds, most_rounds: full propagations; more than the first while the last one moved log Φ(−β) by more than
+    ``settled``. between: moves of the tilt between two of them, with covariances frozen. damping: share
     of the way that each move goes. cross: factor of the rings across layers. error: factor of the stated error (90 %).
-    settled: by how much the last round may have moved log Φ(−β). quadrature: how finely neurons are integrated.
+    settled: nats. quadrature: how finely neurons are integrated.
     """
 
     rounds: int = 3
+    most_rounds: int = 8
     between: int = 8
     damping: float = 0.9
     cross: float = 0.5
@@ -81,7 +83,8 @@ class Tilted(NamedTuple):
     log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by name, in nats, those across layers
     with their factor; error: half of an interval of 90 %; moved: by how much the last round moved log Φ(−β); kappa: see
     the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``; share: a·a / σ², the part
-    of the severity's variance that is linear in z.
+    of the severity's variance that is linear in z; shift, sd: mean and standard deviation of the severity where the
+    input alone is tilted, to first order.
     """
 
     log_prob: Array
@@ -94,6 +97,8 @@ class Tilted(NamedTuple):
     tilt: Tilt
     direction: Array
     share: Array
+    shift: Array
+    sd: Array
 
 
 class _Layer(NamedTuple):
@@ -132,12 +137,14 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
     """
     settings = settings or Tilting()
     s = net.special
-    output = Linear({b: m[which : which + 1] for b, m in net.output.terms.items()}, net.output.shift[which : which + 1])
+    output = _one(net, which)
     zero = 0.0 * output.shift
     tilt = start or Tilt(_zeros(s, net.dim, zero), tuple(_zeros(s, layer.linear.size, zero) for layer in net.layers))
     found = _propagated(net, output, tilt, settings)
     moved = math.inf
-    for _ in range(settings.rounds - 1):
+    for turn in range(settings.most_rounds - 1):
+        if turn >= settings.rounds - 1 and moved <= settings.settled:
+            break
         before = _number(s, found.log_prob)
         tilt = _settled(net, output, found, tilt, settings)
         found = _propagated(net, output, tilt, settings)
@@ -160,7 +167,23 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
         tilt=tilt,
         direction=found.a / s.xp.where(length > 0, length, 1.0),
         share=length * length / s.xp.where(found.sd > 0, found.sd, 1.0) ** 2,
+        shift=found.mean - sum((s.xp.sum(g * n) for g, n in zip(found.gains, tilt.noises, strict=True)), 0.0),
+        sd=found.sd,
     )
+
+
+def resettled(net: Layers, start: Tilt, *, which: int = 0, settings: Tilting | None = None) -> Tilt:
+    """Where the tilt goes from another start, by vectors alone: with covariances as they are about the start."""
+    settings = settings or Tilting()
+    output = _one(net, which)
+    about = _propagated(net, output, start, settings)
+    return _settled(net, output, about, start, settings)
+
+
+def _one(net: Layers, which: int) -> Linear:
+    """An output by itself."""
+    terms = {b: m[which : which + 1] for b, m in net.output.terms.items()}
+    return Linear(terms, net.output.shift[which : which + 1])
 
 
 def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _Pass:

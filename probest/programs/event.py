@@ -409,6 +409,16 @@ class Event:
         """Log-weight of observed sites and factors at each row of z, ``(n,)``."""
         return self.evaluate(z).log_weight
 
+    def function(self, parts: Parts | None = None) -> Callable[[Array], Array]:
+        """The severity of one case, ``(dim,) -> ()``, an operation of the library that can be traced."""
+        whole, given = self.composition, self.parts if parts is None else parts
+
+        def severity(z: Array) -> Array:
+            with self._evaluating(given):
+                return whole._score(given, z, {})[0]
+
+        return severity
+
     def scores(self, z: Array, held: dict[str, Array], parts: Parts) -> tuple[Array, Array]:
         """Severity and log-weight at native z, differentiable in ``parts`` by the library's own autograd.
 
