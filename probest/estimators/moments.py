@@ -141,8 +141,12 @@ class MomentPropagation:
         if final and error > self.believed:
             sentence = f"what was put back is too large to be all: the stated error is {error:.2f} nats."
             notes = (*notes, Note(Code.IMPRECISE, sentence))
-        if final and not moved <= self.tuning.settled:
-            notes = (*notes, Note(Code.STUCK, f"the tilt had not settled: its last round moved log P by {moved:.2g}."))
+        left = max(mode.left for mode in found)
+        if final and not (moved <= self.tuning.settled and left <= self.tuning.near):
+            sentence = (
+                f"the tilt had not settled: its last round moved log P by {moved:.2g}, and it is {left:.2g} away."
+            )
+            notes = (*notes, Note(Code.STUCK, sentence))
         wide = 1.96 / 1.645 * error
         return Evidence(
             method=name,

@@ -5,7 +5,7 @@ With pre-activation x ~ N(h, v), ε standard normal, f̃ = f − E f, and Gaussi
     D = E f' = E[f̃ ε] / √v            f₂ = E f'' = E[f̃ He₂] / v            f₃ = E f''' = E[f̃ He₃] / v^1.5
     q = Cov(f, f') = E[f̃² ε] / (2√v)   dv = ∂ Var f / ∂v = E[f̃² He₂] / (2v)
     ν = 2 (dv − D² − D f₃ v)           κ' = 2 (q − D f₂ v)
-    κ₃, κ₄: cumulants of the residual f̃ − D (x − h)
+    κ₃, κ₄: cumulants of the residual f̃ − D (x − h);  κ₃₁: their third's response to a shift of h
 
 so that no derivative of f is ever taken, and kinks and jumps need nothing of their own. f is centred first: near a
 constant the raw sums would lose all digits.
@@ -37,6 +37,7 @@ class Statistics(NamedTuple):
     kappa: Array
     kappa3: Array
     kappa4: Array
+    k31: Array
 
 
 def statistics(s: Any, expansion: Expansion) -> Statistics:
@@ -68,4 +69,5 @@ def statistics(s: Any, expansion: Expansion) -> Statistics:
         kappa=2 * (q - D * f2 * v),
         kappa3=mean_of(residual**3),
         kappa4=mean_of(residual**4) - 3 * mean_of(residual**2) ** 2,
+        k31=mean_of(residual**3 * x) / std,
     )
