@@ -192,7 +192,7 @@ def test_constants_and_bad_functions(backend: str) -> None:
         m, sd = arrays(s, [0.5, -1.0], [0.0, 1.0])
         still = statistics(s, expand(s, relu(s), m, sd, breaks=(0.0,)))
         assert float(still.mean[0]) == pytest.approx(0.5)
-        assert [float(value[0]) for value in still[2:]] == [0.0] * 9
+        assert [float(value[0]) for value in still[2:]] == [0.0] * len(still[2:])
         with pytest.raises(ValueError, match="not finite within 12 standard deviations"):
             expand(s, lambda x: x / (x - x), m, sd)
         with pytest.raises(ValueError, match="entry by entry"):
