@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from probest.backends.base import Array, chunks
+from probest.backends.base import Array, Parts, chunks
 from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
@@ -277,10 +277,11 @@ class Estimate(Result):
                 f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real "
                 "severity (how far the case is from a catastrophe). Gradients in the adversary's parameters exist"
             )
-        event = self._weigher.event
-        return self._weigher(event.replaced(model=model, adversary=adversary, params=params).parts)
+        return self._weigher(self._event.replaced(model=model, adversary=adversary, params=params).parts)
 
     @cached_property
-    def _weigher(self) -> Weigher:
+    def _weigher(self) -> Callable[[Parts], Array]:
+        if self.conclusion.weigher is not None:
+            return cast(Callable[[Parts], Array], self.conclusion.weigher(self._event.replaced()))
         seed = np.random.SeedSequence([self.seed, 0x6772_6164])
         return Weigher.at(self._event.replaced(), self.conclusion, lines=GRADIENT_LINES, seed=seed)

@@ -172,6 +172,8 @@ class Evidence:
     stratum: what the line is about, where it is only a part of the event; it then says what that part adds to P.
     levels: the way of a tempering run from the adversary's draws to the event; empty for other methods.
     prior_particles: for a conditioned adversary, a weighted sample of the adversary itself (not of catastrophes).
+    weigher: ``weigher(event)``, of a method whose number is a function of the parameters without particles, gives
+        ``(parts) -> log P``.
     log_evidence: log of the adversary's own evidence (the normaliser of its observed sites); 0 when there are none.
     """
 
@@ -190,6 +192,7 @@ class Evidence:
     notes: tuple[str, ...] = ()
     stratum: str | None = None
     levels: tuple[Level, ...] = field(default=(), repr=False)
+    weigher: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def nothing(

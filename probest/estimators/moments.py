@@ -17,13 +17,14 @@ number. A heuristic: no other method's guarantee covers it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from scipy import special, stats
 
+from probest.backends.base import Array, Parts
 from probest.budget import Meter, UndefinedError
 from probest.estimators.base import Need, check_least, check_needs
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Run
@@ -165,7 +166,35 @@ class MomentPropagation:
                 "moved": moved,
             },
             notes=notes,
+            weigher=Reading(log_prob, _shares(found), tuple(m.tilt for m in found), self.tuning) if final else None,
         )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the modes of an event were settled at, from which log P is a function of the parameters."""
+
+    log_prob: float
+    shares: tuple[float, ...]
+    tilts: tuple[Tilt, ...]
+    tuning: Tilting
+
+    def __call__(self, event: Any) -> Callable[[Parts], Array]:
+        """``(parts) -> log P``, differentiable: read anew, with the tilt moving on from where it was."""
+        backend = event.backend
+        put, zeros = backend.from_host, backend.from_host(np.zeros(event.dim))
+        tuning = replace(self.tuning, rounds=3, most_rounds=3, between=self.tuning.followed, close=0.0)
+
+        def log_prob_at(parts: Parts) -> Array:
+            net = layers(event.function(parts), zeros)
+            total = 0.0 * zeros[0] + self.log_prob
+            for share, tilt in zip(self.shares, self.tilts, strict=True):
+                start = Tilt(put(tilt.input), tuple(map(put, tilt.noises)))
+                value = tilted(net, start=start, settings=tuning).log_prob
+                total = total + share * (value - backend.constant(value))
+            return total
+
+        return log_prob_at
 
 
 def read(event: Any) -> Layers:
@@ -191,9 +220,12 @@ def _union(found: Sequence[Tilted], corrected: bool) -> float:
 
 def _error(found: Sequence[Tilted]) -> float:
     """Of log of a sum: errors weighted by the shares."""
+    return float(sum(share * mode.error for share, mode in zip(_shares(found), found, strict=True)))
+
+
+def _shares(found: Sequence[Tilted]) -> tuple[float, ...]:
     values = np.array([_value(mode) for mode in found])
-    shares = np.exp(values - special.logsumexp(values))
-    return float(sum(share * mode.error for share, mode in zip(shares, found, strict=True)))
+    return tuple(np.exp(values - special.logsumexp(values)).tolist())
 
 
 def _value(mode: Tilted) -> float:

@@ -64,6 +64,7 @@ class Tilting:
     shortening: float = 0.7
     least: float = 0.05
     close: float = 0.005
+    followed: int = 10
     near: float = 0.1
     error: float = 1.14
     settled: float = 0.02
