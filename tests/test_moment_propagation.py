@@ -11,7 +11,8 @@ from scipy.special import log_ndtr
 
 from probest import MomentPropagation, Problem, estimate
 from probest.estimators import UnmetNeedError
-from tests.library import library
+from probest.moments.tilt import Tilting
+from tests.library import gradient, library
 
 QUIET: dict[str, Any] = {"progress": False, "budget": 5_000}
 
@@ -107,3 +108,38 @@ def test_without_a_look_nothing_is_converged(backend: str) -> None:
     result = read(normal(lib, 3), lambda x: x, lambda x, y: y.sum() - 6.0, look=0)
     assert not result.converged
     assert result.calls == 0
+
+
+def test_the_gradient_is_that_of_the_number() -> None:
+    """Of log P in a shift and a scale of a hidden layer's weights, against differences of the same reading.
+
+    With torch alone: the same code takes minutes in JAX, which compiles every small operation the first time.
+    """
+    pytest.importorskip("pyro")
+    backend = "pyro"
+    lib, rng = library(backend), np.random.default_rng(4)
+    W, w = rng.normal(size=(48, 8)) / np.sqrt(8), rng.normal(size=48) / np.sqrt(48)
+    arrays = [lib.xp.asarray(np.asarray(a, np.float32)) for a in (W, w)]
+
+    def problem(scale: float, shift: float) -> tuple[Problem, Any]:
+        def act(p: Any, x: Any) -> Any:
+            return arrays[1] @ lib.xp.tanh(p["scale"] * (arrays[0] @ x) + p["shift"])
+
+        model = lib.module(act, {"scale": lib.array(scale), "shift": lib.array(shift)})
+        return Problem(normal(lib, 8), model, lambda x, y: y - 1.5), model
+
+    def log_prob(scale: float, shift: float) -> float:
+        tuning = Tilting(rounds=6, close=1e-6)
+        return float(estimate(problem(scale, shift)[0], estimator=MomentPropagation(tuning=tuning), **QUIET).log_prob)
+
+    there, model = problem(1.0, 0.1)
+    result = estimate(there, estimator=MomentPropagation(), **QUIET)
+    value, slopes = gradient(backend, result, model=model)
+    assert value == pytest.approx(result.log_prob, rel=1e-5)
+    step = 2e-2
+    expected = {
+        "scale": (log_prob(1 + step, 0.1) - log_prob(1 - step, 0.1)) / (2 * step),
+        "shift": (log_prob(1.0, 0.1 + step) - log_prob(1.0, 0.1 - step)) / (2 * step),
+    }
+    for name, slope in expected.items():
+        assert float(slopes[name]) == pytest.approx(slope, rel=1e-2)  # single precision

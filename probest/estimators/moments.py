@@ -68,7 +68,7 @@ class MomentPropagation:
         meter = Meter(event, budget)
         try:
             net = read(event)
-            found = self._modes(net, seed)
+            found = self.modes(net, seed)
         except (MomentError, ValueError) as why:
             note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
             return Run.of(Evidence.nothing(self.name, note, calls=0, seconds=meter.seconds))
@@ -81,21 +81,27 @@ class MomentPropagation:
         )
         return Run(ledger, meter.calls)
 
-    def _modes(self, net: Layers, seed: np.random.SeedSequence) -> list[Tilted]:
-        """The mode that the middle of the adversary leads to, and others that other starts lead to."""
-        found = [tilted(net, settings=self.tuning)]
+    def modes(self, net: Layers, seed: np.random.SeedSequence, *, which: int = 0) -> list[Tilted]:
+        """The mode that the middle of the adversary leads to, and others that other starts lead to, of one output."""
+        found = [tilted(net, which=which, settings=self.tuning)]
         rng = generator(seed)
         length = float(np.linalg.norm(found[0].tilt.input))
         for turn in range(self.starts):
             towards = -found[0].direction if turn == 0 else _unit(rng.standard_normal(net.dim))
             start = Tilt((length or 3.0) * towards, tuple(0.0 * n for n in found[0].tilt.noises))
-            settled = resettled(net, start, settings=self.tuning)
+            settled = resettled(net, found[0], start, which=which, settings=self.tuning)
             if not np.isfinite(settled.input).all() or any(_same(settled.input, m.tilt.input) for m in found):
                 continue
-            other = tilted(net, start=settled, settings=self.tuning)
+            other = tilted(net, which=which, start=settled, settings=self.tuning)
             if math.isfinite(other.log_prob) and not any(_same(other.tilt.input, m.tilt.input) for m in found):
                 found.append(other)
         return found
+
+    def concluded(self, found: Sequence[Tilted]) -> tuple[float, float, bool]:
+        """log P, its stated error, and whether nothing in the modes themselves speaks against it."""
+        error = _error(found)
+        settled = all(mode.moved <= self.tuning.settled and mode.left <= self.tuning.near for mode in found)
+        return _union(found, True), error, settled and error <= self.believed
 
     def _look(self, meter: Meter, net: Layers, found: Sequence[Tilted], rng: np.random.Generator) -> tuple[Note, ...]:
         """What speaks against the reading."""

@@ -33,6 +33,7 @@ __all__ = [
     "QUADRATURE",
     "Expansion",
     "Quadrature",
+    "at_nodes",
     "coefficients",
     "covariance",
     "expand",
@@ -145,9 +146,9 @@ def expand(
         ValueError: ``f`` is not finite within reach, or does not return one value for each of x.
     """
     size, most = (settings.per_piece, settings.most_per_piece) if breaks else (settings.nodes, settings.most_nodes)
-    coarse = _expand(s, f, mean, std, breaks, size // 2, settings.reach)
+    coarse = at_nodes(s, f, mean, std, breaks, size // 2, settings.reach)
     while True:
-        fine = _expand(s, f, mean, std, breaks, size, settings.reach)
+        fine = at_nodes(s, f, mean, std, breaks, size, settings.reach)
         error = _moved(s, coarse, fine)
         if math.isnan(error):
             raise ValueError(
@@ -237,9 +238,10 @@ def pieces(s: Any, cuts: Sequence[Array], like: Array, reach: float, size: int) 
     return nodes, widths * xp.exp(-0.5 * nodes * nodes) / math.sqrt(2 * math.pi)
 
 
-def _expand(
+def at_nodes(
     s: Any, f: Callable[[Array], Array], mean: Array, std: Array, breaks: Sequence[Any], size: int, reach: float
 ) -> Expansion:
+    """The expansion by ``size`` nodes, of each piece where there are breaks; its error is not looked at."""
     xp = s.xp
     if breaks:
         safe = xp.where(std > 0, std, 1.0)

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from probest.moments.hermite import Expansion, Quadrature, covariance, expand
+from probest.moments.hermite import Expansion, Quadrature, at_nodes, covariance, expand
 from probest.moments.layers import INPUT, Base, Layers, Linear
 from probest.moments.statistics import Statistics, statistics
 
@@ -65,6 +65,7 @@ class Tilting:
     least: float = 0.05
     close: float = 0.005
     followed: int = 10
+    noises: bool = True
     near: float = 0.1
     error: float = 1.14
     settled: float = 0.02
@@ -98,7 +99,7 @@ class Tilted(NamedTuple):
     how far the input's tilt still is from its fixed point; kappa: see
     the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``; share: a·a / σ², the part
     of the severity's variance that is linear in z; shift, sd: mean and standard deviation of the severity where the
-    input alone is tilted, to first order.
+    input alone is tilted, to first order; about: the propagation.
     """
 
     log_prob: Array
@@ -114,15 +115,16 @@ class Tilted(NamedTuple):
     share: Array
     shift: Array
     sd: Array
+    about: _Pass
 
 
 class _Layer(NamedTuple):
-    """A layer in a propagation: x ~ (h, S), y = D x + noise of covariance N."""
+    """A layer in a propagation: x of covariance S, y = D x + noise of covariance N."""
 
-    h: Array
     S: Array
+    D: Array
     N: Array
-    statistics: Statistics
+    expansion: Expansion
 
 
 class _Pass(NamedTuple):
@@ -183,15 +185,13 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
         share=length * length / s.xp.where(found.sd > 0, found.sd, 1.0) ** 2,
         shift=found.mean - sum((s.xp.sum(g * n) for g, n in zip(found.gains, tilt.noises, strict=True)), 0.0),
         sd=found.sd,
+        about=found,
     )
 
 
-def resettled(net: Layers, start: Tilt, *, which: int = 0, settings: Tilting | None = None) -> Tilt:
-    """Where the tilt goes from another start, by vectors alone: with covariances as they are about the start."""
-    settings = settings or Tilting()
-    output = _one(net, which)
-    about = _propagated(net, output, start, settings)
-    return _settled(net, output, about, start, settings)
+def resettled(net: Layers, found: Tilted, start: Tilt, *, which: int = 0, settings: Tilting | None = None) -> Tilt:
+    """Where the tilt goes from another start, by vectors alone: with covariances as ``found`` has them."""
+    return _settled(net, _one(net, which), found.about, start, settings or Tilting())
 
 
 def _one(net: Layers, which: int) -> Linear:
@@ -215,11 +215,10 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
         std = xp.sqrt(s.clip(xp.linalg.diagonal(S), 0.0, None))
         expansion = expand(s, layer.function, h, std, layer.breaks, settings.quadrature)
         C = _own(s, expansion, S, settings.quadrature)
-        found = statistics(s, expansion)
-        D = found.D
-        known.append(_Layer(h, S, C - D[:, None] * S * D[None, :], found))
+        D = _slope(s, expansion)
+        known.append(_Layer(S, D, C - D[:, None] * S * D[None, :], expansion))
         x, y = ("x", k), ("y", k)
-        means[x], means[y] = h, found.mean + tilt.noises[k]
+        means[x], means[y] = h, expansion.mean + tilt.noises[k]
         blocks[x, x], blocks[y, y], blocks[y, x] = S, C, D[:, None] * S
         for b, block in with_others.items():
             blocks[x, b], blocks[y, b] = block, D[:, None] * block
@@ -229,8 +228,7 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
             del blocks[pair]
     mean = _mean(output, means)[0]
     variance = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})[0, 0]
-    statistic = [layer.statistics.D for layer in known]
-    gains, a = _gains(net, output, statistic)
+    gains, a = _gains(net, output, [layer.D for layer in known])
     sd = xp.sqrt(s.clip(variance, float(xp.finfo(variance.dtype).tiny), None))
     return _Pass(tuple(known), gains, a, mean, sd, *_tail(s, mean, sd, a, gains, tilt))
 
@@ -264,7 +262,8 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
         slopes = []
         for k, layer in enumerate(net.layers):
             h = _mean(layer.linear, means)
-            expansion = expand(s, layer.function, h, stds[k], layer.breaks, settings.quadrature)
+            few = settings.quadrature.per_piece // 2 if layer.breaks else settings.quadrature.nodes // 2
+            expansion = at_nodes(s, layer.function, h, stds[k], layer.breaks, few, settings.quadrature.reach)
             slopes.append(_slope(s, expansion))
             means["x", k], means["y", k] = h, expansion.mean + tilt.noises[k]
         gains, a = _gains(net, output, slopes)
@@ -277,9 +276,10 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
         if left > settings.shortening * before:
             share = max(share / 2, settings.least)
         before = left
-        tilt = Tilt(
-            tilt.input + share * way.input, tuple(n + share * w for n, w in zip(tilt.noises, way.noises, strict=True))
-        )
+        noises = tilt.noises
+        if settings.noises:
+            noises = tuple(n + share * w for n, w in zip(noises, way.noises, strict=True))
+        tilt = Tilt(tilt.input + share * way.input, noises)
         if left <= settings.close:
             break
     return tilt
@@ -313,10 +313,11 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
     local = dict.fromkeys(("ring 3", "ring 4", "neuron 3", "neuron 4", "triangle"), zero)
     cross = dict.fromkeys(("across 2", "across 3", "across 4", "cubic"), zero)
     legs = _legs(net, o)
+    known = [statistics(s, layer.expansion) for layer in o.layers]
     forms = _Forms(output)
     for k in reversed(range(len(net.layers))):
         layer, g, c = o.layers[k], o.gains[k], legs[k]
-        f, S = layer.statistics, layer.S
+        f, S = known[k], layer.S
         (a1, H1, P1), (a2, H2, P2) = forms.through(k, f.D)
         u, dl = g * f.f2, 0.5 * f.nu * g * g
         off = s.with_diagonal(S, 0.0)
@@ -351,7 +352,7 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
             cross["across 2"] = cross["across 2"] + D2 * two
             cross["across 3"] = cross["across 3"] + D3 * three
             cross["across 4"] = cross["across 4"] + D4 * four
-        cross["cubic"] = cross["cubic"] + D2 * _cubic(net, o, k)
+        cross["cubic"] = cross["cubic"] + D2 * _cubic(net, o, known, k)
         forms.below(k, net.layers[k].linear, d1, s.with_diagonal(d1[:, None] * off * d1[None, :], d2))
     prefactor = {
         "curvature": -lam * V / (2 * sd**3) * (1 - x * x),
@@ -362,10 +363,10 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
     return prefactor, local, cross
 
 
-def _cubic(net: Layers, o: _Pass, k: int) -> Array:
+def _cubic(net: Layers, o: _Pass, known: Sequence[Statistics], k: int) -> Array:
     """Σ_i g f₃ K(x_i, x_i, x_i, s) / 6 over all neurons i above layer k, K the joint cumulant that layer k makes."""
     xp = net.special.xp
-    f, g, S = o.layers[k].statistics, o.gains[k], o.layers[k].S
+    f, g, S = known[k], o.gains[k], o.layers[k].S
     total = 0.0 * o.mean
     paths: dict[Base, Array] = {}
     for above in range(k + 1, len(net.layers)):
@@ -376,12 +377,13 @@ def _cubic(net: Layers, o: _Pass, k: int) -> Array:
                 path = matrix @ paths[b] if path is None else path + matrix @ paths[b]
         if path is None:
             continue
-        upper = o.layers[above].statistics
+        upper = known[above]
         paths["x", above], paths["y", above] = path, upper.D[:, None] * path
         seen = (path * f.D[None, :]) @ S
         weight = o.gains[above] * upper.f3
-        made = f.f3 * (weight @ seen**3) + 3 * f.nu * (weight @ (path * seen**2))
-        made = made + 3 * f.k31 * (weight @ (path**2 * seen)) + f.kappa4 * (weight @ path**3)
+        twice, both, own = seen * seen, path * seen, path * path
+        made = f.f3 * (weight @ (twice * seen)) + 3 * f.nu * (weight @ (both * seen))
+        made = made + 3 * f.k31 * (weight @ (both * path)) + f.kappa4 * (weight @ (own * path))
         total = total + xp.sum(g * made) / 6
     return total
 
@@ -394,7 +396,7 @@ def _legs(net: Layers, o: _Pass) -> list[Array]:
         c = sum((m @ known[b] for b, m in layer.linear.terms.items()), 0.0 * layer.linear.shift)
         found.append(c)
         known["x", k] = c
-        known["y", k] = o.layers[k].statistics.D * c + o.layers[k].N @ o.gains[k]
+        known["y", k] = o.layers[k].D * c + o.layers[k].N @ o.gains[k]
     return found
 
 

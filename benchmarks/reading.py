@@ -1,0 +1,228 @@
+"""How good is log P when it is read from the weights, and does the stated error cover?
+
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/reading.py --json build/reading.json
+
+Networks are random: weights N(0, gain² / fan-in), gain √2 (ReLU), 1.5 (GELU), 1.2 (tanh), biases N(0, 0.3²). Of each
+output the threshold is a quantile of plain draws, and log P is that of as many fresh ones, plain again (families
+"wide", "narrow"); far out ("far") of an importance sample about the tilt; of the reference neurons ("neurons") the
+refined values beside them, where --reference says where they lie. Lines, a family each: relative errors of P, of
+
+    ours        moment propagation
+    layerwise   its tilt without corrections
+    plain       the tilt of the input alone
+    untilted    Gaussian propagation of the adversary itself
+    sampling    what Monte Carlo would miss (one standard error) with as many forward passes as ours took CPU time
+
+then the share of errors that the stated one covers (two standard errors of the truth allowed), how many were
+converged, and the largest error of those, in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+ACTIVATIONS: dict[str, tuple[type[nn.Module], float]] = {
+    "ReLU": (nn.ReLU, math.sqrt(2)),
+    "GELU": (nn.GELU, 1.5),
+    "tanh": (nn.Tanh, 1.2),
+}
+
+
+@dataclass
+class Case:
+    """A network in float64, ``(dim,) -> (J,)``, severities; log P of each and its standard error."""
+
+    family: str
+    name: str
+    net: nn.Module
+    dim: int
+    truth: list[tuple[float, float]]
+
+
+def network(kind: str, dim: int, width: int, depth: int, outputs: int, rng: np.random.Generator) -> nn.Sequential:
+    activation, gain = ACTIVATIONS[kind]
+    sizes, parts = [dim] + [width] * depth, []
+    for a, b in itertools.pairwise(sizes):
+        parts += [linear(rng.normal(size=(b, a)) * gain / math.sqrt(a), 0.3 * rng.normal(size=b)), activation()]
+    return nn.Sequential(*parts, linear(rng.normal(size=(outputs, width)) / math.sqrt(width), np.zeros(outputs)))
+
+
+def linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
+    return layer
+
+
+def draws(net: nn.Module, dim: int, count: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(count // 50_000):
+            yield net(torch.randn(50_000, dim, generator=generator))
+
+
+def sampled(family: str, kind: str, dim: int, width: int, depth: int, outputs: int, count: int, seed: int) -> Case:
+    """Thresholds at P from 10^-2.5 to 10^-4 by draws, and P by fresh ones."""
+    rng = np.random.default_rng(seed)
+    net = network(kind, dim, width, depth, outputs, rng)
+    quick = network(kind, dim, width, depth, outputs, np.random.default_rng(seed)).float()
+    first = torch.cat(list(draws(quick, dim, count, seed + 1))).numpy()
+    shares = 10 ** -rng.uniform(2.5, 4.0, size=outputs)
+    levels = np.array([np.quantile(first[:, j], 1 - share) for j, share in enumerate(shares)])
+    hits = sum((y.numpy() >= levels).sum(0) for y in draws(quick, dim, count, seed + 2))
+    with torch.no_grad():
+        net[-1].bias.copy_(torch.from_numpy(-levels.astype(np.float64)))  # type: ignore[union-attr]
+    truth = [(math.log(h / count), 1 / math.sqrt(h)) for h in hits]
+    return Case(family, f"{kind} {dim}, {width}/{depth}", net, dim, truth)
+
+
+def far(count: int, seed: int) -> Case:
+    """d = 200, ReLU 256/3, at 3, 5, 7, 9 standard deviations: importance sampling about the tilted input."""
+    from probest.moments.tilt import tilted
+
+    rng = np.random.default_rng(seed)
+    net = network("ReLU", 200, 256, 3, 1, rng)
+    with torch.no_grad():
+        y = torch.cat([net(torch.from_numpy(rng.standard_normal((20_000, 200)))) for _ in range(5)]).squeeze(1)
+        levels = [float(y.mean() + k * y.std()) for k in (3, 5, 7, 9)]
+        net[-1] = linear(net[-1].weight.numpy().repeat(4, axis=0), -np.array(levels))  # type: ignore[operator, union-attr]
+    truth = []
+    for j in range(4):
+        m = torch.from_numpy(np.asarray(tilted(layered(net, 200), which=j).tilt.input))
+        weights = []
+        with torch.no_grad():
+            for _ in range(count // 20_000):
+                z = torch.from_numpy(rng.standard_normal((20_000, 200))) + m
+                weights.append((net(z)[:, j] >= 0).double() * torch.exp(0.5 * m @ m - z @ m))
+        w = torch.cat(weights)
+        truth.append((float(w.mean().log()), float(w.std() / w.mean() / len(w) ** 0.5)))
+    return Case("far", "ReLU 200, 256/3 at 3, 5, 7, 9 σ", net, 200, truth)
+
+
+def neurons(reference: Path) -> Case | None:
+    weights, refined = reference / "reference/wide_mlp_256.npz", reference / "prototypes/tilted_moments"
+    if not weights.exists():
+        print(f"no reference neurons: {weights.name} is not in --reference", file=sys.stderr)
+        return None
+    W = np.load(weights)["weights"].astype(np.float64)
+    known = json.loads((refined / "wide_mlp_256_log_prob.json").read_text())
+    hidden = [part for w in W[:3] for part in (linear(w, np.zeros(256)), nn.ReLU())]
+    net = nn.Sequential(*hidden, linear(W[3][[int(n) for n in known]], np.full(len(known), -3.0)))
+    return Case("neurons", "ReLU 256, 256/3, no biases", net, 256, [tuple(value) for value in known.values()])
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    if args.reference is not None and (found := neurons(args.reference)) is not None:
+        yield found
+    for seed in range(args.seeds):
+        for kind in ACTIVATIONS:
+            for width in (128, 256):
+                for depth in (2, 3, 4):
+                    yield sampled("wide", kind, width, width, depth, 6, args.samples, 10 * seed)
+            for width, depth in ((16, 2), (32, 2), (64, 3), (64, 1)):
+                yield sampled("narrow", kind, 10, width, depth, 6, args.samples, 10 * seed)
+    yield far(args.samples // 10, 0)
+
+
+def layered(net: nn.Module, dim: int) -> Any:
+    from probest.backends.load import load_backend
+    from probest.moments.layers import layers
+
+    return layers(net, torch.zeros(dim, dtype=torch.float64)).on_host(load_backend("torch"))
+
+
+def measured(case: Case) -> list[dict[str, Any]]:
+    from probest.estimators import MomentPropagation
+    from probest.moments.tilt import Tilting, tilted
+
+    read, method = layered(case.net, case.dim), MomentPropagation()
+    z = torch.randn(2000, case.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seconds = math.inf
+    with torch.no_grad():
+        for _ in range(3):
+            started = time.process_time()
+            case.net(z)
+            seconds = min(seconds, (time.process_time() - started) / len(z))
+    only_input = Tilting(noises=False)
+    found = []
+    for j, (truth, error) in enumerate(case.truth):
+        started = time.process_time()
+        modes = method.modes(read, np.random.SeedSequence(0), which=j)
+        passes = (time.process_time() - started) / seconds
+        ours, stated, converged = method.concluded(modes)
+        untilted = tilted(read, which=j, settings=replace(only_input, rounds=1, most_rounds=1))
+        values = {
+            "ours": ours,
+            "layerwise": float(modes[0].gaussian),
+            "plain": float(tilted(read, which=j, settings=only_input).gaussian),
+            "untilted": float(untilted.gaussian),
+        }
+        found.append(
+            {
+                "family": case.family, "case": case.name, "log_prob": truth, "std_error": error, "stated": stated,
+                "converged": converged, "passes": passes, "modes": len(modes),
+                "sampling": math.exp(-0.5 * (truth + math.log(passes))),
+                **{name: value - truth for name, value in values.items()},
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2_000_000, help="draws behind each true value")
+    parser.add_argument("--seeds", type=int, default=1, help="networks of each kind")
+    parser.add_argument("--reference", type=Path, help="a folder with reference/ and prototypes/")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in cases(args):
+        results.setdefault((case.family, case.name), []).extend(measured(case))
+        print(json.dumps(results[case.family, case.name][-1]), file=sys.stderr)
+    names = ("ours", "layerwise", "plain", "untilted")
+    table = Table("family", "case", "log P", *names, "sampling", "covered", "converged", "worst", "passes")
+    for (family, name), rows in results.items():
+        errors = {key: np.array([row[key] for row in rows]) for key in (*names, "std_error", "stated", "sampling")}
+        relative = {key: np.abs(np.expm1(np.minimum(errors[key], 50.0))) for key in names}
+        sure = np.array([row["converged"] for row in rows])
+        covered = np.abs(errors["ours"]) <= errors["stated"] + 2 * errors["std_error"]
+        truths = [row["log_prob"] for row in rows]
+        table.add_row(
+            family, name, f"{min(truths):.1f} to {max(truths):.1f}",
+            *(f"{np.median(relative[key]):.1%} ({relative[key].max():.0%})" for key in names),
+            f"{np.median(errors['sampling']):.0%}", f"{covered.mean():.0%} of {len(rows)}", f"{sure.mean():.0%}",
+            f"{np.abs(errors['ours'][sure]).max():.2f}" if sure.any() else "",
+            f"{np.median([row['passes'] for row in rows]):,.0f}",
+        )  # fmt: skip
+    everything = [row for rows in results.values() for row in rows]
+    covered = [abs(row["ours"]) <= row["stated"] + 2 * row["std_error"] for row in everything]
+    console = Console(width=170)
+    console.print(table)
+    console.print(f"errors covered: {np.mean(covered):.1%} of {len(covered)}; median (largest) relative errors of P")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main()
