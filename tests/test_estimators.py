@@ -74,7 +74,7 @@ def each_method(function: Callable[..., None]) -> Any:
 
 
 def skip_unless_able(method: Estimator, event: ExactEvent) -> None:
-    if isinstance(method, Surrogate) and event.differentiable and event.dim > 10:
+    if isinstance(method, Surrogate) and event.differentiable and event.dim >= 10:
         pytest.skip("minutes of regressions, for an event that has a gradient")
     try:
         check_needs(method, event)

@@ -86,18 +86,26 @@ def test_held_sites_add_their_density(backend: str) -> None:
 
 
 def test_the_same_program_in_both_libraries() -> None:
-    """Same z, same severities; hence the same estimates from the same seed."""
-    results = {}
+    """Same z, same severities and gradients; and, of a small program, the same estimates from the same seed."""
+    found, results = {}, {}
     z = np.random.default_rng(2).standard_normal((50, 13))
     for name in ("pyro", "numpyro"):
         pytest.importorskip(name)
         lib = library(name)
-        problem = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 22.0)
-        result = estimate(problem, estimator=Tempering(particles=256), **QUIET)
-        results[name] = (problem.event.evaluate(z, gradient=True), result)
-    (one, first), (two, second) = results["pyro"], results["numpyro"]
+        event = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 22.0).event
+        found[name] = event.evaluate(z, gradient=True)
+
+        def small(lib: Any = lib) -> Any:
+            return lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1)).sum() + lib.sample(
+                "g", lib.dist.Gumbel(0.0, 1.0)
+            )
+
+        problem = Problem(small, lambda x: x, lambda x, y: y - 9.0)
+        results[name] = estimate(problem, estimator=Tempering(particles=256), **QUIET)
+    one, two = found["pyro"], found["numpyro"]
     np.testing.assert_allclose(one.severity, two.severity, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(one.severity_grad, two.severity_grad, rtol=2e-3, atol=2e-3)
+    first, second = results["pyro"], results["numpyro"]
     assert first.lower <= second.upper
     assert second.lower <= first.upper
 

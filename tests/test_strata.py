@@ -221,7 +221,7 @@ def many_failures(lib: Any, *, n: int = 200, rate: float = 1e-5) -> tuple[Proble
     return problem(adversary, lambda y: (1.0 * y).sum() - 1.5), float(stats.binom.logsf(1, n, rate))
 
 
-def long_chain(lib: Any, length: int = 12) -> tuple[Problem, float]:
+def long_chain(lib: Any, length: int = 9) -> tuple[Problem, float]:
     """Each state depends on the one before; each visit of the last brings the limit nearer."""
     move, start = np.array([[0.9, 0.09, 0.01], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]]), np.array([0.9, 0.09, 0.01])
 
