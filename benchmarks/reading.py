@@ -198,7 +198,10 @@ def main() -> None:
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in cases(args):
         results.setdefault((case.family, case.name), []).extend(measured(case))
-        print(json.dumps(results[case.family, case.name][-1]), file=sys.stderr)
+        print(f"{case.family}: {case.name}", file=sys.stderr)
+        if args.json is not None:  # after each case, so that nothing is lost
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps([row for rows in results.values() for row in rows], indent=1))
     names = ("ours", "layerwise", "plain", "untilted")
     table = Table("family", "case", "log P", *names, "sampling", "covered", "converged", "worst", "passes")
     for (family, name), rows in results.items():
@@ -219,9 +222,6 @@ def main() -> None:
     console = Console(width=170)
     console.print(table)
     console.print(f"errors covered: {np.mean(covered):.1%} of {len(covered)}; median (largest) relative errors of P")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(everything, indent=1))
 
 
 if __name__ == "__main__":

@@ -83,19 +83,23 @@ class MomentPropagation:
 
     def modes(self, net: Layers, seed: np.random.SeedSequence, *, which: int = 0) -> list[Tilted]:
         """The mode that the middle of the adversary leads to, and others that other starts lead to, of one output."""
-        found = [tilted(net, which=which, settings=self.tuning)]
+        first = tilted(net, which=which, settings=self.tuning)
+        length = float(np.linalg.norm(first.tilt.input))
+        lost = length < 1e-3  # no direction is better than another there: it is a place to start from, not a mode
+        found = [] if lost else [first]
         rng = generator(seed)
-        length = float(np.linalg.norm(found[0].tilt.input))
-        for turn in range(self.starts):
-            towards = -found[0].direction if turn == 0 else _unit(rng.standard_normal(net.dim))
-            start = Tilt((length or 3.0) * towards, tuple(0.0 * n for n in found[0].tilt.noises))
-            settled = resettled(net, found[0], start, which=which, settings=self.tuning)
+        for turn in range(2 * self.starts if lost else self.starts):
+            towards = _unit(rng.standard_normal(net.dim))
+            if found and turn < 2:
+                towards = -found[0].direction
+            start = Tilt((length if length > 1.0 else 3.0) * towards, tuple(0.0 * n for n in first.tilt.noises))
+            settled = resettled(net, first, start, which=which, settings=self.tuning)
             if not np.isfinite(settled.input).all() or any(_same(settled.input, m.tilt.input) for m in found):
                 continue
             other = tilted(net, which=which, start=settled, settings=self.tuning)
             if math.isfinite(other.log_prob) and not any(_same(other.tilt.input, m.tilt.input) for m in found):
                 found.append(other)
-        return found
+        return found or [first]
 
     def concluded(self, found: Sequence[Tilted]) -> tuple[float, float, bool]:
         """log P, its stated error, and whether nothing in the modes themselves speaks against it."""
