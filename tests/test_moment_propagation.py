@@ -10,7 +10,9 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import MomentPropagation, Problem, estimate
+from probest.backends.load import load_backend
 from probest.estimators import UnmetNeedError
+from probest.moments.layers import layers
 from probest.moments.tilt import Tilting
 from tests.library import gradient, library
 
@@ -143,3 +145,33 @@ def test_the_gradient_is_that_of_the_number() -> None:
     }
     for name, slope in expected.items():
         assert float(slopes[name]) == pytest.approx(slope, rel=1e-2)  # single precision
+
+
+@pytest.mark.parametrize("case", ["residual", "softmax", "product", "largest", "normalised"])
+def test_layers_are_the_function(backend: str, case: str) -> None:
+    """Whatever is read, brought into layers, gives the function's own values."""
+    lib, rng = library(backend), np.random.default_rng(8)
+    xp = lib.xp
+    A, B, C = (xp.asarray(np.asarray(rng.normal(size=shape) / 2, np.float32)) for shape in ((6, 5), (5, 6), (4, 5)))
+
+    def softmax(x: Any) -> Any:
+        raised = xp.exp(x)
+        return raised / raised.sum()
+
+    def normalised(x: Any) -> Any:
+        centred = x - x.mean()
+        return centred / xp.sqrt((centred**2).mean() + 1e-2)
+
+    functions = {
+        "residual": lambda x: C @ (x + B @ xp.tanh(A @ x)) ** 3,
+        "softmax": lambda x: xp.log(softmax(C @ x)) * 0.5 + softmax(A @ x)[:4],
+        "product": lambda x: (C @ x) * (C @ xp.sin(x)) - (C @ x) @ (C @ xp.cos(x)),
+        "largest": lambda x: xp.maximum(C @ x, C @ xp.tanh(x)) + (A @ x).max(),
+        "normalised": lambda x: C @ normalised(x) + xp.abs(C @ x),
+    }
+    fn = functions[case]
+    z = rng.standard_normal((20, 5))
+    inside = load_backend("torch" if backend == "pyro" else "jax")
+    found = layers(fn, inside.from_host(np.zeros(5))).on_host(inside)(z)
+    expected = np.stack([np.asarray(inside.to_host(fn(inside.from_host(row)))) for row in z])
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)

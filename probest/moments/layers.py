@@ -13,7 +13,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,6 @@ class Layers:
         return set(later)
 
 
-_ROUGH = replace(QUADRATURE, nodes=16, most_nodes=16, per_piece=8, most_per_piece=8, orders=1, refused=math.inf)
-"""The moments on the way do not matter."""
-
-
 def layers(fn: Callable[[Array], Array], mean: Array) -> Layers:
     """``fn`` of one array, whose entries are standard normal, in layers.
 
@@ -114,7 +110,7 @@ def layers(fn: Callable[[Array], Array], mean: Array) -> Layers:
     Raises:
         MomentError, TypeError, ValueError: as `moments`.
     """
-    p, _, found = interpret(fn, mean, settings=_ROUGH, rules=_Reading)
+    p, _, found = interpret(fn, mean, rules=_Reading)
     assert isinstance(p, _Reading)
     out = p.gaussian(found)
     return Layers(math.prod(mean.shape), tuple(p.layers), p.linear(out), p.s)
@@ -172,6 +168,21 @@ class _Reading(Propagation):
         self.layers.append(Layer(self.linear(source), function, expression.breaks))
         self._is(source, ("x", k))
         self._is(new, ("y", k))
+
+    def _expanded(self, expression: Expression) -> Gaussian:
+        """A function entry by entry, by its value at one point: moments do not matter here, and may not exist."""
+        source, xp = expression.source, self.xp
+        found = evaluate(expression, source.mean[None]).reshape((1, source.size))[0]
+        value = xp.where(found, self.s.array(1.0, source.mean), 0.0) if "bool" in str(found.dtype) else found
+        value = xp.where(xp.isfinite(value), value, 0.0)
+        blocks = {v: self.s.array(np.zeros((source.size, v.size)), source.mean) for v in self.joint.alive()}
+        spread = self.s.array(np.eye(source.size), source.mean)  # so that bends are searched for about the point
+        new = self.joint.add(value, spread, blocks, positive=expression.nonnegative)
+        self._met(new, expression)
+        return new
+
+    def _is_variance(self, value: Random) -> bool:
+        return False
 
     # What has rules of its own there, out of simpler parts
 
