@@ -122,7 +122,7 @@ def test_many_particles_take_no_more_memory_than_some_thousand(backend: str, tmp
     problem = Problem(
         lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(4), 1.0).to_event(1)), lambda x: x[0], lambda x, y: y
     )
-    n, peaks = 400_000 if backend == "numpyro" else 100_000, []
+    n, peaks = 100_000, []
     for size in (20_000, n):
         found = wide(problem, size)
         tracemalloc.start()
