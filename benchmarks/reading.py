@@ -169,7 +169,7 @@ def measured(case: Case) -> list[dict[str, Any]]:
         started = time.process_time()
         modes = method.modes(read, np.random.SeedSequence(0), which=j)
         passes = (time.process_time() - started) / seconds
-        ours, stated, converged = method.concluded(modes)
+        ours, stated, doubts = method.concluded(modes)
         untilted = tilted(read, which=j, settings=replace(only_input, rounds=1, most_rounds=1))
         values = {
             "ours": ours,
@@ -180,7 +180,7 @@ def measured(case: Case) -> list[dict[str, Any]]:
         found.append(
             {
                 "family": case.family, "case": case.name, "log_prob": truth, "std_error": error, "stated": stated,
-                "converged": converged, "passes": passes, "modes": len(modes),
+                "converged": not doubts, "passes": passes, "modes": len(modes),
                 "sampling": math.exp(-0.5 * (truth + math.log(passes))),
                 **{name: value - truth for name, value in values.items()},
             }

@@ -10,7 +10,7 @@ then. A mode far from the one that it settled at is looked for by settling anew 
 apart and both matter are joined as a union of half-spaces.
 
 *What it is worth* is told by its own error estimate, and by a look: a few calls of the model say whether it was read
-right, and whether severities about the tilt have the mean and spread that were propagated. That look has no part in the
+right, and whether as many cases about the tilt are catastrophes as was foreseen. That look has no part in the
 number. A heuristic: no other method's guarantee covers it.
 """
 
@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy import special, stats
 
+from probest import diagnostics
 from probest.backends.base import Array, Parts
 from probest.budget import Meter, UndefinedError
 from probest.estimators.base import Need, check_least, check_needs
@@ -72,48 +73,89 @@ class MomentPropagation:
         except (MomentError, ValueError) as why:
             note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
             return Run.of(Evidence.nothing(self.name, note, calls=0, seconds=meter.seconds))
-        notes = self._look(meter, net, found, generator(seed))
-        plain, whole = (_union(found, corrected) for corrected in (False, True))
-        error = _error(found)
-        ledger = (
-            self._evidence("tilted moments", plain, math.inf, found, meter, ()),
-            self._evidence(self.name, whole, error, found, meter, notes),
+        log_prob, error, doubts = self.concluded(found)
+        notes = (*self._look(meter, net, found, generator(seed)), *doubts)
+        figures = {
+            "modes": float(len(found)),
+            "beta": float(found[0].beta),
+            "kappa": max(mode.kappa for mode in found),
+            "linear_share": float(found[0].share),
+            "moved": max(mode.moved for mode in found),
+        }
+        plain = Evidence(
+            method="tilted moments",
+            log_prob=_union(found, corrected=False),
+            std_error=math.inf,
+            interval=(-math.inf, 0.0),
+            claim="heuristic",
+            calls=0,
+            seconds=meter.seconds,
+            converged=False,
+            diagnostics=figures,
         )
-        return Run(ledger, meter.calls)
+        wide = 1.96 / 1.645 * error
+        corrected = Evidence(
+            method=self.name,
+            log_prob=log_prob,
+            std_error=error,
+            interval=(log_prob - wide, min(log_prob + wide, 0.0)) if math.isfinite(error) else (-math.inf, 0.0),
+            claim="heuristic",
+            calls=meter.calls,
+            seconds=meter.seconds,
+            converged=not notes and math.isfinite(log_prob),
+            diagnostics=figures,
+            notes=notes,
+            weigher=Reading(log_prob, _shares(found), tuple(mode.tilt for mode in found), self.tuning),
+        )
+        return Run((plain, corrected), meter.calls)
 
     def modes(self, net: Layers, seed: np.random.SeedSequence, *, which: int = 0) -> list[Tilted]:
         """The mode that the middle of the adversary leads to, and others that other starts lead to, of one output."""
         first = tilted(net, which=which, settings=self.tuning)
         length = float(np.linalg.norm(first.tilt.input))
-        lost = length < 1e-3  # no direction is better than another there: it is a place to start from, not a mode
+        lost = length < self.tuning.nowhere  # a place to start from, then, and not a mode
+        distance = length if length > 1.0 else self.tuning.away
         found = [] if lost else [first]
         rng = generator(seed)
         for turn in range(2 * self.starts if lost else self.starts):
-            towards = _unit(rng.standard_normal(net.dim))
+            towards = rng.standard_normal(net.dim)
+            towards /= np.linalg.norm(towards)
             if found and turn < 2:
                 towards = -found[0].direction
-            start = Tilt((length if length > 1.0 else 3.0) * towards, tuple(0.0 * n for n in first.tilt.noises))
+            start = Tilt(distance * towards, tuple(0.0 * n for n in first.tilt.noises))
             settled = resettled(net, first, start, which=which, settings=self.tuning)
-            if not np.isfinite(settled.input).all() or any(_same(settled.input, m.tilt.input) for m in found):
+            if not np.isfinite(settled.input).all() or any(self._same(settled, m.tilt) for m in found):
                 continue
             other = tilted(net, which=which, start=settled, settings=self.tuning)
-            if math.isfinite(other.log_prob) and not any(_same(other.tilt.input, m.tilt.input) for m in found):
+            if math.isfinite(other.log_prob) and not any(self._same(other.tilt, m.tilt) for m in found):
                 found.append(other)
         return found or [first]
 
-    def concluded(self, found: Sequence[Tilted]) -> tuple[float, float, bool]:
-        """log P, its stated error, and whether nothing in the modes themselves speaks against it."""
-        error = _error(found)
-        settled = all(mode.moved <= self.tuning.settled and mode.left <= self.tuning.near for mode in found)
-        return _union(found, True), error, settled and error <= self.believed
+    def _same(self, one: Tilt, other: Tilt) -> bool:
+        """Whether two tilts lead to the same mode; one without a direction leads to none of its own."""
+        a, b = (float(np.linalg.norm(tilt.input)) for tilt in (one, other))
+        alike = float(one.input @ other.input) > self.tuning.alike * a * b
+        return alike or min(a, b) < self.tuning.nowhere
+
+    def concluded(self, found: Sequence[Tilted]) -> tuple[float, float, tuple[Note, ...]]:
+        """log P, its stated error, and what in the modes themselves speaks against them."""
+        error, notes = _error(found), []
+        if not error <= self.believed:  # nor where it is not a number
+            sentence = f"what was put back is too large to be all: the stated error is {error:.2f} nats."
+            notes.append(Note(Code.IMPRECISE, sentence))
+        moved, left = max(mode.moved for mode in found), max(mode.left for mode in found)
+        if not (moved <= self.tuning.settled and left <= self.tuning.near):
+            far = f"its last round moved log P by {moved:.2g}, and it is {left:.2g} away."
+            notes.append(Note(Code.STUCK, f"the tilt had not settled: {far}"))
+        return _union(found, corrected=True), error, tuple(notes)
 
     def _look(self, meter: Meter, net: Layers, found: Sequence[Tilted], rng: np.random.Generator) -> tuple[Note, ...]:
         """What speaks against the reading."""
         notes = []
         each = min(self.look, meter.left) // len(found)
-        if each < 32:
+        if each < self.tuning.least_look:
             notes.append(Note(Code.UNCHECKED, "no model calls were left to check the reading with."))
-        for mode in found if each >= 32 else ():
+        for mode in found if each >= self.tuning.least_look else ():
             z = mode.tilt.input + rng.standard_normal((each, net.dim))
             try:
                 severity = meter.evaluate(z).severity
@@ -121,7 +163,7 @@ class MomentPropagation:
                 return (Note(Code.UNDEFINED, f"about the tilt {error}."),)
             read_as = net(z)[:, 0]
             off = np.abs(read_as - severity).max() / max(float(severity.std()), 1e-300)
-            if not off < 1e-2:
+            if not off < self.tuning.misread:
                 sentence = f"the model answers otherwise than it was read (by {off:.2g} standard deviations): a bug."
                 return (Note(Code.UNREADABLE, sentence),)
             notes += self._compared(mode, severity)
@@ -130,54 +172,18 @@ class MomentPropagation:
     def _compared(self, mode: Tilted, severity: Floats) -> list[Note]:
         """Severities about the tilted input, against what was propagated: the share that is catastrophic."""
         n, hits = len(severity), int((severity >= 0).sum())
-        expected = float(special.ndtr(mode.shift / mode.sd))
-        low, high = stats.beta.ppf((1e-4, 1 - 1e-4), (hits, hits + 1), (n - hits + 1, n - hits))
-        low, high = (0.0 if hits == 0 else float(low)), (1.0 if hits == n else float(high))
+        foreseen = float(special.log_ndtr(mode.shift / mode.sd))
+        low, high = diagnostics.binomial_interval(hits, n, 1.0 - 2.0 * self.tuning.surprise)
         room = math.expm1(self.believed)
-        if low * math.exp(-room) <= expected <= min(high * math.exp(room), 1.0):
+        if low - room <= foreseen <= min(high + room, 0.0):
             return []
         return [
             Note(
                 Code.DISAGREE,
-                f"{hits} of {n} draws about the tilt are catastrophes, where a share of {expected:.2g} was foreseen: "
-                "what is neglected matters here.",
+                f"{hits} of {n} draws about the tilt are catastrophes, where a share of {math.exp(foreseen):.2g} was "
+                "foreseen: what is neglected matters here.",
             )
         ]
-
-    def _evidence(
-        self, name: str, log_prob: float, error: float, found: Sequence[Tilted], meter: Meter, notes: tuple[Note, ...]
-    ) -> Evidence:
-        moved = max(mode.moved for mode in found)
-        final = name == self.name
-        if final and error > self.believed:
-            sentence = f"what was put back is too large to be all: the stated error is {error:.2f} nats."
-            notes = (*notes, Note(Code.IMPRECISE, sentence))
-        left = max(mode.left for mode in found)
-        if final and not (moved <= self.tuning.settled and left <= self.tuning.near):
-            sentence = (
-                f"the tilt had not settled: its last round moved log P by {moved:.2g}, and it is {left:.2g} away."
-            )
-            notes = (*notes, Note(Code.STUCK, sentence))
-        wide = 1.96 / 1.645 * error
-        return Evidence(
-            method=name,
-            log_prob=log_prob,
-            std_error=error,
-            interval=(log_prob - wide, min(log_prob + wide, 0.0)) if math.isfinite(error) else (-math.inf, 0.0),
-            claim="heuristic",
-            calls=meter.calls if final else 0,
-            seconds=meter.seconds,
-            converged=final and not notes and math.isfinite(log_prob),
-            diagnostics={
-                "modes": float(len(found)),
-                "beta": float(found[0].beta),
-                "kappa": max(mode.kappa for mode in found),
-                "linear_share": float(found[0].share),
-                "moved": moved,
-            },
-            notes=notes,
-            weigher=Reading(log_prob, _shares(found), tuple(m.tilt for m in found), self.tuning) if final else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -242,13 +248,3 @@ def _value(mode: Tilted) -> float:
     """The corrected value; the plain one where corrections make no probability of it."""
     corrected = float(mode.log_prob)
     return corrected if corrected < 0.0 else float(mode.gaussian)
-
-
-def _same(one: Floats, other: Floats) -> bool:
-    """Whether two tilts lead to the same mode."""
-    a, b = float(np.linalg.norm(one)), float(np.linalg.norm(other))
-    return a < 1e-3 or b < 1e-3 or float(one @ other) > 0.7 * a * b
-
-
-def _unit(x: Floats) -> Floats:
-    return x / float(np.linalg.norm(x))

@@ -21,13 +21,14 @@ from probest.moments.hermite import (
     QUADRATURE,
     Expansion,
     Quadrature,
+    correlations,
     covariance,
     expand,
-    hermite,
     normal_points,
+    slope,
 )
 from probest.moments.pairs import with_close_pairs
-from probest.moments.pointwise import Expression, Random, evaluate, leaf
+from probest.moments.pointwise import Expression, Random, evaluate, leaf, numbers
 
 __all__ = ["Library", "Values"]
 
@@ -147,9 +148,6 @@ class Values:
     def _made(self, new: Gaussian, sources: Sequence[Gaussian], act: Callable[[Sequence[Array]], Array]) -> None:
         """Told of every vector that is affine in others; ``act`` takes rows of deviations of each."""
 
-    def _met(self, new: Gaussian, expression: Expression) -> None:
-        """Told of every vector that is a function of another, entry by entry."""
-
     def elementwise(
         self,
         call: Call,
@@ -238,14 +236,15 @@ class Values:
                 return None
         like = old.source.mean
         many = self.library.batched(call, [True]) if native else call
+        shape = tuple(many(self.s.array(np.zeros((1, *old.shape)), like)).shape[1:])
+        size = math.prod(shape)
+        if size % rows or (not old.rows and size != rows):
+            return None
         width = math.prod(old.shape) // rows
         numbers = np.sin(1.0 + np.arange(rows * width)).reshape((rows, width))
         probes = np.eye(rows)[:, :, None] * numbers  # one row at a time
         act = self._linear_part(many, [old.shape], like)
         found = np.asarray(self.s.stop_gradient(act([self.s.array(probes.reshape((rows, -1)), like)])))
-        shape = tuple(many(self.s.array(np.zeros((1, *old.shape)), like)).shape[1:])
-        if found.shape[1] % rows or (not old.rows and found.shape[1] != rows):
-            return None
         found = found.reshape((rows, rows, -1))
         if np.abs(found * (1 - np.eye(rows))[:, :, None]).max(initial=0) > 0:
             return None
@@ -447,48 +446,42 @@ class Values:
         return act
 
     def _scaled(self, expression: Expression) -> Gaussian:
-        slope, shift = self._line(expression)
+        factor, shift = self._line(expression)
         source, between = expression.source, self.joint.between
-        blocks = {v: slope[:, None] * between(source, v) for v in self.joint.alive()}
-        cov = slope[:, None] * source.cov * slope[None, :]
-        mean = self.xp.where(slope == 0, shift, slope * source.mean + shift)
+        blocks = {v: factor[:, None] * between(source, v) for v in self.joint.alive()}
+        cov = factor[:, None] * source.cov * factor[None, :]
+        mean = self.xp.where(factor == 0, shift, factor * source.mean + shift)
         found = self.joint.add(mean, cov, blocks, positive=expression.nonnegative)
-        self._made(found, [source], lambda rows: rows[0] * slope)
+        self._made(found, [source], lambda rows: rows[0] * factor)
         return found
 
     def _expanded(self, expression: Expression) -> Gaussian:
-        source, xp = expression.source, self.xp
-        std = self._std(source)
+        source = expression.source
 
         def f(x: Array) -> Array:
-            found = evaluate(expression, x).reshape(x.shape)
-            return xp.where(found, self.s.array(1.0, x), 0.0 * x) if "bool" in str(found.dtype) else found
+            return numbers(self.s, expression, x)
 
-        expansion = expand(self.s, f, source.mean, std, expression.breaks, self.settings)
+        expansion = expand(self.s, f, source.mean, self._std(source), expression.breaks, self.settings)
         if expansion.error > self.settings.refused:
             raise ValueError(
                 f"its moments did not settle (they moved by {expansion.error:.1g} when the nodes were doubled): it has "
                 "a pole or a jump that is not known of"
             )
         self.error = max(self.error, expansion.error)
-        slope = xp.where(std > 0, hermite(expansion, 1) / xp.where(std > 0, std, 1.0), 0.0)
+        carried = slope(self.s, expansion)
         blocks = {}
         for v in self.joint.alive():
             other = None if v.origin is None else v.origin.source()
             if other is None or v.origin is None or v is source:
-                blocks[v] = slope[:, None] * self.joint.between(source, v)
+                blocks[v] = carried[:, None] * self.joint.between(source, v)
             else:
                 blocks[v] = self._series(expansion, v.origin.expansion, self.joint.between(source, other))
         cov = self._series(expansion, expansion, source.cov)
         origin = Origin(weakref.ref(source), expansion._replace(function=None, breaks=()))
-        found = self.joint.add(expansion.mean, cov, blocks, origin=origin, positive=expression.nonnegative)
-        self._met(found, expression)
-        return found
+        return self.joint.add(expansion.mean, cov, blocks, origin=origin, positive=expression.nonnegative)
 
     def _series(self, left: Expansion, right: Expansion, cov: Array) -> Array:
-        xp = self.xp
-        scales = [xp.where(side.std > 0, 1 / xp.where(side.std > 0, side.std, 1.0), 0.0) for side in (left, right)]
-        correlation = self.s.clip(scales[0][:, None] * cov * scales[1][None, :], -1.0, 1.0)
+        correlation = correlations(self.s, left, right, cov)
         if left is not right:
             found, missing = covariance(self.s, left, right, correlation, self.settings)
             self.error = max(self.error, missing)

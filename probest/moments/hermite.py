@@ -35,12 +35,15 @@ __all__ = [
     "Quadrature",
     "at_nodes",
     "coefficients",
+    "correlations",
     "covariance",
     "expand",
     "hermite",
     "legendre",
     "normal_points",
+    "number",
     "pieces",
+    "slope",
 ]
 
 Array = Any
@@ -167,8 +170,8 @@ def covariance(
     The bound, in units of the largest standard deviations of f and g, is of what the orders left out can amount to.
     """
     xp = s.xp
-    scale = _number(s, xp.max(left.variance)) ** 0.5 * _number(s, xp.max(right.variance)) ** 0.5
-    largest = min(_number(s, xp.max(xp.abs(correlation))), 1.0)
+    scale = number(s, xp.max(left.variance)) ** 0.5 * number(s, xp.max(right.variance)) ** 0.5
+    largest = min(number(s, xp.max(xp.abs(correlation))), 1.0)
     if scale == 0 or largest == 0:
         return 0.0 * correlation, 0.0
     found = [coefficients(side, settings.orders) for side in ((left,) if right is left else (left, right))]
@@ -178,7 +181,7 @@ def covariance(
         c, d = cs[0], cs[-1]
         pairs.append((c, d))
         rest = [rest[0] - c * c, rest[1] - d * d]
-        tails = [max(_number(s, xp.max(tail)), 0.0) ** 0.5 for tail in rest]
+        tails = [max(number(s, xp.max(tail)), 0.0) ** 0.5 for tail in rest]
         missing = largest ** (k + 1) * tails[0] * tails[1] / scale
         if missing <= settings.covariance:
             break
@@ -195,6 +198,19 @@ def hermite(expansion: Expansion, order: int) -> Array:
         if k == order:
             return c
     raise ValueError(f"order={order!r}: Hermite coefficients are counted from 1 on")
+
+
+def slope(s: Any, expansion: Expansion) -> Array:
+    """E f', ``(n,)``; 0 where x does not vary."""
+    live = expansion.std > 0
+    return s.xp.where(live, hermite(expansion, 1) / s.xp.where(live, expansion.std, 1.0), 0.0)
+
+
+def correlations(s: Any, left: Expansion, right: Expansion, cov: Array) -> Array:
+    """Of the arguments of two expansions, from their covariance ``(n, m)``; 0 where one does not vary."""
+    xp = s.xp
+    a, b = (xp.where(side.std > 0, 1 / xp.where(side.std > 0, side.std, 1.0), 0.0) for side in (left, right))
+    return s.clip(a[:, None] * cov * b[None, :], -1.0, 1.0)
 
 
 def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
@@ -277,5 +293,6 @@ def _moved(s: Any, coarse: Expansion, fine: Expansion) -> float:
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
-def _number(s: Any, value: Array) -> float:
+def number(s: Any, value: Array) -> float:
+    """A scalar for decisions, without its gradient."""
     return float(s.stop_gradient(value))

@@ -20,11 +20,12 @@ import numpy as np
 
 from probest.backends import special_numpy
 from probest.backends.base import Backend
+from probest.moments.core import Library
 from probest.moments.gaussian import Gaussian
 from probest.moments.hermite import QUADRATURE, Quadrature
-from probest.moments.pointwise import Expression, Random, evaluate
+from probest.moments.pointwise import Expression, Random, numbers
 from probest.moments.propagate import interpret
-from probest.moments.rules import Library, Propagation
+from probest.moments.rules import Propagation
 
 __all__ = ["INPUT", "Base", "Layer", "Layers", "Linear", "layers"]
 
@@ -157,28 +158,21 @@ class _Reading(Propagation):
             found[base] = act(rows).T
         self._terms[new] = found
 
-    def _met(self, new: Gaussian, expression: Expression) -> None:
-        source, k = expression.source, len(self.layers)
-        s, xp = self.s, self.xp
-
-        def function(x: Array) -> Array:
-            found = evaluate(expression, x).reshape(x.shape)
-            return xp.where(found, s.array(1.0, x), 0.0 * x) if "bool" in str(found.dtype) else found
-
-        self.layers.append(Layer(self.linear(source), function, expression.breaks))
-        self._is(source, ("x", k))
-        self._is(new, ("y", k))
-
     def _expanded(self, expression: Expression) -> Gaussian:
         """A function entry by entry, by its value at one point: moments do not matter here, and may not exist."""
-        source, xp = expression.source, self.xp
-        found = evaluate(expression, source.mean[None]).reshape((1, source.size))[0]
-        value = xp.where(found, self.s.array(1.0, source.mean), 0.0) if "bool" in str(found.dtype) else found
-        value = xp.where(xp.isfinite(value), value, 0.0)
+        source, k = expression.source, len(self.layers)
+
+        def function(x: Array) -> Array:
+            return numbers(self.s, expression, x)
+
+        value = function(source.mean[None])[0]
+        value = self.xp.where(self.xp.isfinite(value), value, 0.0)
         blocks = {v: self.s.array(np.zeros((source.size, v.size)), source.mean) for v in self.joint.alive()}
         spread = self.s.array(np.eye(source.size), source.mean)  # so that bends are searched for about the point
         new = self.joint.add(value, spread, blocks, positive=expression.nonnegative)
-        self._met(new, expression)
+        self.layers.append(Layer(self.linear(source), function, expression.breaks))
+        self._is(source, ("x", k))
+        self._is(new, ("y", k))
         return new
 
     def _is_variance(self, value: Random) -> bool:
@@ -200,8 +194,8 @@ class _Reading(Propagation):
             return self.exp(logarithm)
         self._spread(a, b)
         nonnegative = self._nonnegative(a) and self._nonnegative(b)
-        squares = [self._squared(self.affine(call, a, b, native=False)) for call in (lambda x, y: x + y, _minus)]
-        return self.affine(lambda x, y: (x - y) / 4, *squares, native=False, nonnegative=nonnegative)
+        both = (self.affine(lambda x, y, sign=sign: x + sign * y, a, b, native=False) for sign in (1.0, -1.0))
+        return self.affine(lambda x, y: (x - y) / 4, *map(self._squared, both), native=False, nonnegative=nonnegative)
 
     def matmul(self, a: Random, b: Random) -> Random:
         xp = self.xp
@@ -258,7 +252,3 @@ class _Reading(Propagation):
         if lowered is not source:
             self._terms[lowered] = self._terms.get(source, {})
         return found
-
-
-def _minus(x: Array, y: Array) -> Array:
-    return x - y

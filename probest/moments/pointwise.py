@@ -14,7 +14,7 @@ from typing import Any
 
 from probest.moments.gaussian import Gaussian
 
-__all__ = ["Expression", "Random", "evaluate", "leaf"]
+__all__ = ["Expression", "Random", "evaluate", "leaf", "numbers"]
 
 Array = Any
 
@@ -69,3 +69,9 @@ def evaluate(expression: Expression, x: Array, memo: dict[Expression, Array] | N
             values = [evaluate(a, x, memo) if isinstance(a, Expression) else a for a in expression.args]
             memo[expression] = expression.call(*values)
     return memo[expression]
+
+
+def numbers(s: Any, expression: Expression, x: Array) -> Array:
+    """An expression entry by entry, ``(Q, n)`` like ``x``; truth values as 1 and 0. s: the special functions."""
+    found = evaluate(expression, x).reshape(x.shape)
+    return s.xp.where(found, s.array(1.0, x), 0.0 * x) if "bool" in str(found.dtype) else found

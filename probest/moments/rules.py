@@ -24,7 +24,7 @@ from probest.moments.hermite import (
 )
 from probest.moments.pointwise import Expression, Random, evaluate, leaf
 
-__all__ = ["Library", "Propagation"]
+__all__ = ["Propagation"]
 
 Array = Any
 Call = Callable[..., Array]
@@ -164,17 +164,26 @@ class Propagation(Arithmetic):
 
     def _margin(self, flat: Random) -> Random:
         """x_1 − x_2 and x_2 − x_1, of which softmax and its logarithm are functions; kept while it is in use."""
-        known = self._shares.setdefault(self.gaussian(flat), {})
-        kept = known.get(flat.shape, lambda: None)()
-        if kept is None:
-            kept = self.gaussian(self.affine(lambda x: x - self.xp.flip(x, axis=-1), flat, native=False))
-            known[flat.shape] = weakref.ref(kept)
-        return self.random(kept, flat.shape)
+
+        def made() -> Random:
+            return self.affine(lambda x: x - self.xp.flip(x, axis=-1), flat, native=False)
+
+        return self.random(self._kept(self.gaussian(flat), ("margin", flat.shape), made), flat.shape)
+
+    def _kept(self, source: Gaussian, key: Any, make: Callable[[], Random]) -> Gaussian:
+        """A vector that is made of the source once, and again only where the first is no longer in use."""
+        known = self._shares.setdefault(source, {})
+        found = known.get(key, lambda: None)()
+        if found is None:
+            found = self.gaussian(make())
+            known[key] = weakref.ref(found)
+        return found
 
     def _softmax(self, flat: Random) -> tuple[Random, Random]:
         """Softmax ``(R, K)`` and log Σ exp ``(R, 1)``, with their joint law; kept while either is in use."""
-        known = self._shares.setdefault(self.gaussian(flat), {})
-        xp, size = self.xp, flat.shape[1]
+        xp, (rows, size), whole = self.xp, flat.shape, flat
+        source = self._kept(self.gaussian(flat), ("floored", flat.shape), lambda: self._floored(whole))
+        flat = self.random(source, flat.shape)
 
         def pair(x: Array) -> Array:
             largest = xp.max(self.s.stop_gradient(x), axis=-1, keepdims=True)
@@ -191,21 +200,15 @@ class Propagation(Arithmetic):
             derivative = xp.concat([own - both, mean[:, None, :]], axis=1)
             return values, derivative
 
-        flat = self._floored(flat)
-        rows = flat.shape[0]
-
         def own(part: slice, nonnegative: bool) -> Callable[[], Gaussian]:
             def found() -> Gaussian:
-                joint = known.get(flat.shape, lambda: None)()
-                if joint is None:
-                    joint = self.gaussian(self._along_rows(flat, call))
-                    known[flat.shape] = weakref.ref(joint)
+                joint = self._kept(source, ("softmax", flat.shape), lambda: self._along_rows(flat, call))
                 both = self.random(joint, (rows, size + 1))
                 return self.gaussian(self.affine(lambda x: x[..., part], both, native=False, nonnegative=nonnegative))
 
             return found
 
-        inner = leaf(self.gaussian(flat), flat.shape)
+        inner = leaf(source, flat.shape)
         share, total = (
             Random(
                 Expression(
@@ -224,8 +227,8 @@ class Propagation(Arithmetic):
 
     def _log_softmax(self, flat: Random, total: Random) -> Random:
         """x − log Σ exp x, of rows."""
-        flat = self._floored(flat)
-        parts = (leaf(self.gaussian(flat), flat.shape), total.expression)
+        flat = self.random(total.expression.source, flat.shape)  # what the sum is of
+        parts = (leaf(total.expression.source, flat.shape), total.expression)
 
         def own() -> Gaussian:
             return self.gaussian(self.affine(lambda x, y: x - y, flat, Random(total.expression), native=False))

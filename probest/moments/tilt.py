@@ -33,55 +33,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from probest.moments.hermite import Expansion, Quadrature, at_nodes, covariance, expand
+from probest.moments.hermite import (
+    Expansion,
+    Quadrature,
+    at_nodes,
+    correlations,
+    covariance,
+    expand,
+    number,
+    slope,
+)
 from probest.moments.layers import INPUT, Base, Layers, Linear
 from probest.moments.statistics import Statistics, statistics
+from probest.tuning import tuned
 
 __all__ = ["Tilt", "Tilted", "Tilting", "resettled", "tilted"]
 
 Array = Any
 
 
+_TRIAL = "reading.py --reference (as in the trial that DESIGN reports)"
+_CYCLES = "reading.py (narrow: moves of 0.9 of the way cycle there)"
+_COST = "reading.py (passes)"
+
+_ROUGHLY = Quadrature(
+    reach=9.0,
+    nodes=64,
+    most_nodes=512,
+    per_piece=24,
+    most_per_piece=48,
+    tolerance=1e-4,
+    covariance=2e-3,
+    orders=32,
+    refused=math.inf,
+)
+
+
 @dataclass(frozen=True)
 class Tilting:
-    """The constants that decide.
+    """What a reading goes by. Set by hand; ``benchmarks/reading.py`` shows what comes of it."""
 
-    rounds, most_rounds: full propagations; more than the first while the last one moved log Φ(−β) by more than
-    ``settled``. between: moves of the tilt between two of them, with covariances frozen. damping: share
-    of the way that each move goes. cross: factor of the rings across layers. error: factor of the stated error (90 %).
-    settled: nats. quadrature: how finely neurons are integrated.
-    """
-
-    rounds: int = 3
-    most_rounds: int = 8
-    between: int = 40
-    damping: float = 0.9
-    shortening: float = 0.7
-    least: float = 0.05
-    close: float = 0.005
-    followed: int = 10
-    noises: bool = True
-    near: float = 0.1
-    error: float = 1.14
-    settled: float = 0.02
-    quadrature: Quadrature = field(
-        default_factory=lambda: Quadrature(
-            reach=9.0,
-            nodes=64,
-            most_nodes=512,
-            per_piece=24,
-            most_per_piece=48,
-            tolerance=1e-4,
-            covariance=2e-3,
-            orders=32,
-            refused=math.inf,
-        )
-    )
+    # to the fixed point
+    rounds: int = tuned(3, "full propagations, at least", _TRIAL)
+    most_rounds: int = tuned(8, "the same, at most, while the tilt has not settled", _CYCLES)
+    between: int = tuned(40, "moves between two of them, covariances frozen, at most", _CYCLES)
+    damping: float = tuned(0.9, "share of the way that a move goes, at first", _TRIAL)
+    shortening: float = tuned(0.7, "share of the way left, above which the next moves are halved", _CYCLES)
+    least: float = tuned(0.05, "share of the way that a move goes, at least", _CYCLES)
+    close: float = tuned(0.005, "standard deviations left of the way, below which moves end", _COST)
+    followed: int = tuned(10, "such moves that a gradient goes through", "tests (central differences)")
+    noises: bool = tuned(True, "whether the layers' noises are tilted too", "reading.py (layerwise against plain)")
+    # what is settled, and how exact it is
+    settled: float = tuned(0.02, "nats that the last round may have moved log Φ(−β)", _TRIAL)
+    near: float = tuned(0.1, "standard deviations that the input's tilt may be off its fixed point", _CYCLES)
+    error: float = tuned(1.14, "half of a 90 % interval, in Σ |terms| √κ", "reading.py (covered)")
+    # other modes, and the look
+    alike: float = tuned(0.7, "cosine of two tilts of the input above which they are one mode", "by its meaning")
+    nowhere: float = tuned(1e-3, "length of a tilt below which it has no direction", "by its meaning")
+    away: float = tuned(3.0, "distance of another start where the first tilt is shorter than 1", "by its meaning")
+    least_look: int = tuned(32, "model calls below which nothing can be seen", "by its meaning")
+    misread: float = tuned(0.01, "standard deviations by which model and reading may differ", "by its meaning")
+    surprise: float = tuned(1e-4, "failure rate, on either side, of the look's interval", "by its meaning")
+    quadrature: Quadrature = tuned(_ROUGHLY, "how finely neurons are integrated", _COST)
 
 
 class Tilt(NamedTuple):
@@ -94,12 +112,11 @@ class Tilt(NamedTuple):
 class Tilted(NamedTuple):
     """What came of it.
 
-    log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by name, in nats, those across layers
-    with their factor; error: half of an interval of 90 %; moved: by how much the last round moved log Φ(−β); left:
-    how far the input's tilt still is from its fixed point; kappa: see
-    the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``; share: a·a / σ², the part
-    of the severity's variance that is linear in z; shift, sd: mean and standard deviation of the severity where the
-    input alone is tilted, to first order; about: the propagation.
+    log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by name, in nats; error: half of an
+    interval of 90 %; moved: by how much the last round moved log Φ(−β); left: how far the input's tilt still is from
+    its fixed point; kappa: see the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``;
+    share: a·a / σ², the part of the severity's variance that is linear in z; shift, sd: mean and standard deviation of
+    the severity where the input alone is tilted, to first order; about: the propagation.
     """
 
     log_prob: Array
@@ -162,13 +179,12 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
     for turn in range(settings.most_rounds - 1):
         if turn >= settings.rounds - 1 and moved <= settings.settled and _left(s, found, tilt) <= settings.near:
             break
-        before = _number(s, found.log_prob)
+        before = number(s, found.log_prob)
         tilt = _settled(net, output, found, tilt, settings)
         found = _propagated(net, output, tilt, settings)
-        moved = abs(_number(s, found.log_prob) - before)
-    prefactor, local, cross = _corrections(net, output, found)
-    terms = {**prefactor, **local, **cross}
-    size = sum(abs(_number(s, x)) for x in terms.values())
+        moved = abs(number(s, found.log_prob) - before)
+    terms = _corrections(net, found)
+    size = sum(abs(number(s, x)) for x in terms.values())
     kappa = max((_spread(s, layer.S) for layer in found.layers), default=0.0)
     length = s.xp.sqrt(s.xp.sum(found.a * found.a))
     return Tilted(
@@ -215,7 +231,7 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
         std = xp.sqrt(s.clip(xp.linalg.diagonal(S), 0.0, None))
         expansion = expand(s, layer.function, h, std, layer.breaks, settings.quadrature)
         C = _own(s, expansion, S, settings.quadrature)
-        D = _slope(s, expansion)
+        D = slope(s, expansion)
         known.append(_Layer(S, D, C - D[:, None] * S * D[None, :], expansion))
         x, y = ("x", k), ("y", k)
         means[x], means[y] = h, expansion.mean + tilt.noises[k]
@@ -229,13 +245,17 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
     mean = _mean(output, means)[0]
     variance = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})[0, 0]
     gains, a = _gains(net, output, [layer.D for layer in known])
-    sd = xp.sqrt(s.clip(variance, float(xp.finfo(variance.dtype).tiny), None))
+    sd = _sd(s, variance)
     return _Pass(tuple(known), gains, a, mean, sd, *_tail(s, mean, sd, a, gains, tilt))
+
+
+def _sd(s: Any, variance: Array) -> Array:
+    return s.xp.sqrt(s.clip(variance, float(s.xp.finfo(variance.dtype).tiny), None))
 
 
 def _left(s: Any, found: _Pass, tilt: Tilt) -> float:
     """How far the input's tilt is from where it points to."""
-    return math.sqrt(_number(s, s.xp.sum((found.slope * found.a - tilt.input) ** 2)))
+    return math.sqrt(number(s, s.xp.sum((found.slope * found.a - tilt.input) ** 2)))
 
 
 def _tail(s: Any, mean: Array, sd: Array, a: Array, gains: Sequence[Array], tilt: Tilt) -> tuple[Array, Array, Array]:
@@ -254,25 +274,24 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
 
     Where the way that is left does not get shorter, moves overshoot, and are shortened.
     """
-    s, xp = net.special, net.special.xp
-    stds = [xp.sqrt(s.clip(xp.linalg.diagonal(layer.S), 0.0, None)) for layer in about.layers]
+    s, xp, quadrature = net.special, net.special.xp, settings.quadrature
     share, before = settings.damping, math.inf
     for _ in range(settings.between):
         means: dict[Base, Array] = {INPUT: tilt.input}
         slopes = []
         for k, layer in enumerate(net.layers):
             h = _mean(layer.linear, means)
-            few = settings.quadrature.per_piece // 2 if layer.breaks else settings.quadrature.nodes // 2
-            expansion = at_nodes(s, layer.function, h, stds[k], layer.breaks, few, settings.quadrature.reach)
-            slopes.append(_slope(s, expansion))
+            few = quadrature.per_piece // 2 if layer.breaks else quadrature.nodes // 2
+            std = about.layers[k].expansion.std
+            expansion = at_nodes(s, layer.function, h, std, layer.breaks, few, quadrature.reach)
+            slopes.append(slope(s, expansion))
             means["x", k], means["y", k] = h, expansion.mean + tilt.noises[k]
         gains, a = _gains(net, output, slopes)
         shaped = [layer.N @ g for layer, g in zip(about.layers, gains, strict=True)]
         variance = xp.sum(a * a) + sum((xp.sum(g * n) for g, n in zip(gains, shaped, strict=True)), 0.0 * a[0])
-        sd = xp.sqrt(s.clip(variance, float(xp.finfo(variance.dtype).tiny), None))
-        slope = _tail(s, _mean(output, means)[0], sd, a, gains, tilt)[1]
-        way = Tilt(slope * a - tilt.input, tuple(slope * w - n for n, w in zip(tilt.noises, shaped, strict=True)))
-        left = _number(s, xp.sum(way.input**2)) ** 0.5
+        steep = _tail(s, _mean(output, means)[0], _sd(s, variance), a, gains, tilt)[1]
+        way = Tilt(steep * a - tilt.input, tuple(steep * w - n for n, w in zip(tilt.noises, shaped, strict=True)))
+        left = math.sqrt(number(s, xp.sum(way.input**2)))
         if left > settings.shortening * before:
             share = max(share / 2, settings.least)
         before = left
@@ -301,8 +320,8 @@ def _gains(net: Layers, output: Linear, slopes: Sequence[Array]) -> tuple[tuple[
     return tuple(reversed(found)), _zeros(net.special, net.dim, like) if a is None else a
 
 
-def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Prefactor, rings within layers, rings across layers (without their factor), in nats."""
+def _corrections(net: Layers, o: _Pass) -> dict[str, Array]:
+    """Prefactor, rings within layers and across layers, by name, in nats."""
     s, xp = net.special, net.special.xp
     beta, sd, t = o.beta, o.sd, o.slope
     lam = t * sd
@@ -310,11 +329,12 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
     D2, D3, D4 = beta * lam / sd**2, (beta**2 - 1) * lam / sd**3, (beta**3 - 3 * beta) * lam / sd**4
     zero = 0.0 * o.mean
     V = C = A = F = zero
-    local = dict.fromkeys(("ring 3", "ring 4", "neuron 3", "neuron 4", "triangle"), zero)
-    cross = dict.fromkeys(("across 2", "across 3", "across 4", "cubic"), zero)
+    within = ("ring 3", "ring 4", "neuron 3", "neuron 4", "triangle")
+    across = ("across 2", "across 3", "across 4", "cubic")
+    rings = dict.fromkeys(within + across, zero)
     legs = _legs(net, o)
     known = [statistics(s, layer.expansion) for layer in o.layers]
-    forms = _Forms(output)
+    forms = _Forms()
     for k in reversed(range(len(net.layers))):
         layer, g, c = o.layers[k], o.gains[k], legs[k]
         f, S = known[k], layer.S
@@ -327,11 +347,11 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
         A = A + xp.sum(c * dl * c) + xp.sum(u * c * (off @ (u * c)))
         F = F + xp.sum(g * f.f3 * c**3)
         X = u[:, None] * off
-        local["ring 3"] = local["ring 3"] + D3 * 0.5 * xp.sum(u * (S2 @ dl))
-        local["ring 4"] = local["ring 4"] + D4 * 0.25 * xp.sum(dl * (S2 @ dl))
-        local["neuron 3"] = local["neuron 3"] + D3 * xp.sum(g**3 * f.kappa3) / 6
-        local["neuron 4"] = local["neuron 4"] + D4 * xp.sum(g**4 * f.kappa4) / 24
-        local["triangle"] = local["triangle"] + D3 * xp.sum((X @ X) * X.T) / 6
+        rings["ring 3"] = rings["ring 3"] + D3 * 0.5 * xp.sum(u * (S2 @ dl))
+        rings["ring 4"] = rings["ring 4"] + D4 * 0.25 * xp.sum(dl * (S2 @ dl))
+        rings["neuron 3"] = rings["neuron 3"] + D3 * xp.sum(g**3 * f.kappa3) / 6
+        rings["neuron 4"] = rings["neuron 4"] + D4 * xp.sum(g**4 * f.kappa4) / 24
+        rings["triangle"] = rings["triangle"] + D3 * xp.sum((X @ X) * X.T) / 6
         d1, d2 = u, dl
         if P1 is not None:
             q1, q2 = xp.sum(H1 * S, axis=1), xp.sum(H2 * S, axis=1)
@@ -349,18 +369,18 @@ def _corrections(net: Layers, output: Linear, o: _Pass) -> tuple[dict[str, Array
             four = 0.25 * (xp.sum(d2 * (S2 @ d2)) + 2 * xp.sum(d2 * r2) - xp.sum(dl * (S2 @ dl)))
             four = four + xp.sum(g * g * (0.5 * f.k31 * q2 + 0.25 * f.kappa4 * a2))
             four = four + xp.sum(0.5 * f.nu * q2 * q2 + 0.5 * f.k31 * a2 * q2 + 0.125 * f.kappa4 * a2 * a2)
-            cross["across 2"] = cross["across 2"] + D2 * two
-            cross["across 3"] = cross["across 3"] + D3 * three
-            cross["across 4"] = cross["across 4"] + D4 * four
-        cross["cubic"] = cross["cubic"] + D2 * _cubic(net, o, known, k)
+            rings["across 2"] = rings["across 2"] + D2 * two
+            rings["across 3"] = rings["across 3"] + D3 * three
+            rings["across 4"] = rings["across 4"] + D4 * four
+        rings["cubic"] = rings["cubic"] + D2 * _cubic(net, o, known, k)
         forms.below(k, net.layers[k].linear, d1, s.with_diagonal(d1[:, None] * off * d1[None, :], d2))
-    prefactor = {
+    return {
         "curvature": -lam * V / (2 * sd**3) * (1 - x * x),
         "covariance": 0.5 * C * (D3 - t * D2),
         "spread": 0.5 * A * (D4 - 2 * t * D3 + t * t * D2),
         "third": F / 6 * lam / sd**4 * (3 * x - x**3),
+        **rings,
     }
-    return prefactor, local, cross
 
 
 def _cubic(net: Layers, o: _Pass, known: Sequence[Statistics], k: int) -> Array:
@@ -403,7 +423,7 @@ def _legs(net: Layers, o: _Pass) -> list[Array]:
 class _Forms:
     """What later layers are to earlier values, to second order: two quadratic forms, in blocks of pairs of bases."""
 
-    def __init__(self, output: Linear) -> None:
+    def __init__(self) -> None:
         self._blocks: tuple[dict[tuple[Base, Base], Array], ...] = ({}, {})
 
     def through(self, k: int, D: Array) -> list[tuple[Array, Array, Array]]:
@@ -430,7 +450,7 @@ class _Forms:
             whole = blocks.get((x, x))
             if whole is not None and half is None:
                 half = 0.0 * whole
-            found.append((0.0 * D if own is None else _diagonal(own), half, whole))
+            found.append((0.0 * D if own is None else own.diagonal(), half, whole))
         return found
 
     def below(self, k: int, linear: Linear, *added: Array) -> None:
@@ -494,33 +514,16 @@ def _quadratic(linear: Linear, with_terms: Mapping[Base, Array]) -> Array:
 
 def _own(s: Any, expansion: Expansion, S: Array, settings: Quadrature) -> Array:
     """Cov(y, y), its diagonal exact."""
-    xp = s.xp
-    scale = xp.where(expansion.std > 0, 1 / xp.where(expansion.std > 0, expansion.std, 1.0), 0.0)
-    correlation = s.with_diagonal(s.clip(scale[:, None] * S * scale[None, :], -1.0, 1.0), 0.0)
+    correlation = s.with_diagonal(correlations(s, expansion, expansion, S), 0.0)
     found, _ = covariance(s, expansion, expansion, correlation, settings)
     return s.with_diagonal(found, expansion.variance)
 
 
-def _slope(s: Any, expansion: Expansion) -> Array:
-    xp = s.xp
-    live = expansion.std > 0
-    c = xp.sum(expansion.weights * expansion.centred * expansion.nodes, axis=0)
-    return xp.where(live, c, 0.0) / xp.where(live, expansion.std, 1.0)
-
-
 def _spread(s: Any, S: Array) -> float:
     """tr S² / (tr S)²: one over the number of directions that the values use."""
-    trace = _number(s, s.xp.linalg.trace(S))
-    return _number(s, s.xp.sum(S * S)) / trace**2 if trace > 0 else 0.0
-
-
-def _diagonal(matrix: Array) -> Array:
-    return matrix[np.arange(matrix.shape[0]), np.arange(matrix.shape[0])]
+    trace = number(s, s.xp.linalg.trace(S))
+    return number(s, s.xp.sum(S * S)) / trace**2 if trace > 0 else 0.0
 
 
 def _zeros(s: Any, size: int, like: Array) -> Array:
     return s.array(np.zeros(size), like)
-
-
-def _number(s: Any, value: Array) -> float:
-    return float(s.stop_gradient(value))
