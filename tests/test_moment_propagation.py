@@ -12,6 +12,7 @@ from scipy.special import log_ndtr
 from probest import MomentPropagation, Problem, estimate
 from probest.backends.load import load_backend
 from probest.estimators import UnmetNeedError
+from probest.evidence import Code
 from probest.moments.layers import layers
 from probest.moments.tilt import Tilting
 from tests.library import gradient, library
@@ -42,10 +43,14 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
     assert result.log_prob == pytest.approx(np.log(stats.norm.sf(3.0) + stats.norm.sf(2.9)), abs=0.02)
 
 
-@pytest.mark.parametrize("case", ["square", "sphere"])
-def test_what_has_no_direction_is_not_converged(backend: str, case: str) -> None:
+@pytest.mark.parametrize("case", ["square", "sphere", "flat"])
+def test_what_is_far_from_linear_is_not_converged(backend: str, case: str) -> None:
     lib = library(backend)
-    severity = {"square": lambda x, y: y[0] ** 2 - 16.0, "sphere": lambda x, y: (y**2).sum() - 40.0}[case]
+    severity = {
+        "square": lambda x, y: y[0] ** 2 - 16.0,
+        "sphere": lambda x, y: (y**2).sum() - 40.0,
+        "flat": lambda x, y: lib.xp.tanh(30 * (y[0] - 3)) + 0.2 * lib.xp.sin(9 * y[1]),
+    }[case]
     result = read(normal(lib, 4), lambda x: x, severity)
     assert not result.converged
     assert result.log_prob < 0
@@ -99,10 +104,14 @@ def test_what_cannot_be_read_is_refused(backend: str) -> None:
 
 
 def test_the_look_sees_what_is_neglected(backend: str) -> None:
-    """A severity that is flat about the tilt and rises beyond: Gaussian propagation cannot say how much is caught."""
+    """Saturating severities, of two inputs alone: more draws about the tilt are catastrophes than foreseen."""
     lib = library(backend)
-    result = read(normal(lib, 3), lambda x: x, lambda x, y: lib.xp.tanh(30 * (y[0] - 3)) + 0.2 * lib.xp.sin(9 * y[1]))
+    tanh = lib.xp.tanh
+    result = read(normal(lib, 3), lambda x: x, lambda x, y: tanh(3 * y[0]) + tanh(3 * y[1]) - 1.7)
     assert not result.converged
+    assert Code.DISAGREE in result.conclusion.codes
+    linear = read(normal(lib, 3), lambda x: x, lambda x, y: y.sum() - 6.0)
+    assert Code.DISAGREE not in linear.conclusion.codes
 
 
 def test_without_a_look_nothing_is_converged(backend: str) -> None:

@@ -117,11 +117,12 @@ class MomentPropagation:
         distance = length if length > 1.0 else self.tuning.away
         found = [] if lost else [first]
         rng = generator(seed)
-        for turn in range(2 * self.starts if lost else self.starts):
+        opposite = False
+        for _ in range(2 * self.starts if lost else self.starts):
             towards = rng.standard_normal(net.dim)
             towards /= np.linalg.norm(towards)
-            if found and turn < 2:
-                towards = -found[0].direction
+            if found and not opposite:  # first of all, on the other side of the first
+                towards, opposite = -found[0].direction, True
             start = Tilt(distance * towards, tuple(0.0 * n for n in first.tilt.noises))
             settled = resettled(net, first, start, which=which, settings=self.tuning)
             if not np.isfinite(settled.input).all() or any(self._same(settled, m.tilt) for m in found):
