@@ -17,6 +17,7 @@ from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
 __all__ = [
+    "RULES",
     "agree",
     "contradicts",
     "imprecise",

@@ -1,19 +1,22 @@
 """The default strategy: line up, look, learn, look again, sample afresh.
 
 1. *A crude sample*, small. If P is large, crude sampling finishes the job.
-2. *Line up*: where the severity has a gradient, line sampling along the design points' directions
+2. *Read*: where the severity is a wide network, moment propagation (:mod:`probest.estimators.moments`) reads log P from
+   its weights. If it states a small error, the next look has to bear it out: a search that knows nothing of it, whose
+   value agrees, and whose catastrophes lie where the reading says that they do. Then it concludes.
+3. *Line up*: where the severity has a gradient, line sampling along the design points' directions
    (:mod:`probest.estimators.line_sampling`) settles smooth problems and unions of smooth ones in some hundreds of
    calls. If its lines vary too much, or its own checks fail, what follows starts from nothing. Where only their
    precision does not do, a guide is fitted to their particles (see *aim*).
-3. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and
+4. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and
    without.
-4. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
+5. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
    which a guide is fitted. Each new look is held against it: what lies where the guide gave no sample is new. A first
    look has its own halves to be held against.
-5. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below
+6. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below
    the precision, or the budget allows no further look. Weights must have a variance, particles must lie where the
    guide samples, and no higher estimate may stand against it.
-6. *Fall back*: where a guide is hopeless (many curved modes, as of deep networks), all that is left of the budget goes
+7. *Fall back*: where a guide is hopeless (many curved modes, as of deep networks), all that is left of the budget goes
    into tempering, as large as fits; all runs are pooled by their sizes (:mod:`probest.smc.families`). If methods
    disagree, the answer is "not converged". Disagreement is never averaged away.
 
@@ -40,9 +43,10 @@ import scipy
 
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
-from probest.estimators.base import check_least, check_precision
+from probest.estimators.base import check_least, check_needs, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
+from probest.estimators.moments import MomentPropagation, advance, elsewhere, read
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
@@ -54,7 +58,18 @@ from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
 from probest.tuning import tuned
-from probest.verdict import agree, contradicts, judge, or_learned, refuted, room_left, settle, wanted_error, with_room
+from probest.verdict import (
+    RULES,
+    agree,
+    contradicts,
+    judge,
+    or_learned,
+    refuted,
+    room_left,
+    settle,
+    wanted_error,
+    with_room,
+)
 
 __all__ = ["Campaign", "Combined"]
 
@@ -78,6 +93,7 @@ class Stream(IntEnum):
     AGAIN = 13
     HALVES = 14
     LINES_AGAIN = 15
+    READ = 16
 
 
 class Aim(IntEnum):
@@ -90,6 +106,7 @@ class Aim(IntEnum):
 _NETWORKS = "reliability.py and random ReLU networks (10 to 50 inputs, 2 to 4 layers, P near 1e-4; script not kept)"
 _EXACT = "reliability.py --exact"
 _LEARNED = "networks.py"
+_READ = "reading.py --default"
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,13 @@ class CombinedTuning:
     affordable: float = tuned(4000.0, "calls for which it is preferred to tempering", _EXACT)
     enough_hits: int = tuned(60, "crude hits that make a guide without tempering", _EXACT)
     boolean_hits: int = tuned(24, "as few as that where there is no severity to climb", _EXACT)
+    # reading
+    read_left: int = tuned(4_000, "calls left below which nothing is read", _READ)
+    read_layers: int = tuned(16, "layers of what is read, at most", _READ)
+    narrowest: int = tuned(32, "entries of its widest layer, at least: lines do as well else", _READ)
+    widest: int = tuned(2048, "the same, at most: its cube is the time that it takes", _READ)
+    read_looks: int = tuned(4, "looks that may bear a reading out, at most", _READ)
+    blurred: float = tuned(0.25, "standard error of the share elsewhere, beyond which a look shows nothing", _READ)
     # lines
     lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
     planar: float = tuned(0.2, "nats between lines and the first order, at most, where modes are planes", "modes.py")
@@ -139,6 +163,7 @@ class Combined:
     precision: wanted standard error of log P; stops there. None spends the budget.
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of each of the first three looks; later ones take twice as many as the one before.
+    read: whether the severity of a wide network is read from its weights first.
     bound: where nothing is found, spend what is left of the budget on plain draws, which bound P by 3 in their number.
     tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
@@ -148,6 +173,7 @@ class Combined:
     look: int = 12
     pilot: int = 500
     particles: int = 128
+    read: bool = True
     bound: bool = True
     tuning: CombinedTuning = field(default_factory=CombinedTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
@@ -195,6 +221,8 @@ class Campaign:
     rounds: int = 0
     lines: list[Evidence] = field(default_factory=list)
     crude: _Crude | None = None
+    reading: Evidence | None = None
+    advance: float = 1.0  # of catastrophes, on average, as the reading has it
     lined: Evidence | None = None
     aimed: Evidence | None = None
     learned: Evidence | None = None
@@ -258,7 +286,8 @@ class Campaign:
             look = self._sample(Stream.LOOK, self.method.look)
             if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, self.tuning.cheap):
                 return self._finish_crude(look)
-            lined = self._line_up(look, Stream.LINES, self.tuning.lines)
+            self._read()
+            lined = None if self._promises() else self._line_up(look, Stream.LINES, self.tuning.lines)
             if lined is not None and self._lacks_starts(lined):
                 lined = self._line_up(look, Stream.LINES_AGAIN, self.tuning.more_lines) or lined
             if lined is not None and self._many_planes(lined) and (lined.converged or self._lacks_starts(lined)):
@@ -323,6 +352,12 @@ class Campaign:
                 continue
             self._learn_from(run, run.population, self._reserve(at_start))
             again = self._can_look(at_start)
+            if self._promises() and not self._speaks_against():
+                borne_out = self._borne_out()
+                if borne_out is not None:
+                    return borne_out
+                if again and len(self.looks) < tuning.read_looks:
+                    continue
             tried = again and math.hypot(self.aim, room_left(self.worth, self.new)) > wanted
             weighed = self._aim_and_sample(tried, again)
             if not tried and self._passes(weighed):
@@ -407,6 +442,55 @@ class Campaign:
         if math.isfinite(rest.log_prob):
             return rest
         return replace(conclusion, interval=(-math.inf, min(conclusion.interval[1], rest.interval[1])))
+
+    def _read(self) -> None:
+        """Read the event from its weights, if it is a wide network."""
+        tuning, method = self.tuning, MomentPropagation()
+        if not self.method.read or self.left < tuning.read_left:
+            return
+        try:
+            check_needs(method, self.event)
+            net = read(self.event, tuning.read_layers)
+        except Exception:  # whatever a model does when it is traced: it can still be asked
+            return
+        width = max((layer.linear.size for layer in net.layers), default=0)
+        if tuning.narrowest <= width <= tuning.widest:
+            self._add(method.estimate(net, Meter(self.event, self.left), self._seed(Stream.READ)))
+            self.reading = self.lines[-1]
+            if self._promises():
+                self.advance = advance(net, self.reading)
+
+    def _promises(self) -> bool:
+        """Whether the reading will do, if a look bears it out."""
+        read, precision = self.reading, self.method.precision
+        return (
+            read is not None and precision is not None and read.converged and read.std_error < wanted_error(precision)
+        )
+
+    def _speaks_against(self) -> bool:
+        """Whether catastrophes that looks found are fewer or more than the reading says, or lie elsewhere."""
+        read, crude = self.reading, self.crude
+        if read is None or crude is None or not (agree(read, pool(self.looks)) and agree(read, crude.evidence)):
+            return True
+        share, error = self._elsewhere(read)
+        return share > RULES.errors * error
+
+    def _elsewhere(self, read: Evidence) -> tuple[float, float]:
+        found = self.memory.population()
+        assert found is not None
+        return elsewhere(read, self.advance, found, self.worth)
+
+    def _borne_out(self) -> Evidence | None:
+        """The reading, with room for what no look saw; None where that is too much."""
+        assert self.reading is not None
+        share, error = self._elsewhere(self.reading)
+        new = self.worth * min(max(share, 0.0), 1.0)
+        whole = with_room(self.reading, self.worth, new, self.method.precision)
+        if error > self.tuning.blurred or not whole.converged:
+            return None
+        looks = pool(self.looks)
+        figures = {**whole.diagnostics, "elsewhere": share, "looked": looks.log_prob}
+        return replace(whole, particles=looks.particles, weigher=None, diagnostics=figures)
 
     def _seed(self, *key: int) -> np.random.SeedSequence:
         return child_seed(self.seed, *key)

@@ -28,13 +28,13 @@ from probest import diagnostics
 from probest.backends.base import Array, Parts
 from probest.budget import Meter, UndefinedError
 from probest.estimators.base import Need, check_least, check_needs
-from probest.evidence import Code, EventLike, Evidence, Floats, Note, Run
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Population, Run
 from probest.moments.layers import Layers, layers
 from probest.moments.steps import MomentError
 from probest.moments.tilt import Tilt, Tilted, Tilting, resettled, tilted
 from probest.seeds import generator
 
-__all__ = ["MomentPropagation"]
+__all__ = ["MomentPropagation", "advance", "elsewhere", "read"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,20 @@ class MomentPropagation:
         meter = Meter(event, budget)
         try:
             net = read(event)
+        except (MomentError, ValueError) as why:
+            return self._unread(meter, why)
+        return self.estimate(net, meter, seed)
+
+    def _unread(self, meter: Meter, why: Exception) -> Run:
+        note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
+        return Run.of(Evidence.nothing(self.name, note, calls=0, seconds=meter.seconds))
+
+    def estimate(self, net: Layers, meter: Meter, seed: np.random.SeedSequence) -> Run:
+        """As :meth:`run`, of an event that was read (:func:`read`) and has what this needs; meter: of that event."""
+        try:
             found = self.modes(net, seed)
         except (MomentError, ValueError) as why:
-            note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
-            return Run.of(Evidence.nothing(self.name, note, calls=0, seconds=meter.seconds))
+            return self._unread(meter, why)
         log_prob, error, doubts = self.concluded(found)
         notes = (*self._look(meter, net, found, generator(seed)), *doubts)
         figures = {
@@ -214,9 +224,47 @@ class Reading:
         return log_prob_at
 
 
-def read(event: Any) -> Layers:
-    """The severity of an event in layers, in NumPy."""
-    return layers(event.function(), event.backend.from_host(np.zeros(event.dim))).on_host(event.backend)
+def advance(net: Layers, reading: Evidence) -> float:
+    """Mean of z·m / |m|² over the catastrophes, m the tilt of their mode, as the reading has it: about 1.
+
+    The mean of z given a catastrophe is the gradient of log P in a shift of z; here, half of what a shift by
+    ± ``Tilting.shifted`` along the tilt makes of log P.
+    """
+    found, by = reading.weigher, reading.weigher.tuning.shifted
+    total = 0.0
+    for share, tilt in zip(found.shares, found.tilts, strict=True):
+        length = max(float(np.linalg.norm(tilt.input)), found.tuning.nowhere)
+        towards = by * tilt.input / length
+        above, below = (
+            float(tilted(net.shifted(d), start=Tilt(tilt.input - d, tilt.noises), settings=found.tuning).log_prob)
+            for d in (towards, -towards)
+        )
+        total += share * (above - below) / (2.0 * by * length)
+    return total
+
+
+def elsewhere(reading: Evidence, expected: float, found: Population, independent: float) -> tuple[float, float]:
+    """The share of catastrophes that lie elsewhere than the reading says, and its standard error.
+
+    z·m / |m|² is 0 on average at what has nothing to do with the tilt m.
+
+    Args:
+        reading: of :class:`MomentPropagation`.
+        expected: what :func:`advance` says.
+        found: catastrophes, found by other means.
+        independent: how many independent ones they are worth.
+    """
+    tilts = np.stack([tilt.input for tilt in reading.weigher.tilts])
+    along = (found.z @ (tilts / np.maximum(np.sum(tilts**2, axis=1, keepdims=True), 1e-12)).T).max(axis=1)
+    weights = np.exp(found.log_w - special.logsumexp(found.log_w))
+    mean = float(weights @ along)
+    error = math.sqrt(float(weights @ (along - mean) ** 2) / max(independent, 1.0))
+    return 1.0 - mean / expected, error / expected
+
+
+def read(event: Any, most: int | None = None) -> Layers:
+    """The severity of an event in layers, in NumPy. MomentError where they are more than ``most``."""
+    return layers(event.function(), event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)
 
 
 def _union(found: Sequence[Tilted], corrected: bool) -> float:

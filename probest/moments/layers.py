@@ -14,6 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from probest.moments.hermite import QUADRATURE, Quadrature
 from probest.moments.pointwise import Expression, Random, numbers
 from probest.moments.propagate import interpret
 from probest.moments.rules import Propagation
+from probest.moments.steps import MomentError
 
 __all__ = ["INPUT", "Base", "Layer", "Layers", "Linear", "layers"]
 
@@ -95,23 +97,34 @@ class Layers:
         found = (Layer(linear(one.linear), function(one), tuple(map(host, one.breaks))) for one in self.layers)
         return Layers(self.dim, tuple(found), linear(self.output), special_numpy)
 
+    def shifted(self, by: Array) -> Layers:
+        """The same of z + by."""
+
+        def linear(one: Linear) -> Linear:
+            matrix = one.terms.get(INPUT)
+            return one if matrix is None else Linear(one.terms, one.shift + matrix @ by)
+
+        moved = (Layer(linear(one.linear), one.function, one.breaks) for one in self.layers)
+        return Layers(self.dim, tuple(moved), linear(self.output), self.special)
+
     def used_later(self, k: int) -> set[Base]:
         """What the layers after k, or the output, are made of."""
         later = itertools.chain(*(layer.linear.terms for layer in self.layers[k + 1 :]), self.output.terms)
         return set(later)
 
 
-def layers(fn: Callable[[Array], Array], mean: Array) -> Layers:
+def layers(fn: Callable[[Array], Array], mean: Array, most: int | None = None) -> Layers:
     """``fn`` of one array, whose entries are standard normal, in layers.
 
     Args:
         fn: as for `moments`.
         mean: an array of fn's input, about which it is traced: its type and shape count.
+        most: layers, at most; None for as many as there are.
 
     Raises:
-        MomentError, TypeError, ValueError: as `moments`.
+        MomentError: there are more layers; and, with TypeError and ValueError, as `moments`.
     """
-    p, _, found = interpret(fn, mean, rules=_Reading)
+    p, _, found = interpret(fn, mean, rules=partial(_Reading, most=most))
     assert isinstance(p, _Reading)
     out = p.gaussian(found)
     return Layers(math.prod(mean.shape), tuple(p.layers), p.linear(out), p.s)
@@ -127,8 +140,9 @@ def _applied(linear: Linear, values: Mapping[Base, Array]) -> Array:
 class _Reading(Propagation):
     """The rules, every one in terms of affine and of elementwise operations, with a record of both."""
 
-    def __init__(self, library: Library, settings: Quadrature = QUADRATURE) -> None:
+    def __init__(self, library: Library, settings: Quadrature = QUADRATURE, most: int | None = None) -> None:
         super().__init__(library, settings)
+        self.most = most
         self.layers: list[Layer] = []
         self._terms: weakref.WeakKeyDictionary[Gaussian, dict[Base, Array]] = weakref.WeakKeyDictionary()
         self._means: dict[Base, Array] = {}
@@ -161,6 +175,8 @@ class _Reading(Propagation):
     def _expanded(self, expression: Expression) -> Gaussian:
         """A function entry by entry, by its value at one point: moments do not matter here, and may not exist."""
         source, k = expression.source, len(self.layers)
+        if k == self.most:
+            raise MomentError(f"moments: the function has more than {self.most} layers")
 
         def function(x: Array) -> Array:
             return numbers(self.s, expression, x)

@@ -111,7 +111,7 @@ def interpret(
     *,
     linearize: bool = False,
     settings: Quadrature = QUADRATURE,
-    rules: type[Propagation] = Propagation,
+    rules: Callable[[Any, Quadrature], Propagation] = Propagation,
 ) -> tuple[Propagation, Gaussian, Random]:
     """Reads ``fn`` by ``rules``: the propagation, the input's vector, the output. Arguments and errors: `moments`."""
     if not callable(fn):

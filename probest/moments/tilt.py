@@ -96,6 +96,7 @@ class Tilting:
     alike: float = tuned(0.7, "cosine of two tilts of the input above which they are one mode", "by its meaning")
     nowhere: float = tuned(1e-3, "length of a tilt below which it has no direction", "by its meaning")
     away: float = tuned(3.0, "distance of another start where the first tilt is shorter than 1", "by its meaning")
+    shifted: float = tuned(0.1, "shift of z by which the mean of catastrophes is told", "by its meaning")
     least_look: int = tuned(32, "model calls below which nothing can be seen", "by its meaning")
     misread: float = tuned(0.01, "standard deviations by which model and reading may differ", "by its meaning")
     surprise: float = tuned(1e-4, "failure rate, on either side, of the look's interval", "by its meaning")

@@ -409,13 +409,19 @@ class Event:
         """Log-weight of observed sites and factors at each row of z, ``(n,)``."""
         return self.evaluate(z).log_weight
 
-    def function(self, parts: Parts | None = None) -> Callable[[Array], Array]:
-        """The severity of one case, ``(dim,) -> ()``, an operation of the library that can be traced."""
+    def function(
+        self, parts: Parts | None = None, held: Mapping[str, np.ndarray] | None = None
+    ) -> Callable[[Array], Array]:
+        """The severity of one case, ``(dim,) -> ()``, an operation of the library that can be traced.
+
+        held: values of discrete sites, by name; they are not read from z then.
+        """
         whole, given = self.composition, self.parts if parts is None else parts
+        values = {name: self.backend.from_host(value) for name, value in (held or {}).items()}
 
         def severity(z: Array) -> Array:
             with self._evaluating(given):
-                return whole._score(given, z, {})[0]
+                return whole._score(given, z, values)[0]
 
         return severity
 

@@ -18,13 +18,14 @@ no calls of the model, and has an error; where p_k is the same at every draw it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 
+from probest.backends.base import Array, Backend, Parts
 from probest.diagnostics import effective_sample_size, log_mean_exp, log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
@@ -134,6 +135,16 @@ class StratumEvent:
     @property
     def weighted(self) -> bool:
         return self.strata.varies
+
+    @property
+    def backend(self) -> Backend:
+        return self.strata.event.backend
+
+    def function(self, parts: Parts | None = None) -> Callable[[Array], Array]:
+        """As :meth:`probest.programs.event.Event.function`, of the coordinates that are left."""
+        whole = self.strata.event.function(parts, self.held)
+        place = self.backend.from_host(np.eye(self.strata.event.dim)[self.free])
+        return lambda z: whole(z @ place)
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
         found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=held_rows(self.held, len(z)))
