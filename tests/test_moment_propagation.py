@@ -11,8 +11,10 @@ from scipy.special import log_ndtr
 
 from probest import MomentPropagation, Problem, estimate
 from probest.backends.load import load_backend
-from probest.estimators import UnmetNeedError
-from probest.evidence import Code
+from probest.estimators import Combined, UnmetNeedError
+from probest.estimators.moments import advance, elsewhere
+from probest.estimators.moments import read as event_layers
+from probest.evidence import Code, Population
 from probest.moments.layers import layers
 from probest.moments.tilt import Tilting
 from tests.library import gradient, library
@@ -179,3 +181,59 @@ def test_layers_are_the_function(backend: str, case: str) -> None:
     found = layers(fn, inside.from_host(np.zeros(5))).on_host(inside)(z)
     expected = np.stack([np.asarray(inside.to_host(fn(inside.from_host(row)))) for row in z])
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_the_default_reads_a_wide_network_and_another_search_bears_it_out(backend: str) -> None:
+    """96 wide, P about 1e-4: 1e6 draws of an independent forward pass, 4 standard errors and what is stated."""
+    lib, rng = library(backend), np.random.default_rng(7)
+    W, w, b = rng.normal(size=(96, 40)) / np.sqrt(40), rng.normal(size=96) / np.sqrt(96), rng.normal(size=96) / 3
+
+    def drawn() -> np.ndarray:
+        return np.concatenate([np.maximum(rng.standard_normal((50_000, 40)) @ W.T + b, 0) @ w for _ in range(20)])
+
+    threshold = float(np.quantile(drawn(), 0.9999))
+    share = float(np.mean(drawn() > threshold))
+    W_, w_, b_ = (lib.array(part.astype(np.float32)) for part in (W, w, b))
+
+    def model(x: Any) -> Any:
+        h = W_ @ x + b_
+        return lib.xp.maximum(h, 0 * h) @ w_
+
+    problem = Problem(normal(lib, 40), model, lambda _, y: y - threshold)
+    result = estimate(problem, progress=False, budget=50_000, seed=0)
+    assert result.converged
+    assert result.conclusion.claim == "heuristic"
+    assert abs(result.conclusion.diagnostics["elsewhere"]) < 0.3
+    assert result.calls < 25_000
+    assert abs(result.log_prob - np.log(share)) < result.std_error + 4 / np.sqrt(share * 1e6)
+    assert len(result.catastrophes["x"]) >= 100
+    without = estimate(problem, estimator=Combined(read=False), progress=False, budget=5_000, seed=0)
+    assert all(line.method != "moment propagation" for line in without.ledger)
+
+
+def test_the_mean_of_catastrophes_is_foreseen() -> None:
+    """x₁ + c |x|² ≥ t: E[x₁ | C] is how log P of a noncentral chi-square moves with a shift of x₁."""
+    lib, dim, c, t = library("pyro"), 20, 0.05, 5.0
+    problem = Problem(normal(lib, dim), lambda x: x, lambda _, y: y[0] + c * (y**2).sum() - t)
+    result = estimate(problem, estimator=MomentPropagation(starts=0), **QUIET)
+    above, below = (stats.ncx2(dim, (1 / (2 * c) + d) ** 2).logsf((t + 1 / (4 * c)) / c) for d in (1e-3, -1e-3))
+    length = float(np.linalg.norm(result.conclusion.weigher.tilts[0].input))
+    ours = advance(event_layers(problem.event), result.conclusion) * length
+    assert ours == pytest.approx((above - below) / 2e-3, rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_catastrophes_elsewhere_are_seen(share: float) -> None:
+    """Two half-spaces, one of which a reading from the middle alone does not know of."""
+    lib, rng = library("pyro"), np.random.default_rng(0)
+    problem = Problem(normal(lib, 3), lambda x: x, lambda _, y: lib.xp.maximum(y[0] - 3.0, y[1] - 3.5))
+    reading = estimate(problem, estimator=MomentPropagation(starts=0), **QUIET).conclusion
+    z = rng.standard_normal((2000, 3))
+    known = np.abs(reading.weigher.tilts[0].input[:2]).argmax()
+    other = rng.random(2000) < share
+    z[np.arange(2000), np.where(other, 1 - known, known)] = stats.truncnorm.rvs(
+        3.0, np.inf, size=2000, random_state=rng
+    )
+    zeros = np.zeros(2000)
+    found, error = elsewhere(reading, 1.0, Population(z, zeros, zeros, None, 2000.0), 2000.0)
+    assert abs(found - share) < 0.1 + 4 * error

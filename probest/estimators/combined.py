@@ -106,7 +106,7 @@ class Aim(IntEnum):
 _NETWORKS = "reliability.py and random ReLU networks (10 to 50 inputs, 2 to 4 layers, P near 1e-4; script not kept)"
 _EXACT = "reliability.py --exact"
 _LEARNED = "networks.py"
-_READ = "reading.py --default"
+_READ = "wide.py"
 
 
 @dataclass(frozen=True)
