@@ -99,8 +99,8 @@ def test_what_cannot_be_read_is_refused(backend: str) -> None:
     def switched() -> Any:
         return lib.sample("x", lib.dist.Normal(0.0, 1.0)) + lib.sample("k", lib.dist.Bernoulli(0.5))
 
-    with pytest.raises(UnmetNeedError, match="discrete sites"):
-        read(switched, lambda x: x, lambda x, y: y - 3.0)
+    with pytest.raises(UnmetNeedError, match=r"discrete sites.*max_strata.*k cannot be held"):
+        read(switched, lambda x: x, lambda x, y: y - 3.0, max_strata=1)
     with pytest.raises(UnmetNeedError, match="gradient"):
         read(normal(lib, 2), lambda x: x, lambda x, y: y.sum() > 3.0)
 
@@ -237,3 +237,45 @@ def test_catastrophes_elsewhere_are_seen(share: float) -> None:
     zeros = np.zeros(2000)
     found, error = elsewhere(reading, 1.0, Population(z, zeros, zeros, None, 2000.0), 2000.0)
     assert abs(found - share) < 0.1 + 4 * error
+
+
+def test_strata_are_added_up(backend: str) -> None:
+    """A rare switch and eight half-spaces: Σ p_k Φ(−β_k)."""
+    lib, rng = library(backend), np.random.default_rng(0)
+    direction, far = rng.normal(size=(8, 15)).astype(np.float32), np.linspace(4.2, 6.8, 8)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    A, betas = lib.array(direction), lib.array(far.astype(np.float32))
+
+    def adversary() -> Any:
+        s = lib.sample("s", lib.dist.Bernoulli(3e-4))
+        k = lib.sample("k", lib.dist.Categorical(lib.array(np.full(8, 0.125, np.float32))))
+        return s, k, lib.sample("x", lib.dist.Normal(lib.xp.zeros(15), 1.0).to_event(1))
+
+    def checker(case: Any, y: Any) -> Any:
+        s, k, _ = case
+        return (A[k] * y).sum() - lib.xp.where(s == 1, 1.0, betas[k])
+
+    result = read(adversary, lambda case: case[2], checker)
+    seldom, mostly = log_ndtr(-1.0), np.logaddexp.reduce(log_ndtr(-far) - np.log(8))
+    expected = np.logaddexp(np.log(3e-4) + seldom, np.log1p(-3e-4) + mostly)
+    assert result.converged
+    assert result.log_prob == pytest.approx(expected, abs=1e-4)
+    assert len(result.ledger) == 2 * 16 + 1
+    assert result.calls <= 5_000
+
+
+def test_the_gradient_goes_through_the_probabilities_of_strata(backend: str) -> None:
+    """P = p Φ(−2) + (1 − p) Φ(−4), in the logit of p."""
+    lib = library(backend)
+
+    def switched(params: Any) -> Any:
+        s = lib.sample("s", lib.dist.Bernoulli(logits=params["logit"]))
+        return s, lib.sample("x", lib.dist.Normal(lib.xp.zeros(4), 1.0).to_event(1))
+
+    adversary = lib.module(switched, {"logit": lib.array(-4.0)})
+    problem = Problem(adversary, lambda case: case[1], lambda case, y: y[0] - lib.xp.where(case[0] == 1, 2.0, 4.0))
+    result = estimate(problem, estimator=MomentPropagation(), **QUIET)
+    value, slopes = gradient(backend, result, adversary=adversary)
+    p, a, b = 1 / (1 + np.exp(4.0)), np.exp(log_ndtr(-2.0)), np.exp(log_ndtr(-4.0))
+    assert value == pytest.approx(np.log(p * a + (1 - p) * b), abs=1e-4)
+    assert slopes["logit"] == pytest.approx(p * (1 - p) * (a - b) / (p * a + (1 - p) * b), rel=1e-3)

@@ -54,6 +54,7 @@ from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles,
 from probest.guides.memory import Memory
 from probest.guides.subspace import gradient_rows
 from probest.lines.tuning import LineTuning
+from probest.moments.layers import Layers
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
@@ -71,7 +72,7 @@ from probest.verdict import (
     with_room,
 )
 
-__all__ = ["Campaign", "Combined"]
+__all__ = ["Campaign", "Combined", "wide"]
 
 
 class Stream(IntEnum):
@@ -445,20 +446,14 @@ class Campaign:
 
     def _read(self) -> None:
         """Read the event from its weights, if it is a wide network."""
-        tuning, method = self.tuning, MomentPropagation()
-        if not self.method.read or self.left < tuning.read_left:
+        net = wide(self.event, self.tuning) if self.method.read and self.left >= self.tuning.read_left else None
+        if net is None:
             return
-        try:
-            check_needs(method, self.event)
-            net = read(self.event, tuning.read_layers)
-        except Exception:  # whatever a model does when it is traced: it can still be asked
-            return
-        width = max((layer.linear.size for layer in net.layers), default=0)
-        if tuning.narrowest <= width <= tuning.widest:
-            self._add(method.estimate(net, Meter(self.event, self.left), self._seed(Stream.READ)))
-            self.reading = self.lines[-1]
-            if self._promises():
-                self.advance = advance(net, self.reading)
+        method = MomentPropagation()
+        self._add(method.estimate(net, Meter(self.event, self.left), self._seed(Stream.READ)))
+        self.reading = self.lines[-1]
+        if self._promises():
+            self.advance = advance(net, self.reading)
 
     def _promises(self) -> bool:
         """Whether the reading will do, if a look bears it out."""
@@ -686,6 +681,17 @@ class Campaign:
         run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]
+
+
+def wide(event: EventLike, tuning: CombinedTuning) -> Layers | None:
+    """The severity in layers, where it is a wide network that is worth reading; None elsewhere."""
+    try:
+        check_needs(MomentPropagation(), event)
+        net = read(event, tuning.read_layers)
+    except Exception:  # whatever a model does when it is traced: it can still be asked
+        return None
+    width = max((layer.linear.size for layer in net.layers), default=0)
+    return net if tuning.narrowest <= width <= tuning.widest else None
 
 
 def _crude_cost(crude: Evidence, aim: float) -> float:

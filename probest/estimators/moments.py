@@ -9,6 +9,8 @@ Gaussian severity lacks. A number from the weights alone: deterministic, differe
 then. A mode far from the one that it settled at is looked for by settling anew from elsewhere; two modes that are far
 apart and both matter are joined as a union of half-spaces.
 
+Discrete sites are held: P = Σ p_k P_k, each stratum read by itself (:mod:`probest.programs.strata`).
+
 *What it is worth* is told by its own error estimate, and by a look: a few calls of the model say whether it was read
 right, and whether as many cases about the tilt are catastrophes as was foreseen. That look has no part in the
 number. A heuristic: no other method's guarantee covers it.
@@ -27,12 +29,14 @@ from scipy import special, stats
 from probest import diagnostics
 from probest.backends.base import Array, Parts
 from probest.budget import Meter, UndefinedError
-from probest.estimators.base import Need, check_least, check_needs
+from probest.estimators.base import Need, UnmetNeedError, check_least, check_needs
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Population, Run
 from probest.moments.layers import Layers, layers
 from probest.moments.steps import MomentError
 from probest.moments.tilt import Tilt, Tilted, Tilting, resettled, tilted
-from probest.seeds import generator
+from probest.programs.event import Event
+from probest.programs.strata import Strata, StratumEvent, strata_of
+from probest.seeds import child_seed, generator
 
 __all__ = ["MomentPropagation", "advance", "elsewhere", "read"]
 
@@ -44,17 +48,19 @@ class MomentPropagation:
     believed: the largest stated error, in nats, of a converged answer.
     look: model calls that check the reading; 0 for none, and then nothing is converged.
     starts: places from which another mode is looked for.
+    max_strata: values of discrete sites together, at most; one with more is refused.
     tuning: the constants that decide the rest.
     """
 
     believed: float = 0.2
     look: int = 512
     starts: int = 2
+    max_strata: int = 64
     tuning: Tilting = field(default_factory=Tilting, repr=False)
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "unconditioned", "continuous", "readable"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "unconditioned", "readable"})
 
     def __post_init__(self) -> None:
-        check_least(self, believed=0.0, look=0, starts=0)
+        check_least(self, believed=0.0, look=0, starts=0, max_strata=1)
 
     @property
     def name(self) -> str:
@@ -63,15 +69,85 @@ class MomentPropagation:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Read the event; ``budget`` bounds the look. The ledger has the plain tilt first, then the corrected value.
 
-        Raises UnmetNeedError if the event has no gradient, is conditioned, has discrete sites or cannot be read.
+        Of a program with discrete sites: both of each stratum, then the sum.
+
+        Raises UnmetNeedError if the event has no gradient, is conditioned, cannot be read, or has discrete sites that
+        cannot be held in ``max_strata`` strata.
         """
         check_needs(self, event)
         meter = Meter(event, budget)
+        if isinstance(event, Event) and event.discrete_sites:
+            return self._stratified(event, meter, seed)
+        return self._read(event, meter, seed)
+
+    def _read(self, event: EventLike, meter: Meter, seed: np.random.SeedSequence) -> Run:
         try:
             net = read(event)
         except (MomentError, ValueError) as why:
             return self._unread(meter, why)
         return self.estimate(net, meter, seed)
+
+    def _stratified(self, event: Event, meter: Meter, seed: np.random.SeedSequence) -> Run:
+        """Each stratum by itself, and Σ p_k P_k."""
+        strata = strata_of(event, self.max_strata)
+        rest = () if strata is None else StratumEvent(strata, 0).discrete_sites
+        if strata is None or rest or strata.varies or not len(strata.free):
+            raise UnmetNeedError(
+                f"{self.name} holds discrete sites, with {self.max_strata} values at most together (max_strata); "
+                f"here {', '.join(rest or event.discrete_sites)} cannot be held. Use the default strategy"
+            )
+        method = replace(self, look=max(self.look // len(strata), min(self.look, self.tuning.least_look)))
+        lines: list[Evidence] = []
+        parts: list[Evidence] = []
+        for k, log_p in enumerate(strata.log_prob):
+            own = StratumEvent(strata, k)
+            budget = meter.left // (len(strata) - k)
+            run = method._read(own, Meter(own, budget), child_seed(seed, k)) if budget else None
+            if run is None:
+                note = Note(Code.BUDGET_SPENT, "the budget has less than a call for each stratum: raise it.")
+                run = Run.of(Evidence.nothing(self.name, note, calls=0, seconds=0.0))
+            meter.charge(run.calls)
+            label = strata.label(k)
+            lines += [replace(line, method=f"{line.method} ({label}: {math.exp(log_p):.3g})") for line in run.ledger]
+            parts.append(run.conclusion)
+        whole = self._summed(strata, parts)
+        return Run((*lines, replace(whole, calls=meter.calls, seconds=meter.seconds)), meter.calls)
+
+    def _summed(self, strata: Strata, parts: Sequence[Evidence]) -> Evidence:
+        """Σ p_k P_k. A stratum of which nothing is known may be all catastrophe, and so may what no stratum holds."""
+        values = strata.log_prob + np.array([one.log_prob for one in parts])
+        total = float(special.logsumexp(values))
+        lower = float(special.logsumexp(strata.log_prob + np.array([one.interval[0] for one in parts])))
+        tops = strata.log_prob + np.array([one.interval[1] for one in parts])
+        upper = float(special.logsumexp([*tops, strata.left_out]))
+        shares = np.exp(values - total) if math.isfinite(total) else np.zeros(len(parts))
+        known = shares > 0.0
+        errors = np.array([one.std_error for one in parts])[known] + strata.std_error[known]
+        error = float(shares[known] @ errors) if known.any() else math.inf
+        doubts = [  # of strata that could matter
+            Note(note.code, f"{strata.label(k)}: {note}")
+            for k, one in enumerate(parts)
+            if not one.converged and tops[k] > total + math.log(self.tuning.negligible)
+            for note in one.notes
+            if isinstance(note, Note)
+        ]
+        if strata.left_out > total + math.log(self.tuning.negligible):
+            doubts.append(Note(Code.BUDGET_SPENT, "values beyond those that are listed could matter."))
+        if not error <= self.believed:
+            doubts.append(Note(Code.IMPRECISE, f"the stated error is {error:.2f} nats."))
+        return Evidence(
+            method=self.name,
+            log_prob=total,
+            std_error=error,
+            interval=(lower, min(upper, 0.0)),
+            claim="heuristic",
+            calls=0,
+            seconds=0.0,
+            converged=not doubts and math.isfinite(total),
+            diagnostics={"strata": float(len(parts))},
+            notes=tuple(doubts),
+            weigher=StratifiedReading(strata, tuple(one.weigher for one in parts), total, tuple(shares)),
+        )
 
     def _unread(self, meter: Meter, why: Exception) -> Run:
         note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
@@ -195,6 +271,33 @@ class MomentPropagation:
                 "foreseen: what is neglected matters here.",
             )
         ]
+
+
+@dataclass(frozen=True)
+class StratifiedReading:
+    """What strata were read as. shares: of each in P."""
+
+    strata: Strata
+    readings: tuple[Reading | None, ...]
+    log_prob: float
+    shares: tuple[float, ...]
+
+    def __call__(self, event: Event) -> Callable[[Parts], Array]:
+        """As :class:`Reading`; the probabilities of the strata are functions of the parameters too."""
+        strata, backend = replace(self.strata, event=event), event.backend
+        known = [k for k, share in enumerate(self.shares) if share > 0.0 and self.readings[k] is not None]
+        values = {k: self.readings[k](StratumEvent(strata, k)) for k in known}  # type: ignore[misc]
+        z = backend.from_host(np.zeros((1, event.dim)))
+        held = {k: {n: backend.from_host(v[None]) for n, v in strata[k].values.items()} for k in known}
+
+        def log_prob_at(parts: Parts) -> Array:
+            total = self.log_prob + 0.0 * backend.special.xp.sum(z)
+            for k in known:
+                own = values[k](parts) + event.scores(z, held[k], parts)[1][0]
+                total = total + self.shares[k] * (own - backend.constant(own))
+            return total
+
+        return log_prob_at
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from scipy.special import log_ndtr
 from probest import diagnostics
 from probest.budget import FORWARD_CALLS
 from probest.estimators.base import check_precision
-from probest.estimators.combined import Campaign, Combined
+from probest.estimators.combined import Campaign, Combined, wide
 from probest.estimators.cross_entropy import CrossEntropy, listed_sites
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
@@ -228,6 +228,7 @@ class _Campaign:
     left: int
     budget: int
     parts: list[_Part] = field(default_factory=list)
+    reads: bool | None = None
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -486,7 +487,10 @@ class _Campaign:
         afresh = part.campaign is None or not part.campaign.searched
         if part.campaign is None or afresh:
             warm = before.particles if before is not None and not before.converged else None
-            inner = replace(self.method.inner, warm_start=warm, bound=False)
+            inner = self.method.inner
+            if self.reads is None:  # strata are of one function: where the first is no wide network, none is
+                self.reads = inner.read and wide(StratumEvent(self.strata, part.k), inner.tuning) is not None
+            inner = replace(inner, warm_start=warm, bound=False, read=self.reads)
             seed = child_seed(self.seed, stream, part.k, part.calls)
             part.campaign = inner.begin(StratumEvent(self.strata, part.k), seed)
         part.campaign.method = replace(part.campaign.method, precision=precision)

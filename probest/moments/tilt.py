@@ -97,6 +97,7 @@ class Tilting:
     nowhere: float = tuned(1e-3, "length of a tilt below which it has no direction", "by its meaning")
     away: float = tuned(3.0, "distance of another start where the first tilt is shorter than 1", "by its meaning")
     shifted: float = tuned(0.1, "shift of z by which the mean of catastrophes is told", "by its meaning")
+    negligible: float = tuned(1e-3, "share of P at which a stratum does not matter", "by its meaning")
     least_look: int = tuned(32, "model calls below which nothing can be seen", "by its meaning")
     misread: float = tuned(0.01, "standard deviations by which model and reading may differ", "by its meaning")
     surprise: float = tuned(1e-4, "failure rate, on either side, of the look's interval", "by its meaning")

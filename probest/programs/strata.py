@@ -119,6 +119,7 @@ class StratumEvent:
     def __post_init__(self) -> None:
         self.free = self.strata.free
         self.held = self.strata[self.k].values
+        self.discrete_sites = tuple(name for name in self.strata.event.discrete_sites if name not in self.held)
 
     @property
     def dim(self) -> int:
