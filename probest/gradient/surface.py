@@ -13,7 +13,9 @@ by q gives the relative change :math:`\partial_\theta \log P`.
 
 *Several modes.* Directions are unit gradients of a few particles, and rays from the origin. Each surface point belongs
 to direction k with weight :math:`h_k \propto |n \cdot a_k|^{12}` (n its unit normal): the weights sum to 1, and lines
-that graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle.
+that graze the surface count for nothing. A particle follows one direction, drawn from the same weights at the particle
+or, as often, from their mean over all particles: at a corner every particle lies on lines through several faces, of
+which its own gradient knows one, and what is drawn with probability 0 is missing (half of the gradient was, once).
 
 *Antithetic lines.* The line through :math:`-z_\perp` has the same prior density. Averaging over the pair is exact
 and removes what is odd in :math:`z_\perp`.
@@ -55,6 +57,7 @@ class SurfaceTuning:
     )
     nodes: int = tuned(8, "quadrature nodes of an interval, where draws are weighted", "acceptance.py (gradients)")
     sharpness: int = tuned(12, "power of the cosine in the partition of unity", "acceptance.py (gradients)")
+    elsewhere: float = tuned(0.5, "of directions drawn as for all particles", "tests/test_gradient.py (corners)")
     ray_share: float = tuned(
         0.05, "of rays in it: they serve shells; straight lines have antithetic partners", "acceptance.py (gradients)"
     )
@@ -109,7 +112,8 @@ def sample_surface(event: Event, particles: Particles, *, lines: int, seed: np.r
     held, normal = _normals(event, z)
     directions = _normals(event, guiding)[1]
     share = _share(normal, z, directions)
-    choice = np.array([rng.choice(len(row), p=row) for row in share]) if n else np.empty(0, int)
+    share = (1.0 - TUNING.elsewhere) * share + TUNING.elsewhere * share.mean(axis=0)
+    choice = np.array([rng.choice(len(row), p=row) for row in share])
     probability = share[np.arange(n), choice]
     ray = choice == len(directions)
 
