@@ -29,10 +29,12 @@ from probest.report.progress import Progress, Told
 from probest.report.record import versions
 from probest.result import Case, Catastrophes, Result, Sample
 from probest.seeds import generator
+from probest.verdict import conditional, effective, shared
 
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
 MAX_DECODED = 4_000
+MAX_SHARED = 256
 DRAWN = 500
 GRADIENT_LINES = 400
 PRECISION = 0.05
@@ -53,6 +55,9 @@ def estimate(
     progress: bool = True,
 ) -> Estimate:
     """Estimate log P, the log-probability of a catastrophe.
+
+    With a recogniser (``Problem(..., given=)``), log P[catastrophe | recognised]: two estimates, of half of the budget
+    each at most, that of what is recognised in ``Estimate.given``.
 
     Args:
         problem: the adversary, the model and the checker.
@@ -98,6 +103,10 @@ def estimate(
     check_whole("max_strata", max_strata, least=1)
     if guide is not None and estimator is not None:
         raise ValueError("guide and estimator exclude each other: pass estimator=Importance(guide=ProgramGuide(...))")
+    if problem.given is not None:
+        options = {"estimator": estimator, "guide": guide, "max_strata": max_strata, "callback": callback}
+        options["progress"] = progress
+        return _conditional(problem, int(budget), checker_budget, precision, int(seed), warm_start, options)
     event = problem.event.replaced()
     wanted = PRECISION if precision is None else precision
     method: Estimator = estimator or _default(event, wanted, max_strata)
@@ -124,6 +133,63 @@ def estimate(
     settings = {"budget": budget, "checker_budget": checker_budget, "estimator": repr(method)}
     seconds = time.perf_counter() - start
     return Estimate(problem, event, tuple(ledger), seed=int(seed), seconds=seconds, settings=settings)
+
+
+def _conditional(
+    problem: Problem,
+    budget: int,
+    checker_budget: int | None,
+    precision: float | None,
+    seed: int,
+    warm_start: Any,
+    options: dict[str, Any],
+) -> Estimate:
+    """log P[C | R] = log P[R and C] − log P[R], each estimated by itself with half of the budget or what is left.
+
+    Catastrophes among what was recognised are counted too: their share has to agree with the difference.
+    """
+    if budget < 2:
+        raise ValueError(f"budget={budget!r}: a problem with given= takes two estimates, so at least 2 model calls")
+    start = time.perf_counter()
+    wanted = PRECISION if precision is None else precision
+    if options["estimator"] is None:
+        options["precision"] = wanted / math.sqrt(2.0)
+    below_start = warm_start.given if isinstance(warm_start, Estimate) else None
+    first = None if checker_budget is None else max(1, checker_budget // 2)
+    below = estimate(
+        problem.recognised, budget=budget // 2, checker_budget=first, seed=seed, warm_start=below_start, **options
+    )
+    rest = budget - below.calls
+    last = None if checker_budget is None else max(1, checker_budget - below.checker_calls)
+    own = int(np.random.SeedSequence([seed, 0x6769_7665]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    joint = estimate(problem.joint, budget=rest, checker_budget=last, seed=own, warm_start=warm_start, **options)
+    share = _share(joint, below, budget - below.calls - joint.calls, seed)
+    lines = [replace(line, method=f"{line.method}, P[R]") for line in below.ledger]
+    lines += [replace(line, method=f"{line.method}, P[R, C]") for line in joint.ledger]
+    lines += [] if share is None else [share]
+    concluded = conditional(joint.conclusion, below.conclusion, share, wanted)
+    settings = {**joint._asked, "budget": budget, "checker_budget": checker_budget}
+    seconds = time.perf_counter() - start
+    found = Estimate(problem, joint._event, (*lines, concluded), seed=seed, seconds=seconds, settings=settings)
+    found.given = below
+    found.calls = below.calls + found.calls
+    found.checker_calls = below.checker_calls + found.checker_calls
+    return found
+
+
+def _share(joint: Estimate, below: Estimate, left: int, seed: int) -> Evidence | None:
+    """Of what was recognised, the share that is catastrophic; None where nothing was, or no calls are left to ask."""
+    found, event = below.conclusion.particles, joint._event
+    count = min(MAX_SHARED, left)
+    if found is None or not len(found.z) or count < 1:
+        return None
+    start = time.perf_counter()
+    rng = generator(np.random.SeedSequence([seed, 0x7368_6172]))
+    at = systematic_resample(found.log_weight, count, rng)
+    z, counts = np.unique(at, return_counts=True)
+    hits = event.severity(found.z[z]) >= 0.0
+    seconds = time.perf_counter() - start
+    return shared(float(counts @ hits) / count, effective(below.conclusion), calls=len(z), seconds=seconds)
 
 
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
@@ -176,6 +242,8 @@ class Estimate(Result):
         self.calls = event.model_calls
         self.checker_calls = event.checker_calls
         self._event = event
+        self.given: Estimate | None = None
+        """Of a problem with a recogniser: the estimate of log P[recognised]."""
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
@@ -277,7 +345,12 @@ class Estimate(Result):
                 f"model: log P has no gradient in the model that can be estimated, because {reason}. Return a real "
                 "severity (how far the case is from a catastrophe). Gradients in the adversary's parameters exist"
             )
-        return self._weigher(self._event.replaced(model=model, adversary=adversary, params=params).parts)
+        value = self._weigher(self._event.replaced(model=model, adversary=adversary, params=params).parts)
+        if self.given is None:
+            return value
+        own = model if self.problem.model_recognises else None
+        below = self.given.log_prob_at(model=own, adversary=adversary, params=params)
+        return value - (below - self.given.log_prob)
 
     @cached_property
     def _weigher(self) -> Callable[[Parts], Array]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from probest.checkers import Checker, all_of
 from probest.programs.compile import compile_event
 from probest.programs.event import Batching, Event, ProblemError, compose
 from probest.programs.strata import Strata, strata_of
@@ -26,6 +29,8 @@ class Problem:
         checker: ``severity = checker(observation, action)``, a scalar: at least 0 is a catastrophe, larger is worse.
             It may be a bool, but then nothing tells how far a safe case is from a catastrophe. Build it from others, or
             from a function of NumPy arrays, with :mod:`probest.checkers`.
+        given: a recogniser, ``severity = given(observation)`` or ``given(observation, action)``: an observation counts
+            where it is at least 0, and log P is log P[catastrophe | recognised]. A bool says less, as of a checker.
         backend: ``"torch"`` or ``"jax"``; by default it follows from the library whose sites the adversary executes.
         batching: ``"vmap"`` batches everything; ``"model"`` batches adversary and checker and calls the model on the
             whole batch (for models that cannot be vmapped); ``"loop"`` runs one case at a time. None is ``"vmap"``, or
@@ -43,12 +48,13 @@ class Problem:
         model: Callable[..., Any],
         checker: Callable[..., Any],
         *,
+        given: Callable[..., Any] | None = None,
         backend: str | None = None,
         batching: Batching | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        for name, part in (("adversary", adversary), ("model", model), ("checker", checker)):
-            if not callable(part):
+        for name, part in (("adversary", adversary), ("model", model), ("checker", checker), ("given", given)):
+            if not callable(part) and not (name == "given" and part is None):
                 raise ProblemError(f"{name} is a {type(part).__name__}: it must be callable")
         if batching not in (None, "vmap", "model", "loop"):
             raise ProblemError(f"batching={batching!r} is not known: choose 'vmap', 'model' or 'loop'")
@@ -57,13 +63,17 @@ class Problem:
         self.adversary = adversary
         self.model = model
         self.checker = checker
+        self.given = given
+        self._recogniser = None if given is None else _Recogniser(given, _takes_action(given))
         self.backend = backend
         self.batching: Batching | None = batching
         self.chunk_size = chunk_size
 
     @cached_property
     def event(self) -> Event:
-        """The problem as functions of standard-normal coordinates."""
+        """The problem as functions of standard-normal coordinates; with ``given``, recognised and catastrophic both."""
+        if self.given is not None:
+            return self.joint.event
         return compile_event(
             self.adversary,
             self.model,
@@ -72,6 +82,38 @@ class Problem:
             batching=self.batching,
             chunk_size=self.chunk_size,
         )
+
+    @cached_property
+    def recognised(self) -> Problem:
+        """How likely is it that an observation is recognised? Raises ProblemError without ``given``."""
+        if self._recogniser is None:
+            raise ProblemError("recognised: the problem has no recogniser; give it one, Problem(..., given=recogniser)")
+        return self._with(self._recogniser)
+
+    @cached_property
+    def joint(self) -> Problem:
+        """How likely is it that an observation is recognised, and the action catastrophic? Itself without ``given``.
+
+        Where one of the two severities is a bool, the other is taken as one.
+        """
+        if self._recogniser is None:
+            return self
+        parts: list[Checker] = [self._recogniser, self.checker]
+        bools = [self.recognised.event.boolean, self._with(self.checker).event.boolean]
+        if any(bools) and not all(bools):
+            parts[bools.index(False)] = _YesOrNo(parts[bools.index(False)])
+        return self._with(all_of(*parts))
+
+    @property
+    def model_recognises(self) -> bool:
+        """Whether recognition may depend on the model: the recogniser is given its action, or D is a closed loop."""
+        if self._recogniser is None:
+            return False
+        return self._recogniser.of_action or self.recognised.event.composition.closed_loop
+
+    def _with(self, checker: Checker) -> Problem:
+        settings: dict[str, Any] = {"backend": self.backend, "batching": self.batching, "chunk_size": self.chunk_size}
+        return Problem(self.adversary, self.model, checker, **settings)
 
     @cached_property
     def strata(self) -> Strata | None:
@@ -89,6 +131,8 @@ class Problem:
         ``action``, ``severity`` and ``catastrophe`` are deterministic sites, so that the library's own tools
         (predictive, SVI, NUTS, autoguides) run on it.
         """
+        if self.given is not None:
+            return self.joint.program
         composition = self.event.composition
         checker = composition.in_program(self.event.boolean) if composition.black_boxes else self.checker
         program: Callable[[], Any] = compose(
@@ -109,11 +153,57 @@ class Problem:
             self.adversary if adversary is None else adversary,
             self.model if model is None else model,
             self.checker,
+            given=self.given,
             backend=self.backend,
             batching=self.batching,
             chunk_size=self.chunk_size,
         )
 
     def __repr__(self) -> str:
-        names = (getattr(part, "__name__", type(part).__name__) for part in (self.adversary, self.model, self.checker))
-        return "Problem(adversary={}, model={}, checker={})".format(*names)
+        parts = {"adversary": self.adversary, "model": self.model, "checker": self.checker, "given": self.given}
+        named = (f"{k}={getattr(v, '__name__', type(v).__name__)}" for k, v in parts.items() if v is not None)
+        return f"Problem({', '.join(named)})"
+
+
+@dataclass(frozen=True)
+class _Recogniser:
+    """A recogniser as a checker. of_action: whether it is given the action too."""
+
+    fn: Callable[..., Any]
+    of_action: bool
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    def __call__(self, observation: Any, action: Any) -> Any:
+        return self.fn(observation, action) if self.of_action else self.fn(observation)
+
+
+@dataclass(frozen=True)
+class _YesOrNo:
+    """A checker of which only yes or no is asked."""
+
+    fn: Checker
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    def __call__(self, observation: Any, action: Any) -> Any:
+        return self.fn(observation, action) >= 0
+
+
+def _takes_action(given: Callable[..., Any]) -> bool:
+    """Whether a recogniser takes (observation, action), and not the observation alone."""
+    try:
+        parameters = inspect.signature(given).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) or needed == 2:
+        return True
+    if needed > 2 or not any(p.kind in kinds for p in parameters):
+        raise ProblemError(f"given takes {needed} arguments: expected given(observation) or given(observation, action)")
+    return False

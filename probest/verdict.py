@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 
 from scipy import stats
 
+from probest import diagnostics
 from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
 __all__ = [
     "RULES",
     "agree",
+    "conditional",
     "contradicts",
+    "effective",
     "imprecise",
     "judge",
     "or_learned",
@@ -27,6 +30,7 @@ __all__ = [
     "refuted",
     "room_left",
     "settle",
+    "shared",
     "wanted_error",
     "with_room",
 ]
@@ -44,6 +48,7 @@ class Rules:
     )
     least: float = tuned(0.1, "nats that it may in any case", "by its meaning")
     unasked: float = tuned(0.05, "precision where none was asked for", "by its meaning")
+    sure: float = tuned(0.999, "of an interval that an answer outside is refuted by", "by its meaning")
     seldom: float = tuned(40.0, "times too high, an estimate with mean P is once in so many (Markov)", "by its meaning")
 
 
@@ -204,3 +209,95 @@ def or_learned(bound: Evidence, learned: Evidence | None) -> Evidence:
     if learned is None or math.isfinite(bound.log_prob) or not math.isfinite(learned.log_prob):
         return bound
     return replace(learned, interval=(learned.interval[0], max(learned.interval[1], bound.interval[1])))
+
+
+def effective(one: Evidence) -> float:
+    """How many independent catastrophes its particles are worth, at most."""
+    if one.particles is None or not len(one.particles.z):
+        return 0.0
+    apart = diagnostics.effective_sample_size(one.particles.log_weight)
+    return min(apart, one.diagnostics.get("island_ess", math.inf))
+
+
+def shared(share: float, independent: float, *, calls: int, seconds: float) -> Evidence:
+    """Of so many independent recognised cases the share that is catastrophic, as evidence of log P[C | R]."""
+    n = max(1, int(independent))
+    hits = min(n, round(share * n))
+    return Evidence(
+        method="share of the recognised",
+        log_prob=math.log(share) if share > 0.0 else -math.inf,
+        std_error=math.sqrt((1.0 - share) / (share * n)) if share > 0.0 else math.inf,
+        interval=diagnostics.binomial_interval(hits, n),
+        claim="consistent",
+        calls=calls,
+        seconds=seconds,
+        converged=False,
+        diagnostics={"hits": float(hits), "samples": float(n)},
+        notes=(Note(Code.TRIAL, "a look at what the difference of the two estimates should come to."),),
+    )
+
+
+def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted: float) -> Evidence:
+    """log P[C | R] from log P[R, C], log P[R] and the share of catastrophes among what was recognised.
+
+    wanted: standard error that a converged answer may have.
+
+    The two estimates are independent, so errors add as squares. What nobody recognised says nothing: the bound is 1
+    then, in words. Where the share refutes the difference, one of the two has missed something, and which one is not
+    known: the higher value stands, not converged, and the interval spans both.
+    """
+    calls = joint.calls + below.calls + (0 if share is None else share.calls)
+    seconds = joint.seconds + below.seconds
+    if not math.isfinite(below.log_prob):
+        note = Note(
+            Code.UNREACHED,
+            "cannot tell: nothing was found that is recognised, so nothing is known of what the model does there.",
+        )
+        nothing = Evidence.nothing("conditional", note, calls=calls, seconds=seconds)
+        return replace(nothing, notes=(note, *below.notes))
+    notes = [Note(n.code, f"P[R]: {n}") for n in below.notes if isinstance(n, Note)]
+    notes += [Note(n.code, f"P[R, C]: {n}") for n in joint.notes if isinstance(n, Note)]
+    value = min(joint.log_prob - below.log_prob, 0.0)
+    error = math.hypot(joint.std_error, below.std_error)
+    lower = joint.log_prob - below.log_prob - math.hypot(joint.log_prob - joint.interval[0], _above(below))
+    upper = joint.interval[1] - below.interval[0]
+    if math.isfinite(value):
+        upper = value + math.hypot(_above(joint), below.log_prob - below.interval[0])
+    else:
+        lower = -math.inf
+    converged = joint.converged and below.converged
+    if share is not None:
+        n = int(share.diagnostics["samples"])
+        low, high = diagnostics.binomial_interval(int(share.diagnostics["hits"]), n, RULES.sure)
+        room = reach(error) if math.isfinite(value) else 0.0
+        if low > value + room or high < value - room:
+            sentence = (
+                f"of what was recognised a share of {math.exp(share.log_prob):.2g} is catastrophic (of {n} independent "
+                "cases), which the two estimates contradict: one of them has missed something. Raise the budget."
+            )
+            notes.append(Note(Code.DISAGREE, sentence))
+            lower, upper, converged = min(lower, share.interval[0]), max(upper, share.interval[1]), False
+            if share.log_prob > value:
+                value, error = share.log_prob, share.std_error
+    if converged:
+        vague = imprecise(error, wanted)
+        notes, converged = [*notes, *vague], not vague
+    return replace(
+        joint,
+        method="conditional",
+        log_prob=value,
+        std_error=error,
+        interval=(min(lower, value), max(min(upper, 0.0), value)),
+        claim="heuristic" if "heuristic" in (joint.claim, below.claim) else "consistent",
+        calls=calls,
+        seconds=seconds,
+        converged=converged and math.isfinite(value),
+        prior_particles=below.particles,
+        log_evidence=below.log_prob,
+        diagnostics={"joint": joint.log_prob, "recognised": below.log_prob},
+        notes=tuple(notes),
+    )
+
+
+def _above(one: Evidence) -> float:
+    return one.interval[1] - one.log_prob

@@ -1,0 +1,170 @@
+"""P[C | R] with a recogniser, against closed forms, in both libraries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_ndtr, logsumexp
+
+from probest import Problem, estimate
+from probest.checkers import black_box
+from probest.estimators import MonteCarlo, Tempering
+from probest.evidence import Code, Evidence, Note
+from probest.programs.event import ProblemError
+from probest.verdict import conditional, shared
+from tests.library import gradient, library
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def corner(first: float, second: float, rho: float) -> float:
+    """log Pr[Z₁ ≥ first, Z₂ ≥ second] of correlated normals, by a sum over Z₁."""
+    x = np.linspace(first, first + 12.0, 200_001)
+    inside = stats.norm.logpdf(x) + log_ndtr((rho * x - second) / math.sqrt(1.0 - rho**2))
+    return float(logsumexp(inside) + math.log(x[1] - x[0]))
+
+
+def correlated(lib: Any, recognised: float, threshold: float, rho: float, dim: int = 20) -> Problem:
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(dim), 1.0).to_event(1))
+
+    def checker(x: Any, y: Any) -> Any:
+        return rho * y[0] + math.sqrt(1.0 - rho**2) * y[1] - threshold
+
+    return Problem(adversary, lambda x: x, checker, given=lambda x: x[0] - recognised)
+
+
+@pytest.mark.parametrize(
+    ("recognised", "threshold", "rho"), [(3.1, 3.0, 0.9), (4.75, 5.5, 0.5), (7.03, 3.0, 0.9), (7.03, 5.0, 0.0)]
+)
+def test_what_is_recognised_however_seldom(backend: str, recognised: float, threshold: float, rho: float) -> None:
+    """P[R] from 1e-3 to 1e-12, P[C | R] from 1 to 1e-6: within 0.2 nats, as converged as it says."""
+    lib = library(backend)
+    result = estimate(correlated(lib, recognised, threshold, rho), **QUIET)
+    expected = corner(recognised, threshold, rho) - float(log_ndtr(-recognised))
+    assert result.converged, result.advice
+    assert abs(result.log_prob - expected) < 0.2
+    assert result.given is not None
+    assert result.given.log_prob == pytest.approx(log_ndtr(-recognised), abs=0.2)
+    assert result.calls <= 50_000
+    assert result.catastrophes is not None
+    assert (result.catastrophes["x"][:, 0] >= recognised - 1e-3).all()
+
+
+def test_the_ledger_has_both_parts() -> None:
+    result = estimate(correlated(library("pyro"), 3.1, 3.0, 0.9), **QUIET)
+    methods = [line.method for line in result.ledger]
+    assert any(method.endswith(", P[R]") for method in methods)
+    assert any(method.endswith(", P[R, C]") for method in methods)
+    assert methods[-2:] == ["share of the recognised", "conditional"]
+    assert "given=" in repr(result.problem)
+
+
+def test_observed_sites_combine_with_a_recogniser(backend: str) -> None:
+    """x₀ seen with noise, recognised by x₁, catastrophic by x₀ + x₁: normals, given the observation."""
+    lib = library(backend)
+
+    def adversary() -> Any:
+        x = lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1))
+        lib.sample("seen", lib.dist.Normal(x[0], 0.5), obs=lib.array(1.5))
+        return x
+
+    problem = Problem(adversary, lambda x: x, lambda x, y: y.sum() - 6.0, given=lambda x: x[1] - 3.0)
+    result = estimate(problem, **QUIET)
+    mean, sd = 1.5 / 1.25, math.sqrt(0.2)
+    x = np.linspace(3.0, 15.0, 200_001)
+    joint = logsumexp(stats.norm.logpdf(x) + log_ndtr((x + mean - 6.0) / sd)) + math.log(x[1] - x[0])
+    assert abs(result.log_prob - (joint - log_ndtr(-3.0))) < 3 * result.std_error + 0.1
+
+
+def test_the_gradient_is_that_of_the_difference(backend: str) -> None:
+    """log P[y ≥ 4 + w | x₀ ≥ 3] for independent x₀ and y: the model's is a hazard, and P[R] has no part in it."""
+    lib = library(backend)
+
+    def program(p: Any) -> Any:
+        return lib.sample("x", lib.dist.Normal(p["mean"] + lib.xp.zeros(3), 1.0).to_event(1))
+
+    adversary = lib.module(program, {"mean": lib.array(0.0)})
+    model = lib.module(lambda p, x: x[1] - p["shift"], {"shift": lib.array(0.0)})
+    problem = Problem(adversary, model, lambda x, y: y - 4.0, given=lambda x: x[0] - 3.0)
+    result = estimate(problem, **QUIET)
+    hazard = math.exp(stats.norm.logpdf(4.0) - log_ndtr(-4.0))
+    value, in_model = gradient(backend, result, model=model)
+    assert value == pytest.approx(result.log_prob, abs=1e-4)
+    assert in_model["shift"] == pytest.approx(-hazard, rel=0.3)  # 400 lines, at a corner: 8 % of noise
+    _, in_adversary = gradient(backend, result, adversary=adversary)
+    assert in_adversary["mean"] == pytest.approx(hazard, rel=0.4)  # what x₀ adds to both parts cancels, on average
+
+
+def test_a_recogniser_may_see_the_action_and_may_be_a_bool(backend: str) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1))
+
+    def check(given: Any) -> None:
+        problem = Problem(adversary, lambda x: 2 * x, lambda x, y: y[1] - 2.0, given=given)
+        result = estimate(problem, budget=20_000, **QUIET)
+        assert abs(result.log_prob - log_ndtr(-1.0)) < 4 * result.std_error + 0.05
+
+    check(lambda x, y: y[0] - 2.0)
+    check(lambda x: x[0] >= 1.0)
+
+
+def test_what_nothing_recognises_cannot_be_told(backend: str) -> None:
+    """A bound of 1 and words; never a small number."""
+    lib = library(backend)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1))
+
+    problem = Problem(adversary, lambda x: x, lambda x, y: y[1] - 1.0, given=lambda x: x[0] - 1e3 + 0 * x[1] >= 0)
+    result = estimate(problem, budget=4_000, estimator=MonteCarlo(), **QUIET)
+    assert not result.converged
+    assert result.upper == 0.0
+    assert "cannot tell" in result.advice[0]
+
+
+@pytest.mark.parametrize("given", [3.0, lambda: 1.0, lambda a, b, c: 1.0])
+def test_what_is_no_recogniser_is_refused(given: Any) -> None:
+    with pytest.raises(ProblemError, match="given"):
+        Problem(lambda: 0.0, lambda x: x, lambda x, y: y, given=given)
+
+
+def test_a_share_that_the_difference_contradicts_refutes_it() -> None:
+    """Constructed: the difference says 1e-5, and half of what was recognised is catastrophic."""
+    below = Evidence("a", -10.0, 0.02, (-10.04, -9.96), "consistent", 10, 0.0, True)
+    joint = replace(below, log_prob=-21.5, interval=(-21.54, -21.46))
+    found = conditional(joint, below, shared(0.5, 100.0, calls=100, seconds=0.0), 0.1)
+    assert not found.converged
+    assert found.log_prob == pytest.approx(math.log(0.5))
+    assert Code.DISAGREE in found.codes
+    assert found.interval[0] <= -11.5
+    agreed = conditional(joint, below, shared(0.0, 100.0, calls=100, seconds=0.0), 0.1)
+    assert agreed.converged
+    assert agreed.log_prob == pytest.approx(-11.5)
+    assert agreed.interval == pytest.approx((-11.5 - math.hypot(0.04, 0.04), -11.5 + math.hypot(0.04, 0.04)))
+    unseen = conditional(
+        Evidence.nothing("b", Note(Code.NO_HITS, "none"), calls=5, seconds=0.0, upper=-12.0), below, None, 0.1
+    )
+    assert unseen.log_prob == -math.inf
+    assert unseen.interval[1] == pytest.approx(-12.0 + 10.04)
+    assert not unseen.converged
+
+
+def test_black_boxes_and_other_estimators() -> None:
+    lib = library("pyro")
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1))
+
+    judged = black_box(lambda x, y: float(y[0] - 1.0))
+    problem = Problem(adversary, lambda x: x, judged, given=lambda x: x[1] - 2.5)
+    result = estimate(problem, estimator=Tempering(particles=512), budget=60_000, **QUIET)
+    assert abs(result.log_prob - log_ndtr(-1.0)) < 4 * result.std_error + 0.1
+    assert result.checker_calls > 0
