@@ -34,7 +34,7 @@ from probest.verdict import conditional, effective, shared
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
 MAX_DECODED = 4_000
-MAX_SHARED = 256
+MAX_SHARED = 2_000
 DRAWN = 500
 GRADIENT_LINES = 400
 PRECISION = 0.05

@@ -244,7 +244,9 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
 
     The two estimates are independent, so errors add as squares. What nobody recognised says nothing: the bound is 1
     then, in words. Where the share refutes the difference, one of the two has missed something, and which one is not
-    known: the higher value stands, not converged, and the interval spans both.
+    known: the higher value stands, not converged, and the interval spans both. Where the two agree, what was recognised
+    is an importance sample (independent draws: nothing else says how many they are worth), and the share is the more
+    precise, it is the answer.
     """
     calls = joint.calls + below.calls + (0 if share is None else share.calls)
     seconds = joint.seconds + below.seconds
@@ -279,6 +281,9 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
             lower, upper, converged = min(lower, share.interval[0]), max(upper, share.interval[1]), False
             if share.log_prob > value:
                 value, error = share.log_prob, share.std_error
+        elif below.converged and "coverage" in below.diagnostics and share.std_error < error:
+            value, error, (lower, upper) = share.log_prob, share.std_error, share.interval
+            notes, converged = [n for n in notes if n.code is not Code.IMPRECISE], joint.codes <= {Code.IMPRECISE}
     if converged:
         vague = imprecise(error, wanted)
         notes, converged = [*notes, *vague], not vague

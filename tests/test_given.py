@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from scipy.special import log_ndtr, logsumexp
 
+from models import trigger
 from probest import Problem, estimate
 from probest.checkers import black_box
 from probest.estimators import MonteCarlo, Tempering
@@ -145,6 +146,12 @@ def test_a_share_that_the_difference_contradicts_refutes_it() -> None:
     assert found.log_prob == pytest.approx(math.log(0.5))
     assert Code.DISAGREE in found.codes
     assert found.interval[0] <= -11.5
+    drawn = replace(below, diagnostics={"coverage": 1.0})
+    near = replace(joint, log_prob=-11.0, std_error=0.15, interval=(-11.3, -10.7), notes=(Note(Code.IMPRECISE, "."),))
+    precise = conditional(replace(near, converged=False), drawn, shared(0.4, 1000.0, calls=100, seconds=0.0), 0.1)
+    assert precise.converged
+    assert precise.log_prob == pytest.approx(math.log(0.4))
+    assert precise.std_error == pytest.approx(math.sqrt(0.6 / 400))
     agreed = conditional(joint, below, shared(0.0, 100.0, calls=100, seconds=0.0), 0.1)
     assert agreed.converged
     assert agreed.log_prob == pytest.approx(-11.5)
@@ -168,3 +175,20 @@ def test_black_boxes_and_other_estimators() -> None:
     result = estimate(problem, estimator=Tempering(particles=512), budget=60_000, **QUIET)
     assert abs(result.log_prob - log_ndtr(-1.0)) < 4 * result.std_error + 0.1
     assert result.checker_calls > 0
+
+
+@pytest.mark.parametrize(("strength", "budget", "within"), [("direction", 50_000, 0.2), ("tests", 200_000, 0.5)])
+def test_triggers_that_can_be_found(backend: str, strength: trigger.Strength, budget: int, within: float) -> None:
+    result = estimate(trigger.problem(strength, backend), budget=budget, **QUIET)
+    assert abs(result.log_prob - trigger.log_prob()) < within
+    assert result.given is not None
+    assert abs(result.given.log_prob - trigger.log_recognised(strength)) < 4 * result.given.std_error + 0.1
+
+
+def test_a_trigger_that_no_search_finds_cannot_be_told() -> None:
+    result = estimate(trigger.problem("hash"), budget=10_000, **QUIET)
+    assert not result.converged
+    assert result.upper == 0.0
+    assert "cannot tell" in result.advice[0]
+    with pytest.raises(ValueError, match="strength"):
+        trigger.recogniser("prayer")  # type: ignore[arg-type]
