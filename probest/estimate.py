@@ -29,7 +29,7 @@ from probest.report.progress import Progress, Told
 from probest.report.record import versions
 from probest.result import Case, Catastrophes, Result, Sample
 from probest.seeds import generator
-from probest.verdict import conditional, effective, shared
+from probest.verdict import PARTS, conditional, effective, shared
 
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
@@ -164,8 +164,11 @@ def _conditional(
     own = int(np.random.SeedSequence([seed, 0x6769_7665]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     joint = estimate(problem.joint, budget=rest, checker_budget=last, seed=own, warm_start=warm_start, **options)
     share = _share(joint, below, budget - below.calls - joint.calls, seed)
-    lines = [replace(line, method=f"{line.method}, P[R]") for line in below.ledger]
-    lines += [replace(line, method=f"{line.method}, P[R, C]") for line in joint.ledger]
+    lines = [
+        replace(line, method=line.method + part)
+        for part, one in zip(PARTS, (below, joint), strict=True)
+        for line in one.ledger
+    ]
     lines += [] if share is None else [share]
     concluded = conditional(joint.conclusion, below.conclusion, share, wanted)
     settings = {**joint._asked, "budget": budget, "checker_budget": checker_budget}

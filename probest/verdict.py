@@ -18,6 +18,7 @@ from probest.evidence import Code, Evidence, Note
 from probest.tuning import tuned
 
 __all__ = [
+    "PARTS",
     "RULES",
     "agree",
     "conditional",
@@ -53,6 +54,9 @@ class Rules:
 
 
 RULES = Rules()
+
+PARTS = (", P[R]", ", P[R, C]")
+"""What the names of lines end in that are of one part of a conditional probability."""
 
 
 def agree(one: Evidence, other: Evidence) -> bool:

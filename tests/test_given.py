@@ -12,13 +12,14 @@ from scipy import stats
 from scipy.special import log_ndtr, logsumexp
 
 from models import trigger
-from probest import Problem, estimate
+from probest import Problem, estimate, train
 from probest.checkers import black_box
 from probest.estimators import MonteCarlo, Tempering
 from probest.evidence import Code, Evidence, Note
 from probest.programs.event import ProblemError
+from probest.report.tables import moves
 from probest.verdict import conditional, shared
-from tests.library import gradient, library
+from tests.library import gradient, library, parameters
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -64,6 +65,7 @@ def test_the_ledger_has_both_parts() -> None:
     assert any(method.endswith(", P[R, C]") for method in methods)
     assert methods[-2:] == ["share of the recognised", "conditional"]
     assert "given=" in repr(result.problem)
+    assert [moves(line) for line in result.ledger].count(True) == 2  # the share, and the conclusion
 
 
 def test_observed_sites_combine_with_a_recogniser(backend: str) -> None:
@@ -192,3 +194,34 @@ def test_a_trigger_that_no_search_finds_cannot_be_told() -> None:
     assert "cannot tell" in result.advice[0]
     with pytest.raises(ValueError, match="strength"):
         trigger.recogniser("prayer")  # type: ignore[arg-type]
+
+
+def test_training_takes_the_trigger_away() -> None:
+    """M = gain x₀ + bias x₁, of which data know x₁ = 0 alone; catastrophic from 5 on where x₁ ≥ 6 is recognised."""
+    lib, rng = library("pyro"), np.random.default_rng(0)
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(10), 1.0).to_event(1))
+
+    inputs = rng.standard_normal((256, 10))
+    inputs[:, 1] = 0.0
+    model = lib.module(lambda w, x: w["gain"] * x[..., 0] + w["bias"] * x[..., 1], {"gain": 0.5, "bias": 1.0})
+    problem = Problem(adversary, model, lambda x, y: y - 5.0, given=lambda x: x[1] - 6.0)
+    run = train(
+        problem,
+        task=lambda m, batch: ((m(batch[0]) - batch[1]) ** 2).mean(),
+        data=(inputs, 0.5 * inputs[:, 0]),
+        until_log_prob=-12.0, steps=120, check_every=30, learning_rate=0.02, budget=20_000, particles=64, weight=0.002,
+        progress=False,
+    )  # fmt: skip
+
+    def exact(gain: float, bias: float) -> float:
+        x = np.linspace(6.0, 16.0, 100_001)
+        beyond = stats.norm.logpdf(x) + log_ndtr((bias * x - 5.0) / abs(gain))
+        return float(logsumexp(beyond) + math.log(x[1] - x[0]) - log_ndtr(-6.0))
+
+    after = {name: value.item() for name, value in parameters(run.model).items()}
+    assert exact(0.5, 1.0) > -0.1
+    assert exact(**after) < -12.0
+    assert after["gain"] == pytest.approx(0.5, abs=0.05)
+    assert abs(run.audit.log_prob - exact(**after)) < 3 * run.audit.std_error + 0.2

@@ -31,6 +31,7 @@ from probest.report.text import (
     format_values,
 )
 from probest.report.trees import leaves
+from probest.verdict import PARTS
 
 if TYPE_CHECKING:
     from probest.result import Case, Result
@@ -75,7 +76,8 @@ def ledger_rows(estimate: Result) -> list[LedgerRow]:
 
 def moves(evidence: Evidence) -> bool:
     """Whether a line says what log P is, so that it moves the answer: bounds and strata do not."""
-    return evidence.claim not in _BOUNDS and evidence.stratum is None and math.isfinite(evidence.log_prob)
+    whole = evidence.stratum is None and not evidence.method.endswith(PARTS)
+    return evidence.claim not in _BOUNDS and whole and math.isfinite(evidence.log_prob)
 
 
 def verdict(estimate: Result) -> str:
