@@ -18,6 +18,7 @@ from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.stratified import Stratified
+from probest.estimators.whitened import Whitened
 from probest.evidence import Code, Evidence, Floats, Note, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.program import ProgramGuide
@@ -198,6 +199,8 @@ def _share(joint: Estimate, below: Estimate, left: int, seed: int) -> Evidence |
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
     """The default strategy; over the strata of discrete sites, where there are some."""
     inner = Combined(precision=precision)
+    if event.weighted and event.differentiable and not event.discrete_sites:
+        return Whitened(inner)
     if max_strata < 2 or not any(site.choices for site in event.sites):
         return inner
     return Stratified(precision=precision, inner=inner, max_strata=max_strata)

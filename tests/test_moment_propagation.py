@@ -239,6 +239,21 @@ def test_catastrophes_elsewhere_are_seen(share: float) -> None:
     assert abs(found - share) < 0.1 + 4 * error
 
 
+def test_what_the_output_does_not_depend_on_is_left_out(backend: str) -> None:
+    """The log-probability of an observed site is computed beside the severity, and is no layer of it."""
+    lib = library(backend)
+
+    def adversary() -> Any:
+        x = lib.sample("x", lib.dist.Normal(lib.xp.zeros(40), 1.0).to_event(1))
+        lib.sample("seen", lib.dist.Normal(x, 0.5).to_event(1), obs=lib.xp.zeros(40))
+        return x
+
+    net = event_layers(Problem(adversary, lambda x: lib.xp.tanh(x[:3]), lambda _, y: y.sum() - 2.0).event)
+    assert [layer.linear.size for layer in net.layers] == [3]
+    z = np.random.default_rng(0).standard_normal((5, 40))
+    assert net(z)[:, 0] == pytest.approx(np.tanh(z[:, :3]).sum(1) - 2.0, abs=1e-5)
+
+
 def test_strata_are_added_up(backend: str) -> None:
     """A rare switch and eight half-spaces: Σ p_k Φ(−β_k)."""
     lib, rng = library(backend), np.random.default_rng(0)

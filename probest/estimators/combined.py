@@ -124,6 +124,7 @@ class CombinedTuning:
     read_layers: int = tuned(16, "layers of what is read, at most", _READ)
     narrowest: int = tuned(32, "entries of its widest layer, at least: lines do as well else", _READ)
     widest: int = tuned(2048, "the same, at most: its cube is the time that it takes", _READ)
+    planes: float = tuned(0.01, "stated error up to which it is a half-space, nearly: lines are cheaper there", _READ)
     read_looks: int = tuned(4, "looks that may bear a reading out, at most", _READ)
     blurred: float = tuned(0.25, "standard error of the share elsewhere, beyond which a look shows nothing", _READ)
     # lines
@@ -288,7 +289,8 @@ class Campaign:
             if _crude_cost(look.evidence, aim) <= min(0.8 * self.left, self.tuning.cheap):
                 return self._finish_crude(look)
             self._read()
-            lined = None if self._promises() else self._line_up(look, Stream.LINES, self.tuning.lines)
+            bent = self._promises() and self.reading is not None and self.reading.std_error > self.tuning.planes
+            lined = None if bent else self._line_up(look, Stream.LINES, self.tuning.lines)
             if lined is not None and self._lacks_starts(lined):
                 lined = self._line_up(look, Stream.LINES_AGAIN, self.tuning.more_lines) or lined
             if lined is not None and self._many_planes(lined) and (lined.converged or self._lacks_starts(lined)):

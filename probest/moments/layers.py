@@ -126,8 +126,40 @@ def layers(fn: Callable[[Array], Array], mean: Array, most: int | None = None) -
     """
     p, _, found = interpret(fn, mean, rules=partial(_Reading, most=most))
     assert isinstance(p, _Reading)
-    out = p.gaussian(found)
-    return Layers(math.prod(mean.shape), tuple(p.layers), p.linear(out), p.s)
+    kept, output = _reached(p.layers, p.linear(p.gaussian(found)))
+    return Layers(math.prod(mean.shape), kept, output, p.s)
+
+
+def _reached(found: Sequence[Layer], output: Linear) -> tuple[tuple[Layer, ...], Linear]:
+    """The layers whose functions the output depends on, renumbered. What else is computed, as log-probabilities are, is
+    left out; where the linear part of such a layer is used, it is put in.
+    """
+    linear = [layer.linear for layer in found]
+    kept: list[int] = []
+    for k in reversed(range(len(found))):
+        if any(("y", k) in one.terms for one in (output, *(linear[later] for later in kept))):
+            kept.insert(0, k)
+            continue
+        output = _with(output, ("x", k), linear[k])
+        for later in kept:
+            linear[later] = _with(linear[later], ("x", k), linear[k])
+    number = {k: i for i, k in enumerate(kept)}
+
+    def renamed(one: Linear) -> Linear:
+        return Linear({b if b == INPUT else (b[0], number[b[1]]): m for b, m in one.terms.items()}, one.shift)
+
+    return tuple(Layer(renamed(linear[k]), found[k].function, found[k].breaks) for k in kept), renamed(output)
+
+
+def _with(one: Linear, base: Base, value: Linear) -> Linear:
+    """The same with what ``base`` is in its place."""
+    if base not in one.terms:
+        return one
+    matrix = one.terms[base]
+    terms = {b: m for b, m in one.terms.items() if b != base}
+    for b, m in value.terms.items():
+        terms[b] = matrix @ m + terms[b] if b in terms else matrix @ m
+    return Linear(terms, one.shift + matrix @ value.shift)
 
 
 def _applied(linear: Linear, values: Mapping[Base, Array]) -> Array:
