@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probest.estimators import Combined, Importance, LineSampling, MomentPropagation, Stratified, Surrogate, Tempering
+from probest.estimators import (
+    Combined,
+    Importance,
+    LineSampling,
+    MomentPropagation,
+    Stratified,
+    Surrogate,
+    Tempering,
+    Whitened,
+)
 from probest.gradient.surface import SurfaceTuning
 from probest.search import SearchTuning
 from probest.testing.events import half_space, union
@@ -19,7 +28,16 @@ from probest.training.opponents import OpponentsTuning
 from probest.tuning import meanings
 from probest.verdict import Rules
 
-METHODS = (Combined(), Importance(), LineSampling(), MomentPropagation(), Stratified(), Surrogate(), Tempering())
+METHODS: tuple[Any, ...] = (
+    Combined(),
+    Importance(),
+    LineSampling(),
+    MomentPropagation(),
+    Stratified(),
+    Surrogate(),
+    Tempering(),
+    Whitened(Combined()),
+)
 TRAINING = (LadderTuning(), DescentTuning(), MemoryTuning(), OpponentsTuning(), SearchTuning())
 TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), *TRAINING, Rules())
 

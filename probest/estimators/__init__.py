@@ -14,6 +14,7 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
+from probest.estimators.whitened import Whitened
 from probest.evidence import (
     Claim,
     Code,
@@ -54,6 +55,7 @@ __all__ = [
     "Surrogate",
     "Tempering",
     "UnmetNeedError",
+    "Whitened",
     "child_seed",
     "generator",
 ]
