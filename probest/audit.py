@@ -26,7 +26,7 @@ from probest.problem import Problem
 from probest.programs.base import Observed
 from probest.report.progress import Told
 from probest.result import Case, Catastrophes, Result, Sample
-from probest.seeds import child_seed
+from probest.seeds import number
 from probest.verdict import agree, refuted
 
 __all__ = ["Audit", "audit"]
@@ -194,8 +194,3 @@ def refutes(others: Sequence[Estimate], one: Estimate) -> bool:
         if math.isfinite(one.log_prob)
         else any(not agree(one.conclusion, other) for other in found)
     )
-
-
-def number(root: np.random.SeedSequence, *key: int) -> int:
-    """A seed for ``estimate`` from a key, different for each purpose."""
-    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))

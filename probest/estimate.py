@@ -29,7 +29,7 @@ from probest.programs.strata import MOST
 from probest.report.progress import Progress, Told
 from probest.report.record import versions
 from probest.result import Case, Catastrophes, Result, Sample
-from probest.seeds import generator
+from probest.seeds import generator, number
 from probest.verdict import PARTS, conditional, effective, shared
 
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
@@ -149,22 +149,28 @@ def _conditional(
 
     Catastrophes among what was recognised are counted too: their share has to agree with the difference.
     """
-    if budget < 2:
-        raise ValueError(f"budget={budget!r}: a problem with given= takes two estimates, so at least 2 model calls")
+    for name, value in (("budget", budget), ("checker_budget", checker_budget)):
+        if value is not None and value < 2:
+            raise ValueError(f"{name}={value!r}: a problem with given= takes two estimates, so at least 2 calls")
     start = time.perf_counter()
     wanted = PRECISION if precision is None else precision
     if options["estimator"] is None:
         options["precision"] = wanted / math.sqrt(2.0)
-    below_start = warm_start.given if isinstance(warm_start, Estimate) else None
-    first = None if checker_budget is None else max(1, checker_budget // 2)
+    own = np.random.SeedSequence([seed, 0x6769_7665])
+    before = warm_start.given if isinstance(warm_start, Estimate) else None
+    half = None if checker_budget is None else checker_budget // 2
     below = estimate(
-        problem.recognised, budget=budget // 2, checker_budget=first, seed=seed, warm_start=below_start, **options
+        problem.recognised, budget=budget // 2, checker_budget=half, seed=seed, warm_start=before, **options
     )
     rest = budget - below.calls
-    last = None if checker_budget is None else max(1, checker_budget - below.checker_calls)
-    own = int(np.random.SeedSequence([seed, 0x6769_7665]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    joint = estimate(problem.joint, budget=rest, checker_budget=last, seed=own, warm_start=warm_start, **options)
-    share = _share(joint, below, budget - below.calls - joint.calls, seed)
+    left = None if checker_budget is None else checker_budget - below.checker_calls
+    if Code.INTERRUPTED in below.conclusion.codes:  # whoever stopped this does not want the rest
+        rest, left = 1, None if left is None else 1
+    joint = estimate(
+        problem.joint, budget=rest, checker_budget=left, seed=number(own), warm_start=warm_start, **options
+    )
+    rest -= joint.calls
+    share = _share(joint, below, rest if left is None else min(rest, left - joint.checker_calls), own)
     lines = [
         replace(line, method=line.method + part)
         for part, one in zip(PARTS, (below, joint), strict=True)
@@ -174,26 +180,22 @@ def _conditional(
     concluded = conditional(joint.conclusion, below.conclusion, share, wanted)
     settings = {**joint._asked, "budget": budget, "checker_budget": checker_budget}
     seconds = time.perf_counter() - start
-    found = Estimate(problem, joint._event, (*lines, concluded), seed=seed, seconds=seconds, settings=settings)
-    found.given = below
-    found.calls = below.calls + found.calls
-    found.checker_calls = below.checker_calls + found.checker_calls
-    return found
+    ledger = (*lines, concluded)
+    return Estimate(problem, joint._event, ledger, seed=seed, seconds=seconds, settings=settings, given=below)
 
 
-def _share(joint: Estimate, below: Estimate, left: int, seed: int) -> Evidence | None:
+def _share(joint: Estimate, below: Estimate, left: int, seed: np.random.SeedSequence) -> Evidence | None:
     """Of what was recognised, the share that is catastrophic; None where nothing was, or no calls are left to ask."""
     found, event = below.conclusion.particles, joint._event
     count = min(MAX_SHARED, left)
     if found is None or not len(found.z) or count < 1:
         return None
     start = time.perf_counter()
-    rng = generator(np.random.SeedSequence([seed, 0x7368_6172]))
-    at = systematic_resample(found.log_weight, count, rng)
-    z, counts = np.unique(at, return_counts=True)
-    hits = event.severity(found.z[z]) >= 0.0
+    rows, counts = np.unique(systematic_resample(found.log_weight, count, generator(seed)), return_counts=True)
+    hits = event.severity(found.z[rows]) >= 0.0
+    independent = min(effective(below.conclusion), len(rows))
     seconds = time.perf_counter() - start
-    return shared(float(counts @ hits) / count, effective(below.conclusion), calls=len(z), seconds=seconds)
+    return shared(float(counts @ hits) / count, independent, calls=len(rows), seconds=seconds)
 
 
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
@@ -239,17 +241,18 @@ class Estimate(Result):
         seed: int,
         seconds: float,
         settings: Mapping[str, Any] | None = None,
+        given: Estimate | None = None,
     ) -> None:
         self.problem = problem
         self.ledger = ledger
         self.seed = seed
         self.seconds = seconds
         self._asked = {"seed": seed, **(settings or {})}
-        self.calls = event.model_calls
-        self.checker_calls = event.checker_calls
-        self._event = event
-        self.given: Estimate | None = None
+        self.given = given
         """Of a problem with a recogniser: the estimate of log P[recognised]."""
+        self.calls = event.model_calls + (given.calls if given else 0)
+        self.checker_calls: int = event.checker_calls + (given.checker_calls if given else 0)
+        self._event = event
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["child_seed", "generator"]
+__all__ = ["child_seed", "generator", "number"]
 
 
 def child_seed(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:
@@ -18,3 +18,8 @@ def generator(seed: np.random.SeedSequence) -> np.random.Generator:
     They spawn from a copy of the seed (scipy's Sobol sequences do spawn), which is left without a trace.
     """
     return np.random.Generator(np.random.Philox(child_seed(seed)))
+
+
+def number(root: np.random.SeedSequence, *key: int) -> int:
+    """A seed for ``estimate`` from a key, different for each purpose."""
+    return int(child_seed(root, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probest.audit import PRECISE, Audit, believed, number, panel, refutes, run_panel, settles
+from probest.audit import PRECISE, Audit, believed, panel, refutes, run_panel, settles
 from probest.backends.base import Backend, PyTree
 from probest.estimate import Estimate, check_whole, estimate
 from probest.estimators.base import Estimator
 from probest.problem import Problem
 from probest.report.progress import Progress
-from probest.seeds import child_seed, generator
+from probest.seeds import child_seed, generator, number
 from probest.training.callbacks import Callback
 from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
 from probest.training.descent import Descent, Options, Stream, batch_of, worth

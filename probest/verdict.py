@@ -248,7 +248,8 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
 
     The two estimates are independent, so errors add as squares. What nobody recognised says nothing: the bound is 1
     then, in words. Where the share refutes the difference, one of the two has missed something, and which one is not
-    known: the higher value stands, not converged, and the interval spans both. Where the two agree, what was recognised
+    known: the higher value stands, not converged, and the interval spans both. A whole below its part, log P[R] below
+    log P[R, C] beyond their errors, has missed something too: the bound is 1. Where the two agree, what was recognised
     is an importance sample (independent draws: nothing else says how many they are worth), and the share is the more
     precise, it is the answer.
     """
@@ -272,6 +273,11 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
     else:
         lower = -math.inf
     converged = joint.converged and below.converged
+    contradicted = joint.log_prob > below.log_prob + reach(error)
+    if contradicted:
+        sentence = "it is below P[R, C], which is a part of it: what is recognised was found in part. Raise the budget."
+        notes.append(Note(Code.DISAGREE, f"P[R]: {sentence}"))
+        lower, upper, converged = -math.inf, 0.0, False
     if share is not None:
         n = int(share.diagnostics["samples"])
         low, high = diagnostics.binomial_interval(int(share.diagnostics["hits"]), n, RULES.sure)
@@ -285,7 +291,7 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
             lower, upper, converged = min(lower, share.interval[0]), max(upper, share.interval[1]), False
             if share.log_prob > value:
                 value, error = share.log_prob, share.std_error
-        elif below.converged and "coverage" in below.diagnostics and share.std_error < error:
+        elif below.converged and not contradicted and "coverage" in below.diagnostics and share.std_error < error:
             value, error, (lower, upper) = share.log_prob, share.std_error, share.interval
             notes, converged = [n for n in notes if n.code is not Code.IMPRECISE], joint.codes <= {Code.IMPRECISE}
     if converged:

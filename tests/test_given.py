@@ -166,6 +166,49 @@ def test_a_share_that_the_difference_contradicts_refutes_it() -> None:
     assert not unseen.converged
 
 
+def test_a_part_above_its_whole_is_never_converged() -> None:
+    """Constructed: P[R, C] is 2 nats above P[R], so that what is recognised was found in part."""
+    below = Evidence("a", -10.0, 0.02, (-10.04, -9.96), "consistent", 10, 0.0, True, diagnostics={"coverage": 1.0})
+    joint = replace(below, log_prob=-8.0, interval=(-8.04, -7.96))
+    for share in (None, shared(1.0, 500.0, calls=500, seconds=0.0)):
+        found = conditional(joint, below, share, 0.1)
+        assert not found.converged
+        assert Code.DISAGREE in found.codes
+        assert found.interval == (-math.inf, 0.0)
+    near = conditional(replace(joint, log_prob=-9.99, interval=(-10.03, -9.95)), below, None, 0.1)
+    assert near.converged
+    assert near.log_prob == 0.0
+
+
+@pytest.mark.parametrize("limit", [20, 300, 2_000])
+def test_checker_calls_of_both_parts_keep_the_budget(limit: int) -> None:
+    lib = library("pyro")
+    problem = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1)),
+        lambda x: x,
+        black_box(lambda x, y: float(y[0] - 1.0)),
+        given=lambda x: x[1] - 1.0,
+    )
+    result = estimate(problem, budget=5_000, checker_budget=limit, **QUIET)
+    assert 0 < result.checker_calls <= limit
+    with pytest.raises(ValueError, match="checker_budget"):
+        estimate(problem, checker_budget=1, **QUIET)
+
+
+def test_an_interrupt_ends_both_parts() -> None:
+    told: list[int] = []
+
+    def stop(done: int, total: int, text: str) -> None:
+        told.append(done)
+        if done > 300:
+            raise KeyboardInterrupt
+
+    problem = correlated(library("pyro"), 4.75, 5.5, 0.5)
+    result = estimate(problem, callback=stop, **QUIET)
+    assert not result.converged
+    assert result.calls < 2_000
+
+
 def test_black_boxes_and_other_estimators() -> None:
     lib = library("pyro")
 

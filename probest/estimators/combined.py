@@ -686,7 +686,12 @@ class Campaign:
 
 
 def wide(event: EventLike, tuning: CombinedTuning) -> Layers | None:
-    """The severity in layers, where it is a wide network that is worth reading; None elsewhere."""
+    """The severity in layers, where it is a wide network that is worth reading; None elsewhere.
+
+    A discrete site is a function of z with steps, which no reading sees: held in strata it is none.
+    """
+    if getattr(event, "discrete_sites", ()):
+        return None
     try:
         check_needs(MomentPropagation(), event)
         net = read(event, tuning.read_layers)

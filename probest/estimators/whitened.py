@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class WhitenedTuning:
     constant: float = tuned(0.01, "nats by which what should be constant may vary, near", _GIVEN)
 
 
-class Stream:
+class Stream(IntEnum):
     """Names of the seeds of a run."""
 
     TRY = 0
@@ -72,8 +73,8 @@ class Whitened:
         """As the inner method's; catastrophes are in the event's own coordinates."""
         meter = Meter(event, budget)
         found = self._found(event, meter, seed)
-        if found is None or meter.left < 1:
-            run = self._warmed(None).run(event, budget=max(meter.left, 1), seed=seed)
+        if found is None:  # whatever was spent on it is a part of the budget: some is left
+            run = self._warmed(None).run(event, budget=meter.left, seed=seed)
             return _counted(run, meter.calls)
         white, drawn = found
         run = self._warmed(white).run(white, budget=meter.left, seed=child_seed(seed, Stream.INNER))
@@ -120,11 +121,11 @@ class Whitened:
         white = _WhiteEvent(event, scale @ (scale.T @ rise[0]), scale, 0.0)
         u = generator(child_seed(seed, Stream.TRY)).standard_normal((2 * tuning.draws, dim))
         u[tuning.draws :] *= tuning.far
+        z = white.place(u)
         try:
-            at = meter.evaluate(white.place(u))
+            at = meter.evaluate(z)
         except UndefinedError:
             return None
-        z = white.place(u)
         rest = at.log_weight + 0.5 * np.sum(u * u, axis=1) - 0.5 * np.sum(z * z, axis=1)
         room = tuning.constant * np.where(np.arange(len(u)) < tuning.draws, 1.0, tuning.far**2)
         level = float(np.median(rest[: tuning.draws]))

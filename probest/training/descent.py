@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from probest.audit import number
 from probest.backends.base import Backend, Hard, Losses, Pull, PyTree, Trainer
 from probest.estimate import Estimate, estimate
 from probest.problem import Problem
 from probest.programs.event import Event, SeverityError
 from probest.report.progress import Progress
 from probest.search import search
-from probest.seeds import child_seed, generator
+from probest.seeds import child_seed, generator, number
 from probest.training.callbacks import Callback, Control
 from probest.training.checkpoint import Kept, Step, TrainingState, save
 from probest.training.ladder import Cases, Ladder
