@@ -104,7 +104,7 @@ def cases() -> Iterator[Case]:
 
 
 def observed(exponent: int, log_r: float) -> Case:
-    """Given all noisy positions, R: the last position is far up; C: the middle one is, too."""
+    """Given all noisy positions, R: the last position is far up; C: the one before is, too."""
     from probest import Problem
 
     seen = np.cumsum(np.random.default_rng(exponent).standard_normal(STEPS))
