@@ -7,6 +7,7 @@ from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
+from probest.estimators.kriging import Kriging
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
@@ -35,6 +36,7 @@ __all__ = [
     "Evidence",
     "GradientError",
     "Importance",
+    "Kriging",
     "LineSampling",
     "MomentError",
     "MomentPropagation",

@@ -11,6 +11,7 @@ import pytest
 from probest.estimators import (
     Combined,
     Importance,
+    Kriging,
     LineSampling,
     MomentPropagation,
     Stratified,
@@ -31,6 +32,7 @@ from probest.verdict import Rules
 METHODS: tuple[Any, ...] = (
     Combined(),
     Importance(),
+    Kriging(),
     LineSampling(),
     MomentPropagation(),
     Stratified(),

@@ -8,6 +8,7 @@ from probest.estimators.base import Estimator, Need, UnmetNeedError
 from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
+from probest.estimators.kriging import Kriging
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
@@ -42,6 +43,7 @@ __all__ = [
     "Evidence",
     "Families",
     "Importance",
+    "Kriging",
     "LineSampling",
     "Meter",
     "MomentPropagation",

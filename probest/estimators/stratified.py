@@ -23,8 +23,10 @@ looked at, whatever its probability (:mod:`probest.programs.strata`).
 What was neither estimated nor searched is in the interval with its p_k, and strata where nothing was found, but which
 the budget did not allow to search, with p_k times their bound.
 
-Where the sites' combinations are more than ``max_strata``, a guide over all of them comes first
-(:mod:`probest.estimators.cross_entropy`), and strata of the few that can be held where it does not converge.
+Where the sites' combinations are more than ``max_strata`` and there is no other randomness, a Gaussian process over
+the list of them says which to ask (:mod:`probest.estimators.kriging`). Elsewhere, and where they are more than can be
+listed at all, a guide over all of them comes first (:mod:`probest.estimators.cross_entropy`), and strata of the few
+that can be held where it does not converge.
 
 It fails where there are many more strata than the budget has estimates for: then it says so. What ``inner`` misses
 within a stratum is missed here.
@@ -47,6 +49,7 @@ from probest.budget import FORWARD_CALLS
 from probest.estimators.base import check_precision
 from probest.estimators.combined import Campaign, Combined, wide
 from probest.estimators.cross_entropy import CrossEntropy, listed_sites
+from probest.estimators.kriging import Kriging, combinations
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.event import Event
@@ -72,6 +75,7 @@ class Stream(IntEnum):
     PRIOR = 5
     GUIDED = 6
     BOUND = 7
+    KRIGED = 8
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,8 @@ class Stratified:
         guided = self._guided(event, strata, left, seed)
         if guided is not None:
             left -= guided.calls
-            if guided.conclusion.converged or left < 1:
+            whole = guided.conclusion.method == Kriging().name and math.isfinite(guided.conclusion.log_prob)
+            if guided.conclusion.converged or whole or left < 1:
                 return replace(guided, calls=budget - left)
         if strata is None or len(strata) < 2 or left < len(strata):
             run = self.inner.run(event, budget=left, seed=seed)
@@ -211,9 +216,12 @@ class Stratified:
         """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
         if not isinstance(event, Event) or event.weighted or left < self.tuning.least_guided:
             return None
-        combinations = sum(site.size * math.log(len(site.choices)) for site in listed_sites(event))
-        if combinations <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
+        logs = sum(site.size * math.log(len(site.choices)) for site in listed_sites(event))
+        if logs <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
             return None
+        kriging = Kriging(precision=self.precision)
+        if 2 <= combinations(event) <= kriging.most and not event.boolean:
+            return kriging.run(event, budget=left, seed=child_seed(seed, Stream.KRIGED))
         method = CrossEntropy(precision=self.precision)
         return method.run(event, budget=int(self.tuning.guided * left), seed=child_seed(seed, Stream.GUIDED))
 

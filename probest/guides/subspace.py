@@ -61,7 +61,7 @@ def informed_basis(
     most = int(max(1, min(dim, rank, effective / 6.0)))
     if dim <= 2:
         return np.eye(dim)
-    if rows is not None:
+    if rows is not None and len(rows):
         value, vectors = _row_space(rows)
         kept = int(np.clip(np.count_nonzero(value >= threshold), 1, most))
         return np.ascontiguousarray(vectors[:, :kept])

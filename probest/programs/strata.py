@@ -182,7 +182,8 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     types = event.site_values(np.zeros((1, event.dim)), tuple(site.name for site in sites))
     values = _combinations(sites, types)
     rng = np.random.Generator(np.random.Philox(seed))
-    log_p = _log_density(event, values, rng.standard_normal((_PROBES, event.dim)))
+    probes = _PROBES if len(free_of(event, sites)) else 1
+    log_p = _log_density(event, values, rng.standard_normal((probes, event.dim)))
     varies = not bool(np.all((log_p.max(axis=1) == -math.inf) | (_spread(log_p) < _EQUAL)))
     if varies and event.composition.closed_loop:
         return None
