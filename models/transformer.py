@@ -62,7 +62,12 @@ def network(seed: int = 0) -> Network:
 
 
 def logits(params: Any, embedded: Any) -> Any:
-    """``(..., OUTPUTS)`` logits from embedded tokens ``(..., LENGTH, WIDTH)``: attention of the last, an MLP."""
+    """``(..., OUTPUTS)`` logits from embedded tokens ``(..., LENGTH, WIDTH)``."""
+    return stream(params, embedded) @ params["unembed"].T + params["unbias"]
+
+
+def stream(params: Any, embedded: Any) -> Any:
+    """``(..., WIDTH)`` what the logits are linear in: attention of the last token, an MLP, and a normalisation."""
     h = embedded + params["place"]
     seen, each = _normed(h), (HEADS, WIDTH // HEADS)
     query = (seen[..., -1, :] @ params["query"].T).reshape((*h.shape[:-2], 1, *each))
@@ -72,7 +77,7 @@ def logits(params: Any, embedded: Any) -> Any:
     mixed = (weight[..., None] * value).sum(-3).reshape((*h.shape[:-2], WIDTH))
     last = h[..., -1, :] + mixed @ params["out"].T
     hidden = _normed(last) @ params["up"].T + params["bias"]
-    return _normed(last + (hidden * (hidden > 0)) @ params["down"].T) @ params["unembed"].T + params["unbias"]
+    return _normed(last + (hidden * (hidden > 0)) @ params["down"].T)
 
 
 def _normed(h: Any) -> Any:

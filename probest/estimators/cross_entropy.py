@@ -12,9 +12,11 @@ sites in the order of the program, each given the one before, with a shift and a
    probability.
 2. *Learn*: fit the guide to what was drawn so far, weighted by p φ / q of all rounds as one mixture, where the severity
    is among the highest. Weights are tempered where too few of them would count, and the level rises to 0.
-3. *Weigh*: fresh draws of the fitted guide, with a share of a wider one, estimate P. Their number is fixed by the last
-   round of learning. All rounds as one mixture, the exploration among them, estimate P a second time: what was seen and
-   the guide misses is in there with large weights, and the two have to agree.
+3. *Look again*: the same from the start with other draws. What the second search sees where the first one had hardly
+   looked is new, and leaves room for what neither saw (:func:`probest.verdict.with_room`).
+4. *Weigh*: fresh draws of a guide fitted to both, with a share of a wider one, estimate P. Their number is fixed by the
+   last round of learning. All rounds as one mixture, the exploration among them, estimate P a second time: what was
+   seen and the guide misses is in there with large weights, and the two have to agree.
 
 It fails where elements depend on each other in ways that a chain does not show, or where modes are many: few weights
 count then, and it says so.
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, NamedTuple
 
@@ -43,7 +45,7 @@ from probest.programs.event import Event
 from probest.programs.strata import columns_of, free_of, placed
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import imprecise, reach, wanted_error
+from probest.verdict import imprecise, reach, wanted_error, with_room
 
 __all__ = ["CrossEntropy", "listed_sites"]
 
@@ -62,6 +64,7 @@ class Stream(IntEnum):
     LEARN = 0
     WEIGH = 1
     PLACE = 2
+    AGAIN = 3
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class CrossEntropyTuning:
     telling: float = tuned(3.0, "standard errors by which a mean has to differ to be followed", _PROGRAMS)
     wide: float = tuned(0.15, "of the concluding draws that come from a wider guide", _PROGRAMS)
     good: float = tuned(0.15, "effective share of a round's draws at which it has learned enough", _PROGRAMS)
+    seen: float = tuned(0.01, "density relative to that of catastrophes, below which one is new", "enumerable.py")
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
     largest: float = tuned(
         0.02, "share of one weight below which their shape, as of few distinct ones, tells nothing", _PROGRAMS
@@ -169,6 +173,19 @@ class _Mixture(NamedTuple):
         return np.asarray(np.logaddexp.reduce(parts, axis=0) - math.log(sum(self.counts)))
 
 
+class _Found(NamedTuple):
+    """What a search drew, and from what. share: of the draws of its last guide that count."""
+
+    pool: _Drawn
+    mixture: _Mixture
+    share: float
+
+    def plus(self, other: _Found) -> _Found:
+        """Both as one; the share is that of the other, which came later."""
+        joined = _Mixture(self.mixture.guides + other.mixture.guides, self.mixture.counts + other.mixture.counts)
+        return _Found(self.pool.plus(other.pool), joined, other.share)
+
+
 @dataclass
 class _Campaign:
     """One run."""
@@ -188,32 +205,77 @@ class _Campaign:
         self.free = free_of(self.event, self.sites)
         types = self.event.site_values(np.zeros((1, self.event.dim)), tuple(site.name for site in self.sites))
         self.types = {name: value.dtype for name, value in types.items()}
-        self.mixture = _Mixture([], [])
 
     def run(self) -> Evidence:
         rng = generator(child_seed(self.seed, Stream.LEARN))
-        pool = self._explore(rng)
-        if pool is None:
+        found = self._search(rng, (1.0 - self.method.tuning.share) * self.meter.budget)
+        if found is None:
             note = Note(Code.BUDGET_SPENT, "the budget does not reach to explore the discrete sites: raise it.")
             return self._nothing(note)
-        guide, share = None, 0.0
-        floor = (1.0 - self.method.tuning.share) * self.meter.budget
+        again = None
+        if np.any(found.pool.severity >= 0.0):  # a search that starts afresh, for what the first one missed
+            rng = generator(child_seed(self.seed, Stream.AGAIN))
+            again = self._search(rng, 0.5 * (1.0 - self.method.tuning.share) * self.meter.budget)
+        both = found if again is None else found.plus(again)
+        if not np.any(both.pool.severity >= 0.0):
+            return self._nothing(Note(Code.NO_HITS, "no catastrophe was found: raise the budget."))
+        share = found.share if again is None else min(found.share, again.share)
+        evidence = self._weigh(both, self._learn(both)[0], share)
+        return evidence if again is None else self._second_look(evidence, found, again)
+
+    def _search(self, rng: np.random.Generator, floor: float) -> _Found | None:
+        """Explore and learn, until that is enough or calls left are down to ``floor``; None where they are too few."""
+        found = self._explore(rng)
+        if found is None:
+            return None
+        share, guide = 0.0, None
         for _ in range(self.method.rounds):
             if self.meter.left - self.method.tuning.batch < floor and guide is not None:
                 break
-            guide, reached = self._learn(pool)
-            fresh = self._draw(guide, min(self.method.tuning.batch, self.meter.left // 2), rng)
+            size = min(self.method.tuning.batch, self.meter.left // 2)
+            if size < 1:
+                break
+            guide, reached = self._learn(found)
+            fresh = self._draw(guide, size, rng)
             log_w = np.where(fresh.severity >= 0.0, fresh.log_p - guide.log_density(fresh.v, fresh.u), -np.inf)
             share = diagnostics.effective_sample_size(log_w) / len(log_w)
-            self._remember(guide, len(fresh.v))
-            pool = pool.plus(fresh)
+            found = found.plus(_Found(fresh, _Mixture([guide], [len(fresh.v)]), share))
             steady = diagnostics.pareto_khat(log_w) < self.method.tuning.heavy
             if reached and steady and share > self.method.tuning.good:
                 break
-        assert guide is not None
-        if not np.any(pool.severity >= 0.0):
-            return self._nothing(Note(Code.NO_HITS, "no catastrophe was found: raise the budget."))
-        return self._weigh(pool, self._learn(pool)[0], share)
+        return found._replace(share=share)
+
+    def _second_look(self, evidence: Evidence, found: _Found, again: _Found) -> Evidence:
+        """The estimate with room for what neither search saw.
+
+        A catastrophe of the second search is new where the first, all its rounds as one mixture, gives it less than
+        ``seen`` times the density that it has among catastrophes. Where there is nothing but discrete sites,
+        catastrophes may be a few combinations whose neighbours are none, and guides lead to those that are known
+        already: there only what exploring came upon counts as independent of each other.
+        """
+        if not math.isfinite(evidence.log_prob):
+            return evidence
+        log_w = np.where(again.pool.severity >= 0.0, self._log_w(again), -np.inf)
+        hits = np.isfinite(log_w)
+        share = 1.0
+        if hits.any():
+            w = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
+            log_q = found.mixture.log_density(again.pool.v[hits], again.pool.u[hits])
+            unseen = log_q - (again.pool.log_p[hits] - evidence.log_prob) < math.log(self.method.tuning.seen)
+            share = float(w[unseen].sum())
+        worth = diagnostics.effective_sample_size(log_w)
+        if not len(self.free):
+            worth = self._explored(found) + self._explored(again)
+        whole = with_room(evidence, worth, share * worth, self.method.precision)
+        return replace(whole, diagnostics={**whole.diagnostics, "new": share, "looked": worth})
+
+    def _explored(self, found: _Found) -> float:
+        """How many independent catastrophes exploring came upon, all groups as one mixture; 1 where it was none."""
+        groups = len(self._shares)
+        mixture = _Mixture(found.mixture.guides[:groups], found.mixture.counts[:groups])
+        first = _Drawn(*(column[: sum(mixture.counts)] for column in found.pool))
+        log_w = np.where(first.severity >= 0.0, first.log_p - mixture.log_density(first.v, first.u), -np.inf)
+        return max(1.0, diagnostics.effective_sample_size(log_w))
 
     # --- draws -----------------------------------------------------------------------------------------------------
 
@@ -236,10 +298,6 @@ class _Campaign:
             for site, a, b in zip(self.sites, ends, ends[1:], strict=False)
         }
 
-    def _remember(self, guide: _Chain, n: int) -> None:
-        self.mixture.guides.append(guide)
-        self.mixture.counts.append(n)
-
     # --- exploring -------------------------------------------------------------------------------------------------
 
     def _usual(self, rng: np.random.Generator) -> Floats:
@@ -254,22 +312,26 @@ class _Campaign:
             out[e, : len(site.choices)] = (drawn[:, column, None] == np.asarray(site.choices)).mean(axis=0)
         return np.asarray(out / out.sum(axis=1, keepdims=True))
 
-    def _explore(self, rng: np.random.Generator) -> _Drawn | None:
-        tuning, count = self.method.tuning, len(self.elements)
+    @property
+    def _shares(self) -> list[float]:
+        """Of each group that explores: the chance of an element to be chosen among all its values alike."""
+        count = len(self.elements)
+        return [0.0, *(min(1.0, flips / count) for flips in 2.0 ** np.arange(max(1, math.ceil(math.log2(count)))))]
+
+    def _explore(self, rng: np.random.Generator) -> _Found | None:
+        tuning, count, shares = self.method.tuning, len(self.elements), self._shares
         usual, alike = self._usual(rng), self.alike
-        shares = [0.0] + [min(1.0, flips / count) for flips in 2.0 ** np.arange(0, max(1, math.ceil(math.log2(count))))]
         n = int(min(tuning.explored, 0.5 * tuning.share * self.meter.left / len(shares)))
         if n < 30:
             return None
-        pool = None
+        found = None
         for i, share in enumerate(shares):
             law = np.maximum((1.0 - share) * usual + share * alike, 1e-3 / count * self.possible)
             scale = tuning.scales[i % len(tuning.scales)] * np.ones(len(self.free))
             guide = self._chain(law / law.sum(axis=1, keepdims=True), scale)
-            drawn = self._draw(guide, n, rng)
-            self._remember(guide, n)
-            pool = drawn if pool is None else pool.plus(drawn)
-        return pool
+            drawn = _Found(self._draw(guide, n, rng), _Mixture([guide], [n]), 0.0)
+            found = drawn if found is None else found.plus(drawn)
+        return found
 
     def _chain(self, law: Floats, scale: Floats) -> _Chain:
         """Independent elements."""
@@ -277,13 +339,13 @@ class _Campaign:
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def _log_w(self, pool: _Drawn) -> Floats:
-        return pool.log_p - self.mixture.log_density(pool.v, pool.u)
+    def _log_w(self, found: _Found) -> Floats:
+        return found.pool.log_p - found.mixture.log_density(found.pool.v, found.pool.u)
 
-    def _learn(self, pool: _Drawn) -> tuple[_Chain, bool]:
+    def _learn(self, found: _Found) -> tuple[_Chain, bool]:
         """A guide for the highest of what was drawn, and whether that is the event with its own weights."""
-        tuning, log_w = self.method.tuning, self._log_w(pool)
-        recent = pool.severity[-self.mixture.counts[-1] :]
+        tuning, log_w, pool = self.method.tuning, self._log_w(found), found.pool
+        recent = pool.severity[-found.mixture.counts[-1] :]
         level = min(0.0, float(np.quantile(recent, 1.0 - tuning.elite)))
         least = min(tuning.effective, 0.3 * len(recent))
         if np.count_nonzero(pool.severity >= 0.0) >= 0.2 * least:
@@ -342,7 +404,7 @@ class _Campaign:
 
     # --- weighing --------------------------------------------------------------------------------------------------
 
-    def _weigh(self, pool: _Drawn, guide: _Chain, share: float) -> Evidence:
+    def _weigh(self, found: _Found, guide: _Chain, share: float) -> Evidence:
         tuning = self.method.tuning
         rng = generator(child_seed(self.seed, Stream.WEIGH))
         n = self.meter.left
@@ -357,10 +419,9 @@ class _Campaign:
         log_w = np.where(fresh.severity >= 0.0, fresh.log_p - both.log_density(fresh.v, fresh.u), -np.inf)
         log_prob, error = diagnostics.log_mean_exp(log_w)
         ess, khat = diagnostics.effective_sample_size(log_w), diagnostics.pareto_khat(log_w)
-        for member, size in zip(*both, strict=True):
-            self._remember(member, size)
-        pool = pool.plus(fresh)
-        pooled = np.where(pool.severity >= 0.0, self._log_w(pool), -np.inf)
+        found = found.plus(_Found(fresh, both, share))
+        pool = found.pool
+        pooled = np.where(pool.severity >= 0.0, self._log_w(found), -np.inf)
         second, second_error = diagnostics.log_mean_exp(pooled)
         notes = self._complaints(log_prob, error, ess, khat, second, second_error, log_w)
         if not math.isfinite(log_prob):
