@@ -4,6 +4,7 @@ from probest import checkers
 from probest.audit import Audit, audit
 from probest.estimate import Catastrophes, Estimate, GradientError, estimate
 from probest.estimators.base import UnmetNeedError
+from probest.estimators.bounds import Bounds
 from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
@@ -29,6 +30,7 @@ from probest.train import Pool, TrainingRun, train
 
 __all__ = [
     "Audit",
+    "Bounds",
     "Catastrophes",
     "Combined",
     "CrossEntropy",

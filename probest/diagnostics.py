@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 __all__ = [
+    "batch_means",
     "binomial_interval",
     "conditional_ess",
     "deviation_error",
@@ -61,6 +62,13 @@ def log_mean_exp(log_w: Floats) -> tuple[float, float]:
         return mean, math.inf
     ratio = np.exp(log_w - mean)
     return mean, float(np.sqrt(np.sum((ratio - 1.0) ** 2) / (n * (n - 1.0))))
+
+
+def batch_means(log_w: Floats, count: int = 16) -> tuple[float, ...]:
+    """Logs of the means of ``count`` parts of independent weights, dealt out in turn; none where weights are few."""
+    if len(log_w) < 4 * count:
+        return ()
+    return tuple(log_mean_exp(log_w[i::count])[0] for i in range(count))
 
 
 def effective_sample_size(log_w: Floats) -> float:

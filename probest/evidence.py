@@ -175,6 +175,8 @@ class Evidence:
     weigher: ``weigher(event)``, of a method whose number is a function of the parameters without particles, gives
         ``(parts) -> log P``.
     log_evidence: log of the adversary's own evidence (the normaliser of its observed sites); 0 when there are none.
+    floor: what log P is above without any doubt, such as the probability of catastrophes that were listed.
+    batches: logs of estimates from equal, independent parts of a sample, each of mean P whatever stopped the sampling.
     """
 
     method: str
@@ -193,6 +195,8 @@ class Evidence:
     stratum: str | None = None
     levels: tuple[Level, ...] = field(default=(), repr=False)
     weigher: Any = field(default=None, repr=False, compare=False)
+    floor: float = -math.inf
+    batches: tuple[float, ...] = field(default=(), repr=False)
 
     @classmethod
     def nothing(

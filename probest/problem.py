@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,6 +145,32 @@ class Problem:
     def gaussianized(self) -> Callable[[], Any]:
         """:attr:`program` with each latent site ``name`` drawn as ``name_base ~ Normal(0, 1)`` and mapped."""
         return self.event.composition.frontend.gaussianize(self.program)
+
+    def conditioned(self, temperature: float = 1.0, *, gaussianized: bool = False) -> Callable[[], Any]:
+        """:attr:`program`, conditioned on a catastrophe that is softened: with a factor Φ(severity / temperature).
+
+        A program of D's library, for its own inference: NUTS and SVI find catastrophes with it, and Predictive draws
+        from what they found. Its evidence is that of the softened event; as ``temperature``, in units of the severity,
+        goes to 0 it becomes P. gaussianized: with each latent site as in :attr:`gaussianized`, on which samplers and
+        guides do best.
+
+        Raises ProblemError where the severity has no gradient: the checker returns a bool, or is a black box.
+        """
+        if not (isinstance(temperature, int | float) and temperature > 0.0 and math.isfinite(temperature)):
+            raise ProblemError(f"temperature={temperature!r}: expected a positive number, in units of the severity")
+        event = self.event
+        if event.boolean or event.composition.black_boxes:
+            kind = "returns a bool" if event.boolean else "is a black box"
+            raise ProblemError(f"conditioned: the checker {kind}, so there is no softened event. Return a severity")
+        frontend, plain = event.composition.frontend, self.program
+        special = frontend.backend.special
+
+        def program() -> Any:
+            value = plain()
+            frontend.factor("softened", special.log_ndtr(frontend.backend.as_array(value[2]) / temperature))
+            return value
+
+        return frontend.gaussianize(program) if gaussianized else program
 
     def replaced(
         self, *, adversary: Callable[..., Any] | None = None, model: Callable[..., Any] | None = None

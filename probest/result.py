@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from scipy import optimize
 from scipy.special import ndtri
 
 from probest.evidence import Evidence, Floats
+from probest.markov import lower_bound
 
 if TYPE_CHECKING:
     import os
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from probest.programs.base import Observed
 
-__all__ = ["Case", "Catastrophes", "Result", "Sample"]
+__all__ = ["Case", "Catastrophes", "Result", "Sample", "WorstCase", "WorstCaseCurve"]
 
 
 class Result:
@@ -90,27 +91,46 @@ class Result:
             self.log_prob + factor * (upper - self.log_prob), 0.0
         )
 
-    def worst_case(self, kl: float) -> float:
+    def lower_bound(self, level: float = 0.95) -> float:
+        """What log P is above with probability ``level`` in (0, 1), whatever estimates missed; ``-inf`` for nothing.
+
+        It rests on their having mean P and nothing else (:mod:`probest.markov`), so it needs no trust in their errors;
+        it is lower than :attr:`lower`. There is none (``-inf``) for a conditioned adversary, or with a recogniser: a
+        ratio has no such mean.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+        if self.observed or any(line.log_evidence for line in self.ledger):
+            return -math.inf
+        return lower_bound(self.ledger, level)
+
+    def worst_case(self, kl: float, *, level: float = 0.95) -> WorstCase:
         """The largest probability of a catastrophe under any adversary q with KL(q ‖ D) ≤ ``kl`` nats.
 
         Closed form: it solves kl_bin(q ‖ P) = kl, by the data-processing inequality; tilting D towards the catastrophes
-        attains it. 1 when ``kl`` ≥ −log P.
+        attains it. 1 when ``kl`` ≥ −log P. It is a number with an ``interval``, what it is at the ends of that of log P
+        at confidence ``level``.
         """
         if not kl >= 0:
             raise ValueError(f"kl={kl!r}: expected a number of nats, 0 or more")
-        log_p = self.log_prob
-        if not math.isfinite(log_p):
+        if not math.isfinite(self.log_prob):
             raise ValueError("no catastrophe was found, so only a bound is known: estimate again with a larger budget")
-        if kl >= -log_p:
-            return 1.0
-        log_safe = math.log1p(-math.exp(log_p))
+        lower, upper = self.interval(level)
+        return WorstCase(_reached(self.log_prob, kl), (_reached(lower, kl), _reached(upper, kl)))
 
-        def excess(log_q: float) -> float:
-            q = math.exp(log_q)
-            rest = 0.0 if q >= 1 else (1 - q) * (math.log1p(-q) - log_safe)
-            return q * (log_q - log_p) + rest - kl
-
-        return 1.0 if excess(0.0) < 0 else math.exp(float(optimize.brentq(excess, log_p, 0.0, xtol=1e-14)))
+    def worst_case_curve(self, kl: Sequence[float] | Floats | None = None, *, level: float = 0.95) -> WorstCaseCurve:
+        """:meth:`worst_case` for many ``kl``: by default from 0 to where any catastrophe is certain."""
+        if kl is None:
+            end = self.interval(level)[0] if math.isfinite(self.lower) else self.log_prob
+            kl = np.linspace(0.0, -end if math.isfinite(end) else 1.0, 101)
+        nats = np.asarray(kl, dtype=np.float64)
+        found = [self.worst_case(float(one), level=level) for one in nats]
+        return WorstCaseCurve(
+            nats,
+            np.array([float(one) for one in found]),
+            np.array([one.interval[0] for one in found]),
+            np.array([one.interval[1] for one in found]),
+        )
 
     # Cases ------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +175,8 @@ class Result:
             kind: ``"ledger"``: how each method moved the answer. ``"intervals"``: the methods, or with ``strata`` the
                 strata, beside each other. ``"path"``: severity on tempering's way to the event. ``"pairs"``: where
                 catastrophes lie, beside draws of D. ``"cases"``: some catastrophes as the model saw them.
-                ``"diagnostics"``: effective sample size and Pareto k of each method.
+                ``"diagnostics"``: effective sample size and Pareto k of each method. ``"worst_case"``: what other
+                adversaries can reach (:meth:`worst_case_curve`).
             options: of the function in :mod:`probest.report.plots` that draws it, such as ``ax`` or ``show``.
 
         Returns:
@@ -225,6 +246,45 @@ class Result:
             f"{type(self).__name__}(log_prob={self.log_prob:.4g}, std_error={self.std_error:.2g}, "
             f"interval=({self.lower:.4g}, {self.upper:.4g}), converged={self.converged}, calls={self.calls})"
         )
+
+
+class WorstCase(float):
+    """A probability with its ``interval``."""
+
+    interval: tuple[float, float]
+
+    def __new__(cls, value: float, interval: tuple[float, float]) -> Self:
+        one = super().__new__(cls, value)
+        one.interval = interval
+        return one
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return float(self), self.interval
+
+
+class WorstCaseCurve(NamedTuple):
+    """What adversaries within so many nats can reach: each ``(n,)``; kl in nats, the others probabilities."""
+
+    kl: Floats
+    prob: Floats
+    lower: Floats
+    upper: Floats
+
+
+def _reached(log_p: float, kl: float) -> float:
+    """The q with kl_bin(q ‖ P) = kl and q ≥ P; 0 where P is."""
+    if kl >= -log_p:
+        return 1.0
+    if log_p == -math.inf:
+        return 0.0
+    log_safe = math.log1p(-math.exp(log_p))
+
+    def excess(log_q: float) -> float:
+        q = math.exp(log_q)
+        rest = 0.0 if q >= 1 else (1 - q) * (math.log1p(-q) - log_safe)
+        return q * (log_q - log_p) + rest - kl
+
+    return 1.0 if excess(0.0) < 0 else math.exp(float(optimize.brentq(excess, log_p, 0.0, xtol=1e-14)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from probest.estimators import (
+    Bounds,
     Combined,
     Importance,
     Kriging,
@@ -30,6 +31,7 @@ from probest.tuning import meanings
 from probest.verdict import Rules
 
 METHODS: tuple[Any, ...] = (
+    Bounds(),
     Combined(),
     Importance(),
     Kriging(),

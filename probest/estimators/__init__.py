@@ -5,6 +5,7 @@ Each is a small frozen object with ``run(event, budget=..., seed=...)``, which r
 
 from probest.budget import Meter
 from probest.estimators.base import Estimator, Need, UnmetNeedError
+from probest.estimators.bounds import Bounds
 from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
@@ -32,6 +33,7 @@ from probest.evidence import (
 from probest.seeds import child_seed, generator
 
 __all__ = [
+    "Bounds",
     "Claim",
     "Code",
     "Combined",

@@ -447,6 +447,7 @@ class _Campaign:
                 "elements": float(len(self.elements)),
             },
             notes=tuple(notes),
+            batches=diagnostics.batch_means(rng.permutation(log_w)),
         )
 
     def _complaints(

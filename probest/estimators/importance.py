@@ -64,6 +64,7 @@ class Outcome(NamedTuple):
     coverage: float
     unseen: float
     hopeless: bool
+    fresh: bool  # whether nothing was chosen by these samples
 
 
 class Stream(IntEnum):
@@ -277,6 +278,7 @@ def _sample_target(
         coverage,
         unseen,
         hopeless,
+        whole or total is not tried,
     )
 
 
@@ -451,4 +453,5 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
             "components": float(joint.fitted.components),
         },
         notes=tuple(notes),
+        batches=diagnostics.batch_means(joint.log_w) if below is None and joint.fresh else (),
     )

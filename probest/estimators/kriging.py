@@ -334,6 +334,7 @@ class _Campaign:
             particles=self._particles(hits, weight - log_prob),
             diagnostics=figures,
             notes=tuple(notes),
+            floor=self._found,
         )
 
     def _surprised(self, fresh: np.ndarray) -> list[Note]:

@@ -129,6 +129,9 @@ class Frontend(Protocol):
     def deterministic(self, name: str, value: Array) -> None:
         """Record a deterministic site."""
 
+    def factor(self, name: str, value: Array) -> None:
+        """Multiply the program's density by the exponential of a value."""
+
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         """Draw a site of the library's distribution ``law``, whose last ``event_dims`` axes are one event."""
 

@@ -56,6 +56,9 @@ class NumPyroFrontend:
     def deterministic(self, name: str, value: Array) -> None:
         numpyro.deterministic(name, value)
 
+    def factor(self, name: str, value: Array) -> None:
+        numpyro.factor(name, value)
+
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         return numpyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
 

@@ -60,6 +60,9 @@ class PyroFrontend:
     def deterministic(self, name: str, value: Array) -> None:
         pyro.deterministic(name, value)
 
+    def factor(self, name: str, value: Array) -> None:
+        pyro.factor(name, value)
+
     def sample(self, name: str, law: str, *parameters: Any, event_dims: int = 0) -> Array:
         return pyro.sample(name, getattr(dist, law)(*parameters).to_event(event_dims))
 

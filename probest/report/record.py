@@ -55,6 +55,8 @@ def _evidence_record(evidence: Evidence) -> dict[str, Any]:
         "std_error": _number(evidence.std_error),
         "interval": [_number(end) for end in evidence.interval],
         "log_evidence": _number(evidence.log_evidence),
+        "floor": _number(evidence.floor),
+        "batches": [_number(value) for value in evidence.batches],
         "calls": int(evidence.calls),
         "seconds": float(evidence.seconds),
         "converged": bool(evidence.converged),
@@ -85,6 +87,8 @@ def evidence_of(record: Mapping[str, Any]) -> Evidence:
         diagnostics={name: float(value) for name, value in record["diagnostics"].items()},
         notes=tuple(note if code is None else Note(Code[code], note) for note, code in notes),
         stratum=record["stratum"],
+        floor=float(record.get("floor", -math.inf)),
+        batches=_floats(record.get("batches", ())),
         levels=tuple(
             Level(**{**level, "severity": _floats(level["severity"]), "log_prob": float(level["log_prob"])})
             for level in record["levels"]

@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from probest.report.plots.cases import plot_cases, plot_pairs
-from probest.report.plots.ledger import plot_diagnostics, plot_intervals, plot_ledger, plot_path
+from probest.report.plots.ledger import (
+    plot_diagnostics,
+    plot_intervals,
+    plot_ledger,
+    plot_path,
+    plot_worst_case,
+)
 from probest.report.plots.training import plot_costs, plot_history, plot_search
 from probest.report.protocols import RunLike
 from probest.result import Result
@@ -30,6 +36,7 @@ __all__ = [
     "plot_result",
     "plot_run",
     "plot_search",
+    "plot_worst_case",
 ]
 
 RESULT_KINDS = {
@@ -39,6 +46,7 @@ RESULT_KINDS = {
     "pairs": plot_pairs,
     "cases": plot_cases,
     "diagnostics": plot_diagnostics,
+    "worst_case": plot_worst_case,
 }
 RUN_KINDS = {"history": plot_history, "costs": plot_costs}
 

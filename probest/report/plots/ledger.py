@@ -14,7 +14,7 @@ from probest.report.tables import moves
 from probest.report.text import format_count, format_log
 from probest.result import Result
 
-__all__ = ["KHAT", "plot_diagnostics", "plot_intervals", "plot_ledger", "plot_path"]
+__all__ = ["KHAT", "plot_diagnostics", "plot_intervals", "plot_ledger", "plot_path", "plot_worst_case"]
 
 KHAT = 0.7
 """Pareto k from which on weights have hardly a mean (Vehtari et al. 2024)."""
@@ -166,6 +166,31 @@ def plot_diagnostics(estimate: Result, ax: Any = None) -> Any:
         if not panels[1]:
             ax[1].text(0.5, 0.5, "no importance sample", transform=ax[1].transAxes, ha="center", color="0.4")
             ax[1].set_xlim(0.0, 1.0)
+    return ax
+
+
+def plot_worst_case(estimate: Result, ax: Any = None, *, kl: Sequence[float] | None = None, level: float = 0.95) -> Any:
+    """The probability that an adversary within so many nats of D can reach, with its interval.
+
+    Args:
+        estimate: its conclusion.
+        ax: axes to draw on.
+        kl: nats; by default up to where a catastrophe is certain.
+        level: of the interval.
+
+    Raises:
+        ValueError: no catastrophe was found.
+    """
+    curve = estimate.worst_case_curve(kl, level=level)
+    with styled():
+        ax = axes(ax, 3.2)
+        ax.fill_between(curve.kl, curve.lower, curve.upper, color="C0", alpha=0.2, linewidth=0)
+        ax.plot(curve.kl, curve.prob, color="C0")
+        ax.set_yscale("log")
+        ax.set_ylim(max(float(curve.prob[0]) * 0.3, 1e-300), 1.5)
+        ax.set_xlabel("KL(q ‖ D), nats")
+        ax.set_ylabel("largest P under q")
+        ax.set_title("What an adversary within so many nats can reach", pad=8)
     return ax
 
 
