@@ -13,6 +13,7 @@ from probest.estimators.kriging import Kriging
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
+from probest.estimators.splitting import Splitting
 from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
@@ -55,6 +56,7 @@ __all__ = [
     "Particles",
     "Population",
     "Run",
+    "Splitting",
     "Stratified",
     "Surrogate",
     "Tempering",

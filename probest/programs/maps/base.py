@@ -82,8 +82,13 @@ ADVICE: dict[str, str] = {
 def gaussian_map(fn: Any, special: Any) -> GaussianMap:
     """The map for `fn`; `special` is `probest.backends.special_torch` or `special_jax`, as `fn` needs.
 
+    A law that is not one of the libraries' may bring its own, `fn.gaussian_map() -> GaussianMap`.
+
     Raises UnsupportedDistribution, naming the class.
     """
+    if hasattr(fn, "gaussian_map") and not of_a_library(type(fn)):
+        brought: GaussianMap = fn.gaussian_map()
+        return brought
     rule, name = find_rule(fn)
     if name in RULES:
         mapped: GaussianMap = rule(fn, special)

@@ -1,0 +1,301 @@
+"""Language models as laws of token sequences: against enumeration."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from scipy import stats
+
+pytest.importorskip("transformers", reason="language models need the extra lm: pip install 'probest[lm]'")
+
+from models import language
+from probest import GradientError, Problem, estimate
+from probest.adversaries.language import CausalLM, LanguageModelError
+from probest.testing import FAILURE_RATE
+
+pytestmark = pytest.mark.global_rng  # draws are torch's
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+MASK = torch.tensor([True, True, False, False, True])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cold": {"temperature": 0.6},
+    "masked": {"allowed": MASK},
+    "endless": {"allowed": torch.tensor([[True] * 4 + [False]] * 3 + [[True] * 5])},
+    "prompted": {"prompt": [0, 2, 1]},
+    "small batches": {"batch_size": 400},
+}
+
+
+def fits(counts: np.ndarray, probs: np.ndarray) -> bool:
+    """Whether counts are those of these probabilities, by a likelihood ratio over cells of 5 expected and more."""
+    n = counts.sum()
+    large = n * probs >= 5.0
+    seen = np.append(counts[large], counts[~large].sum())
+    expected = np.append(n * probs[large], max(n * probs[~large].sum(), 1e-9))
+    keep = expected >= 5.0
+    seen, expected = seen[keep], expected[keep] * seen[keep].sum() / expected[keep].sum()
+    return bool(stats.power_divergence(seen, expected, lambda_="log-likelihood").pvalue > FAILURE_RATE)
+
+
+def counted(x: torch.Tensor) -> np.ndarray:
+    found = collections.Counter(map(tuple, x.reshape(-1, x.shape[-1]).tolist()))
+    every = [tuple(row) for row in language.sequences().tolist()]
+    assert set(found) <= set(every)
+    return np.array([found[row] for row in every])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_probabilities_sum_to_one_and_are_those_of_the_draws(name: str) -> None:
+    law = language.adversary(**SETTINGS[name])()
+    with torch.no_grad():
+        log_p = law.log_prob(language.sequences())
+        assert float(log_p.exp().sum()) == pytest.approx(1.0, abs=1e-6)
+        x, log_q = law.sample_and_log_prob((2_000,))
+        torch.testing.assert_close(log_q, law.log_prob(x), atol=1e-5, rtol=0.0)
+    assert x.shape == (2_000, language.STEPS)
+    assert x.dtype == torch.int64
+    assert fits(counted(x), log_p.exp().numpy())
+
+
+def test_a_batch_of_prompts_is_each_of_them() -> None:
+    prompts = [[0], [0, 1, 2, 2, 1], [2, 1]]
+    together = language.adversary(prompt=prompts)()
+    assert together.batch_shape == (3,)
+    x = together.sample((50,))
+    assert x.shape == (50, 3, language.STEPS)
+    with torch.no_grad():
+        both = together.log_prob(x)
+        for i, prompt in enumerate(prompts):
+            alone = language.adversary(prompt=prompt)()
+            assert alone.batch_shape == ()
+            torch.testing.assert_close(both[:, i], alone.log_prob(x[:, i]), atol=1e-5, rtol=0.0)
+        every = language.sequences()[:, None].expand(-1, 3, -1)
+        torch.testing.assert_close(together.log_prob(every).exp().sum(0), torch.ones(3, dtype=torch.float64))
+    for i in range(3):
+        drawn = together.sample((1_000,))[:, i]
+        with torch.no_grad():
+            assert fits(counted(drawn), together.log_prob(every)[:, i].exp().numpy())
+
+
+def test_a_cache_changes_nothing() -> None:
+    lm = language.adversary(prompt=[[0, 1], [2]])
+    x, log_q = lm().sample_and_log_prob((200,))
+    with torch.no_grad():
+        ids = torch.cat([lm.prompt_ids.expand(200, 2, -1).reshape(400, -1), x.reshape(400, -1)], dim=1)
+        for t in range(language.STEPS):  # one step at a time, without a cache and without padding
+            rows = ids[1::2, 1 : 2 + t]
+            logits = lm.model(rows).logits[:, -1].double().log_softmax(-1)
+            one = lm().token_log_prob(x)[:, 1, t]
+            alive = (x[:, 1, :t] != language.END).all(-1)
+            torch.testing.assert_close(one[alive], logits.gather(1, x[:, 1, t, None])[alive, 0], atol=1e-5, rtol=0.0)
+    assert torch.isfinite(log_q).all()
+
+
+def test_what_cannot_be_written_has_probability_zero() -> None:
+    law = language.adversary(allowed=MASK)()
+    with torch.no_grad():
+        log_p = law.log_prob(torch.tensor([[2, 0, 0, 0], [0, 4, 1, 0], [0, 4, 3, 3], [0, 1, 0, 1]]))
+    assert torch.isinf(log_p).tolist() == [True, True, False, False]
+    assert law.support.check(torch.tensor([[0, 4, 1, 0], [0, 4, 3, 3], [0, 9, 0, 0]])).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("cut", [0, 2, 4])
+def test_regenerating_a_suffix_keeps_the_prefix_and_the_law(cut: int) -> None:
+    law = language.adversary()()
+    x = law.sample((4_000,))
+    y = law.regenerate(x, cut)
+    assert (y[:, :cut] == x[:, :cut]).all()
+    with torch.no_grad():
+        log_p = law.log_prob(language.sequences())
+    assert fits(counted(y), log_p.exp().numpy())
+    if cut == language.STEPS:
+        assert (y == x).all()
+    else:
+        ended = (x[:, :cut] == language.END).any(1)
+        assert (y[ended] == x[ended]).all()
+        assert (y[~ended] != x[~ended]).any()
+
+
+def test_each_sequence_has_its_own_cut() -> None:
+    law = language.adversary()()
+    x = law.sample((600,))
+    cut = torch.randint(0, 5, (600,))
+    y = law.regenerate(x, cut)
+    kept = torch.arange(language.STEPS) < cut[:, None]
+    assert (y[kept] == x[kept]).all()
+    with pytest.raises(LanguageModelError, match="cut=5"):
+        law.regenerate(x, 5)
+
+
+def test_regeneration_is_reversible() -> None:
+    """The flow from one set of sequences to another is that back, for a uniform cut."""
+    law = language.adversary()()
+    x = law.sample((6_000,))
+    y = law.regenerate(x, torch.randint(0, language.STEPS, (6_000,)))
+    forth, back = (((a[:, 0] == 0) & (b[:, 0] == 1)).sum().item() for a, b in ((x, y), (y, x)))
+    assert stats.binomtest(forth, forth + back).pvalue > FAILURE_RATE
+
+
+def test_gradients_are_those_of_central_differences() -> None:
+    lm = language.adversary()
+    x = lm().sample((5,))
+    weight = lm.model.transformer.h[0].attn.c_attn.weight
+    lm.double()
+    lm().log_prob(x).sum().backward()
+    analytic, step = weight.grad[0, 0].item(), 1e-5
+    values = []
+    for side in (1.0, -1.0):
+        with torch.no_grad():
+            weight[0, 0] += side * step
+            values.append(lm().log_prob(x).sum().item())
+            weight[0, 0] -= side * step
+    assert analytic == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8)
+
+
+def test_kl_is_zero_at_first_and_that_of_enumeration_after() -> None:
+    lm, every = language.adversary(), language.sequences()
+    prior = lm.frozen()
+    assert not any(p.requires_grad for p in prior.parameters())
+    x = lm().sample((3_000,))
+    with torch.no_grad():
+        assert float(lm().kl(x, prior()).abs().max()) == 0.0
+        for p in lm.model.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+        ours, theirs = lm().log_prob(every), prior().log_prob(every)
+        exact = float((ours.exp() * (ours - theirs)).sum())
+        x = lm().sample((3_000,))
+        steps, plain = lm().kl(x, prior()), lm().log_prob(x) - prior().log_prob(x)
+    assert exact > 0.01
+    assert float(steps.mean()) == pytest.approx(exact, abs=4.0 * float(steps.std()) / math.sqrt(3_000))
+    assert float(steps.std()) < float(plain.std())
+    assert (steps >= -1e-9).all()
+
+
+def test_it_is_a_site_of_pyro() -> None:
+    lm = language.adversary()
+
+    def program() -> torch.Tensor:
+        with pyro.plate("many", 6):
+            return pyro.sample("text", lm())
+
+    trace = pyro.poutine.trace(program).get_trace()
+    trace.compute_log_prob()
+    site = trace.nodes["text"]
+    assert site["value"].shape == (6, language.STEPS)
+    with torch.no_grad():
+        torch.testing.assert_close(site["log_prob"].detach(), lm().log_prob(site["value"]))
+    two = language.adversary(prompt=[[0], [1]])
+    with pyro.plate("draws", 5, dim=-2), pyro.plate("prompts", 2, dim=-1):
+        assert pyro.sample("text", two()).shape == (5, 2, language.STEPS)
+    assert two().expand((5, 2)).sample().shape == (5, 2, language.STEPS)
+
+
+# Estimates over text --------------------------------------------------------------------------------------------------
+
+
+def text_problem(least: int, token: int = 2, steps: int = 6) -> tuple[Problem, CausalLM, torch.Tensor, torch.Tensor]:
+    """A token comes up so many times: the problem, its language model, all sequences, and which are catastrophes."""
+    lm = CausalLM(language.tiny(1), max_new_tokens=steps, batch_size=4096)
+    every = language.sequences(steps)
+    problem = Problem(
+        lambda: pyro.sample("text", lm()), lambda x: x, lambda x, y: 1.0 * (y == token).sum() - (least - 0.5)
+    )
+    return problem, lm, every, (every == token).sum(1) >= least
+
+
+@pytest.mark.parametrize("least", [3, 4, 5])
+def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
+    problem, lm, every, hit = text_problem(least)
+    with torch.no_grad():
+        truth = float(lm().log_prob(every)[hit].logsumexp(0))
+    result = estimate(problem, budget=30_000, progress=False)
+    assert result.conclusion.method == "splitting"
+    assert result.calls <= 30_000
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+    assert result.std_error < 0.3
+    assert result.lower_bound(0.99) < truth
+    assert result.catastrophes is not None
+    text = result.catastrophes["text"]
+    assert ((text == 2).sum(1) >= least).all()
+
+
+def test_the_gradient_in_the_language_model_is_that_of_enumeration() -> None:
+    problem, lm, every, hit = text_problem(3, steps=5)
+    result = estimate(problem, budget=30_000, progress=False)
+    weight = lm.model.transformer.wte.weight
+    result.log_prob_at().backward()
+    found = weight.grad.clone()
+    lm.zero_grad()
+    lm().log_prob(every)[hit].logsumexp(0).backward()
+    exact = weight.grad
+    assert float((found - exact).norm() / exact.norm()) < 0.1  # 1,000 particles: 3 to 5 %
+    with pytest.raises(GradientError, match="the severity is piecewise constant"):
+        result.log_prob_at(model=problem.model)
+
+
+def test_sequences_are_quantiles_of_normals() -> None:
+    law = language.adversary(prompt=[[0], [1, 2]])()
+    z = torch.randn(3_000, 2, language.STEPS)
+    x = law.from_normals(z)
+    with torch.no_grad():
+        every = language.sequences()[:, None].expand(-1, 2, -1)
+        probs = law.log_prob(every).exp().numpy()
+    for i in range(2):
+        assert fits(counted(x[:, i]), probs[:, i])
+    z[..., 2:] = torch.randn(3_000, 2, language.STEPS - 2)
+    assert (law.from_normals(z)[..., :2] == x[..., :2]).all(), "a prefix of z is a prefix of the sequence"
+    far = torch.tensor([[8.0, -8.0, 8.0, -8.0]])
+    assert torch.isfinite(language.adversary()().log_prob(language.adversary()().from_normals(far))).all()
+
+
+def test_dropout_stays_off() -> None:
+    lm = language.adversary()
+    assert lm.model.config.resid_pdrop > 0.0
+    x = lm().sample((20,))
+    lm.train()
+    with torch.no_grad():
+        torch.testing.assert_close(lm().log_prob(x), lm().log_prob(x), atol=0.0, rtol=0.0)
+    lm.model.train()
+    with pytest.raises(LanguageModelError, match="drops out"):
+        lm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"prompt": "text"}, "no tokenizer"),
+        ({"prompt": []}, "empty list"),
+        ({"prompt": [7]}, "beyond the vocabulary of 5"),
+        ({"allowed": torch.ones(4, dtype=torch.bool)}, "allowed has shape"),
+        ({"allowed": torch.zeros(5, dtype=torch.bool)}, "leaves no token"),
+        ({"max_new_tokens": 40}, "the model has 32 places"),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(LanguageModelError, match=message):
+        CausalLM(language.tiny(), **{"max_new_tokens": 4, **settings})
+
+
+def test_what_is_no_model_or_value_is_refused() -> None:
+    with pytest.raises(LanguageModelError, match="model is a Linear"):
+        CausalLM(torch.nn.Linear(2, 2), max_new_tokens=4)
+    with pytest.raises(LanguageModelError, match=r"value has shape \(2, 3\)"):
+        language.adversary()().log_prob(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(LanguageModelError, match="decode"):
+        language.adversary().decode(torch.zeros(4, dtype=torch.long))
