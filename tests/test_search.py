@@ -65,6 +65,7 @@ def test_a_half_space(backend: str) -> None:
     assert "->" in repr(found)
 
 
+@pytest.mark.parametrize("backend", ["pyro"], indirect=True)  # the host's part; compiling takes a minute
 def test_all_modes_of_a_union_are_kept(backend: str) -> None:
     found = search(union(backend), **QUICK)
     exact = math.log(-math.expm1(sum(float(np.log1p(-stats.norm.sf(limit))) for limit in LIMITS)))
@@ -79,6 +80,7 @@ def test_all_modes_of_a_union_are_kept(backend: str) -> None:
     assert (kept >= 0.5 * share).all()
 
 
+@pytest.mark.parametrize("backend", ["pyro"], indirect=True)  # the host's part; compiling takes a minute
 def test_from_random_places(backend: str) -> None:
     found = search(union(backend), Tilt(components=6, from_particles=False), **(QUICK | {"steps": 300}))
     assert found.efficiency > 0.5

@@ -453,6 +453,7 @@ def test_where_training_has_fooled_an_estimator_the_audit_says_so(
 # Opponents ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["pyro"], indirect=True)  # the host's part; compiling takes a minute
 def test_opponents_are_searched_for_kept_and_played_against(backend: str, tmp_path: Path) -> None:
     problem, data = regression(backend)
     options = QUICK | {"adversaries": Pool(kl=2.0, every=10, most=2), "check_budget": 4_000}
