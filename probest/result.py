@@ -94,9 +94,9 @@ class Result:
     def lower_bound(self, level: float = 0.95) -> float:
         """What log P is above with probability ``level`` in (0, 1), whatever estimates missed; ``-inf`` for nothing.
 
-        It rests on their having mean P and nothing else (:mod:`probest.markov`), so it needs no trust in their errors;
-        it is lower than :attr:`lower`. There is none (``-inf``) for a conditioned adversary, or with a recogniser: a
-        ratio has no such mean.
+        It rests on their having mean P and nothing else (:mod:`probest.markov`; tempering and line sampling, which
+        adapt, have it nearly), so it needs no trust in their errors; it is lower than :attr:`lower`. There is none
+        (``-inf``) for a conditioned adversary, or with a recogniser: a ratio has no such mean.
         """
         if not 0 < level < 1:
             raise ValueError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")

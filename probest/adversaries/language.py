@@ -15,7 +15,8 @@ by one pass over the whole sequence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -307,7 +308,7 @@ class TokenSequences(TorchDistribution):
 
     def gaussian_map(self) -> GaussianMap:
         """How probest draws it: all cases of a batch at once, by one pass a token."""
-        return GaussianMap((*self.batch_shape, self.lm.max_new_tokens), lambda base: _apply(base, self), True)
+        return GaussianMap((*self.batch_shape, self.lm.max_new_tokens), partial(_together, self.from_normals), True)
 
     def _redrawn(
         self, rows: Tensor, kept: Tensor, cut: Tensor, shape: torch.Size, z: Tensor | None = None
@@ -337,9 +338,7 @@ class TokenSequences(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x), ``(...,)``, in float64: differentiable in the model's parameters."""
-        if torch._C._functorch.is_batchedtensor(value):  # under vmap: all rows at once
-            return cast(Tensor, _LogProb.apply(value, self))  # type: ignore[no-untyped-call]
-        return self.token_log_prob(value).sum(-1)
+        return _together(lambda rows: self.token_log_prob(rows).sum(-1), value)
 
     def kl(self, value: Tensor, other: TokenSequences) -> Tensor:
         """Σ over tokens of KL(own ‖ other) of the next token given those before, ``(...,)``.
@@ -376,49 +375,29 @@ class TokenSequences(TorchDistribution):
         return whole.reshape((*shape, *whole.shape[1:]))
 
 
-class _Write(torch.autograd.Function):
-    """A law's sequences from normals, as an operation that vmap hands a whole batch."""
+class _Together(torch.autograd.Function):
+    """A function of rows, as an operation that vmap hands a whole batch. Autograd sees what it does with that."""
 
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(z: Tensor, law: TokenSequences) -> Tensor:
-        return law.from_normals(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:  # noqa: ARG004
-        return None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, z: Tensor, law: TokenSequences) -> tuple[Tensor, int]:
-        rows = z.expand(info.batch_size, *z.shape) if in_dims[0] is None else z.movedim(in_dims[0], 0)
-        return _apply(rows, law), 0
-
-
-class _LogProb(torch.autograd.Function):
-    """A law's log-probabilities, as an operation that vmap hands a whole batch. Autograd sees what is done to that."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(value: Tensor, law: TokenSequences) -> Tensor:
-        return law.log_prob(value)
+    def forward(rows: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return fn(rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, value: Tensor, law: TokenSequences) -> tuple[Tensor, int]:  # noqa: ARG004
-        return law.log_prob(value.movedim(in_dims[0], 0)), 0
+    def vmap(info: Any, in_dims: Any, rows: Tensor, fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:  # noqa: ARG004
+        return _together(fn, rows.movedim(in_dims[0], 0)), 0
 
 
-def _apply(z: Tensor, law: TokenSequences) -> Tensor:
-    return cast(Tensor, _Write.apply(z, law))  # type: ignore[no-untyped-call]
+def _together(fn: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``fn(rows)``; under vmap once for the whole batch."""
+    if torch._C._functorch.is_batchedtensor(rows):
+        return cast(Tensor, _Together.apply(rows, fn))  # type: ignore[no-untyped-call]
+    return fn(rows)
 
 
 def _quantile(probs: Tensor, z: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from probest.budget import Meter
 from probest.estimators.base import Need, check_least, check_needs
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.tempering import Tempering
-from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
+from probest.evidence import Claim, Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP
 from probest.guides.memory import Memory
@@ -207,7 +207,7 @@ class _Campaign:
         self.lines.append(line)
         return None if memory.latest is None else memory.latest[0]
 
-    def _line(self, name: str, bound: _Bound, claim: str, calls: int) -> None:
+    def _line(self, name: str, bound: _Bound, claim: Claim, calls: int) -> None:
         width = 1.96 * bound.error
         value = min(bound.value, 0.0)
         below, above = (-width, math.inf) if claim == "lower" else (-math.inf, width)
@@ -217,7 +217,7 @@ class _Campaign:
                 log_prob=value,
                 std_error=bound.error,
                 interval=(value + below, min(0.0, value + above)),
-                claim="lower" if claim == "lower" else "upper",
+                claim=claim,
                 calls=calls,
                 seconds=0.0,
                 converged=True,

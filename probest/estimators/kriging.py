@@ -6,8 +6,8 @@ severity of all. With h(v) the probability, by it, that v is a catastrophe,
 
 1. *Explore*: the likeliest combinations, and others chosen ever more evenly.
 2. *Learn*: ask where p h and where h alone are large, fit again, and so on, until Σ p h over all that were not asked is
-   a small part of what was found, or half of the budget is spent. How wrong predictions are is seen from the cases
-   asked, each predicted without itself; a Student law of these errors gives h.
+   a small part of what was found, or three quarters of the budget are spent. How wrong predictions are is seen from the
+   cases asked, each predicted without itself; a Student law of these errors gives h.
 3. *Weigh*: of all others each is asked with a probability π(v) ∝ p √h, up to 1, and
 
    .. math:: \hat P = \sum_{\text{asked before}} p \, \mathbf 1_C + \sum_{\text{asked now}} \frac{p}{\pi} \mathbf 1_C
@@ -348,11 +348,8 @@ class _Campaign:
 
     def _particles(self, hits: np.ndarray, log_w: Floats) -> Particles | None:
         rng = generator(child_seed(self.seed, Stream.PLACE))
-        rows = hits
-        if len(hits) > self.tuning.particles:
-            drawn = diagnostics.systematic_resample(log_w, self.tuning.particles, rng)
-            chosen, counts = np.unique(drawn, return_counts=True)
-            rows, log_w = hits[chosen], np.log(counts)
+        chosen, share = diagnostics.thinned(np.exp(log_w), self.tuning.particles)
+        rows, log_w = hits[chosen], np.log(share)
         z = np.zeros((len(rows), self.event.dim))
         z, kept = placed(self.event, self.strata.sites, self.strata.held(rows), z, rng)
         if not kept.any():

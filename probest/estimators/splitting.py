@@ -138,7 +138,7 @@ class _Campaign:
         z = rng.standard_normal((n, self.event.dim))
         severity = self.meter.evaluate(z).severity
         levels: list[float] = []
-        log_prob = 0.0
+        log_prob, accepted = 0.0, 1.0
         while True:
             level = float(np.quantile(severity, 1.0 - method.survive, method="higher"))
             if levels and level <= levels[-1]:  # more than that share is alike: the next severity that there is
@@ -152,13 +152,13 @@ class _Campaign:
             alive = np.flatnonzero(severity >= level)
             log_prob += math.log(len(alive) / n)
             levels.append(level)
-            self.way.append(Level.of(severity, log_prob, len(alive) / n))
+            self.way.append(Level.of(severity, log_prob, accepted))
             if level >= 0.0:
                 return levels
             if self.meter.calls + n * method.sweeps > most:
                 return Note(Code.UNREACHED, "the budget does not reach from the first draws to the event: raise it.")
             rows = alive[rng.integers(len(alive), size=n)]
-            z, severity = self._move(z[rows], severity[rows], level, rng)
+            z, severity, accepted = self._move(z[rows], severity[rows], level, rng)
 
     def _climb(self, levels: list[float], island: int) -> _Climb:
         rng, n = generator(child_seed(self.seed, Stream.ISLAND, island)), self.method.particles
@@ -174,10 +174,13 @@ class _Campaign:
                 z, severity = z[alive], severity[alive]
                 break
             rows = alive[rng.permutation(n) % len(alive)]
-            z, severity = self._move(z[rows], severity[rows], level, rng)
+            z, severity, _ = self._move(z[rows], severity[rows], level, rng)
         return _Climb(log_prob, z, severity)
 
-    def _move(self, z: Floats, severity: Floats, level: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    def _move(
+        self, z: Floats, severity: Floats, level: float, rng: np.random.Generator
+    ) -> tuple[Floats, Floats, float]:
+        """The population moved above a level, and the share of its last moves that stayed there."""
         n, dim = z.shape
         for _ in range(self.method.sweeps):
             place = np.arange(dim)
@@ -188,7 +191,7 @@ class _Campaign:
             found = self.meter.evaluate(proposed).severity
             kept = found >= level
             z, severity = np.where(kept[:, None], proposed, z), np.where(kept, found, severity)
-        return z, severity
+        return z, severity, float(kept.mean())
 
     def _conclude(self, islands: list[_Climb]) -> Evidence:
         method, log_w = self.method, _log(islands)
@@ -216,18 +219,15 @@ class _Campaign:
             diagnostics={"islands": float(len(islands)), "island_ess": worth, "levels": float(len(self.way))},
             notes=tuple(notes),
             levels=tuple(self.way),
-            batches=tuple(log_w.tolist()),
+            batches=tuple(log_w[: method.tuning.first].tolist()),  # how many others there are, these have decided
         )
 
     def _particles(self, islands: list[_Climb]) -> Particles:
         own = [np.full(len(one.z), one.log_prob - math.log(len(one.z))) for one in islands if len(one.z)]
         z, severity = (np.concatenate([getattr(one, name) for one in islands]) for name in ("z", "severity"))
         log_w = np.concatenate(own)
-        if len(z) > self.method.tuning.kept:
-            drawn = diagnostics.systematic_resample(log_w, self.method.tuning.kept)
-            rows, counts = np.unique(drawn, return_counts=True)
-            z, severity, log_w = z[rows], severity[rows], np.log(counts)
-        return Particles(z, log_w - diagnostics.log_sum_exp(log_w), severity)
+        rows, share = diagnostics.thinned(np.exp(log_w - log_w.max()), self.method.tuning.kept)
+        return Particles(z[rows], np.log(share), severity[rows])
 
 
 def _log(islands: list[_Climb]) -> Floats:

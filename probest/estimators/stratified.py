@@ -195,22 +195,36 @@ class Stratified:
 
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """The strata's evidence and their sum; that of ``inner`` alone where the event has no strata."""
-        strata, left = None, budget
+        strata, guided, left = None, None, budget
+        if self._listable(event, budget):
+            guided = self._kriging.run(event, budget=left, seed=child_seed(seed, Stream.KRIGED))
+            left -= guided.calls
+            if math.isfinite(guided.conclusion.log_prob) or left < 1:
+                return guided
         if isinstance(event, Event) and (budget >= _LEAST or not event.composition.closed_loop):
             before = event.model_calls
             strata = strata_of(event, self.max_strata)
             left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
-        guided = self._guided(event, strata, left, seed)
-        if guided is not None:
-            left -= guided.calls
-            whole = guided.conclusion.method == Kriging().name and math.isfinite(guided.conclusion.log_prob)
-            if guided.conclusion.converged or whole or left < 1:
+        if guided is None:
+            guided = self._guided(event, strata, left, seed)
+            left -= 0 if guided is None else guided.calls
+            if guided is not None and (guided.conclusion.converged or left < 1):
                 return replace(guided, calls=budget - left)
         if strata is None or len(strata) < 2 or left < len(strata):
             run = self.inner.run(event, budget=left, seed=seed)
         else:
             run = _Campaign(self, strata, seed, left=left, budget=left).run()
         return _with_guided(run, guided, budget - left)
+
+    @property
+    def _kriging(self) -> Kriging:
+        return Kriging(precision=self.precision)
+
+    def _listable(self, event: EventLike, budget: int) -> bool:
+        """Whether there are discrete sites alone, too many combinations for strata and few enough to list."""
+        if event.weighted or event.boolean or budget < self.tuning.least_guided:
+            return False
+        return self.max_strata < combinations(event) <= self._kriging.most
 
     def _guided(self, event: EventLike, strata: Strata | None, left: int, seed: np.random.SeedSequence) -> Run | None:
         """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
@@ -219,9 +233,6 @@ class Stratified:
         logs = sum(site.size * math.log(len(site.choices)) for site in listed_sites(event))
         if logs <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
             return None
-        kriging = Kriging(precision=self.precision)
-        if 2 <= combinations(event) <= kriging.most and not event.boolean:
-            return kriging.run(event, budget=left, seed=child_seed(seed, Stream.KRIGED))
         method = CrossEntropy(precision=self.precision)
         return method.run(event, budget=int(self.tuning.guided * left), seed=child_seed(seed, Stream.GUIDED))
 
