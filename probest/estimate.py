@@ -17,6 +17,7 @@ from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
+from probest.estimators.learned import LearnedProposal, is_text
 from probest.estimators.splitting import Splitting
 from probest.estimators.stratified import Stratified
 from probest.estimators.whitened import Whitened
@@ -40,8 +41,6 @@ MAX_SHARED = 2_000
 DRAWN = 500
 GRADIENT_LINES = 400
 PRECISION = 0.05
-TEXT = "TokenSequences"
-"""The law of a site of text (:mod:`probest.adversaries.language`)."""
 
 
 def estimate(
@@ -202,9 +201,9 @@ def _share(joint: Estimate, below: Estimate, left: int, seed: np.random.SeedSequ
 
 
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
-    """The default strategy; over the strata of discrete sites, where there are some; splitting, for text alone."""
-    if not event.weighted and all(site.distribution == TEXT for site in event.sites):
-        return Splitting(precision=precision)
+    """The default strategy; over the strata of discrete sites, where there are some; a learned twist, for text."""
+    if not event.weighted and is_text(event):
+        return Splitting(precision=precision) if event.composition.closed_loop else LearnedProposal(precision=precision)
     inner = Combined(precision=precision)
     if event.weighted and event.differentiable and not event.discrete_sites:
         return Whitened(inner)

@@ -223,7 +223,7 @@ def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
     with torch.no_grad():
         truth = float(lm().log_prob(every)[hit].logsumexp(0))
     result = estimate(problem, budget=30_000, progress=False)
-    assert result.conclusion.method == "splitting"
+    assert result.conclusion.method == "learned proposal"
     assert result.calls <= 30_000
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
     assert result.std_error < 0.3

@@ -15,18 +15,25 @@ by one pass over the whole sequence.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from probest.programs.maps import GaussianMap
 
-__all__ = ["CausalLM", "LanguageModelError", "TokenSequences"]
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["CausalLM", "LanguageAdversary", "LanguageModelError", "Shared", "TokenSequences", "models_of"]
 
 
 class LanguageModelError(ValueError):
@@ -39,6 +46,9 @@ class _Prompts(NamedTuple):
     ids: Tensor
     mask: Tensor
 
+
+Twister = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""log-probabilities of the next token ``(n, vocabulary)``, last states, tokens before and the step, to others."""
 
 _MOST = 50_000_000  # log-probabilities that are alive at once
 
@@ -101,7 +111,7 @@ class CausalLM(nn.Module):
         self.vocabulary = int(config.vocab_size)
         self.eos = _first(eos_token_id, getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None))
         pad = _first(pad_token_id, getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
-        self.pad = _first(pad, self.eos, 0)
+        self.pad = int(_first(pad, self.eos, 0))
         self.batched = not isinstance(prompt, str) and not _is_ids(prompt)
         prompts = list(prompt) if self.batched else [prompt]
         if not prompts:
@@ -212,17 +222,27 @@ class CausalLM(nn.Module):
 
         rows: the prompt of each sequence, ``(n,)``.
         """
+        return self._read(rows, tokens)[0]
+
+    def _read(self, rows: Tensor, tokens: Tensor, *, states: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`_step_log_probs` gives; the model's last states ``(n, length, width)`` too where asked for."""
         ids = torch.cat([self.prompt_ids[rows], tokens[:, :-1]], dim=1)
         mask = torch.cat([self.prompt_mask[rows], self._alive(tokens)[:, :-1].long()], dim=1)
-        place = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits
-        return self._log_softmax(logits[:, -self.max_new_tokens :], slice(None))
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+            output_hidden_states=states,
+        )  # fmt: skip
+        log_p = self._log_softmax(out.logits[:, -self.max_new_tokens :], slice(None))
+        return log_p, out.hidden_states[-1][:, -self.max_new_tokens :] if states else None
 
     @torch.no_grad()
-    def _written(self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _written(
+        self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None, twist: Twister | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sequences that keep the first ``cut`` ``(n,)`` of ``kept`` tokens and draw the rest; log-probabilities.
 
-        z: standard normals ``(n, max_new_tokens)`` that each draw is a function of; None draws at random.
+        z: standard normals ``(n, max_new_tokens)`` that each draw is a function of; None draws at random. twist: of the
+        law of the next token, by the model's last state and the token before.
         """
         n, ids, mask = len(rows), self.prompt_ids[rows], self.prompt_mask[rows]
         tokens = torch.full((n, self.max_new_tokens), self.pad, dtype=torch.long, device=ids.device)
@@ -230,9 +250,14 @@ class CausalLM(nn.Module):
         alive = torch.ones(n, dtype=torch.bool, device=ids.device)
         past, at, feed = None, (mask.cumsum(1) - 1).clamp(min=0), ids
         for t in range(self.max_new_tokens):
-            out = self.model(input_ids=feed, attention_mask=mask, position_ids=at, past_key_values=past, use_cache=True)
+            out = self.model(
+                input_ids=feed, attention_mask=mask, position_ids=at, past_key_values=past, use_cache=True,
+                output_hidden_states=twist is not None,
+            )  # fmt: skip
             past = out.past_key_values
             step = self._log_softmax(out.logits[:, -1], t)
+            if twist is not None:
+                step = twist(step, out.hidden_states[-1][:, -1], feed[:, -1], t)
             drawn = torch.multinomial(step.exp(), 1)[:, 0] if z is None else _quantile(step.exp(), z[:, t].double())
             token = torch.where(cut > t, kept[:, t], drawn)
             gain = step.gather(1, token[:, None])[:, 0]
@@ -249,6 +274,23 @@ class CausalLM(nn.Module):
         return tokens, log_p
 
 
+class Writer(Protocol):
+    """What a law of token sequences asks of its language model: see :class:`CausalLM`."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def pad(self) -> int: ...
+    def _alive(self, tokens: Tensor) -> Tensor: ...
+    def _assert_deterministic(self) -> None: ...
+    def _step_log_probs(self, rows: Tensor, tokens: Tensor) -> Tensor: ...
+    def _written(self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
 class TokenSequences(TorchDistribution):
     """Sequences of tokens that a :class:`CausalLM` writes: event ``(max_new_tokens,)``, int64; padding after the end.
 
@@ -258,7 +300,7 @@ class TokenSequences(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
-    def __init__(self, lm: CausalLM, rows: Tensor) -> None:
+    def __init__(self, lm: Writer, rows: Tensor) -> None:
         self.lm, self.rows = lm, rows
         super().__init__(rows.shape, torch.Size((lm.max_new_tokens,)), validate_args=False)
 
@@ -305,6 +347,24 @@ class TokenSequences(TorchDistribution):
         rows = self.rows.expand(shape).reshape(-1)
         flat = z.expand((*shape, self.lm.max_new_tokens)).reshape(-1, self.lm.max_new_tokens)
         return self._redrawn(rows, torch.zeros_like(flat).long(), torch.zeros_like(rows), shape, flat)[0]
+
+    @torch.no_grad()
+    def to_normals(self, value: Tensor, uniform: Tensor) -> Tensor:
+        """Normals that :meth:`from_normals` makes these sequences of, both ``(..., max_new_tokens)``.
+
+        uniform: numbers between 0 and 1 of the same shape, that say where in its interval each normal is. Uniform and
+        independent of the sequences they make normals of the law given the sequence. After the end all are in it.
+        """
+        steps = self._of_steps(value, lambda steps, tokens: steps).exp()  # noqa: ARG005
+        at = value.long().clamp(0, self.lm.vocabulary - 1)[..., None]
+        own = steps.gather(-1, at)[..., 0]
+        below = (steps.cumsum(-1).gather(-1, at)[..., 0] - own).clamp(min=0.0)
+        above = (steps.flip(-1).cumsum(-1).flip(-1).gather(-1, at)[..., 0] - own).clamp(min=0.0)
+        tokens = value.reshape(-1, self.lm.max_new_tokens)
+        alive = self.lm._alive(tokens).reshape(value.shape)
+        low = torch.where(alive, below + uniform * own, uniform)
+        high = torch.where(alive, above + (1.0 - uniform) * own, 1.0 - uniform)
+        return torch.where(low < 0.5, torch.special.ndtri(low), -torch.special.ndtri(high))
 
     def gaussian_map(self) -> GaussianMap:
         """How probest draws it: all cases of a batch at once, by one pass a token."""
@@ -375,6 +435,143 @@ class TokenSequences(TorchDistribution):
         return whole.reshape((*shape, *whole.shape[1:]))
 
 
+class LanguageAdversary(nn.Module):
+    """An adversary whose language models are its own copies of those it was made from, to be fine-tuned.
+
+    It is a Pyro program like any other: a problem's adversary, or what :func:`probest.search` learns. The originals,
+    the prior, stay as they are.
+
+    Args:
+        program: a :class:`CausalLM`, which is drawn as a site ``site``; begin with a prompt and it is that prompt's
+            adversary. Or a program without arguments that draws text from such models: it is run with copies of them.
+        site: name of the site, of a :class:`CausalLM`.
+        lora: a ``peft.LoraConfig``: adapters are trained, instead of all parameters.
+        twist: what is trained is a small network beside the model, which stays as it is and is shared
+            (:mod:`probest.adversaries.twists`); needs far fewer texts to learn from.
+
+    Raises:
+        LanguageModelError: the program draws no text.
+        ImportError: ``lora`` is given, and peft is not installed.
+    """
+
+    def __init__(
+        self, program: CausalLM | Callable[[], Any], *, site: str = "text", lora: Any = None, twist: bool = False
+    ) -> None:
+        super().__init__()
+        if twist and lora is not None:
+            raise LanguageModelError("lora and twist exclude each other: a twist leaves the model as it is")
+        self._program = Shared(_drawing(program, site) if isinstance(program, CausalLM) else program)
+        found = models_of(self._program.value)
+        if not found:
+            raise LanguageModelError("program draws no text: give a CausalLM, or a program with a site drawn from one")
+        self.sites = list(found)
+        if twist:
+            from probest.adversaries.twists import TwistedLM
+
+            self.models = nn.ModuleList(TwistedLM(lm) for lm in found.values())
+        else:
+            self.models = nn.ModuleList(copy.deepcopy(lm).requires_grad_(True) for lm in found.values())
+        if lora is not None:
+            self._adapt(lora)
+
+    def forward(self) -> Any:
+        """Run the program, its text by these models."""
+        with _Instead(dict(zip(self.sites, self.models, strict=True))):
+            return self._program.value()
+
+    @property
+    def lm(self) -> Any:
+        """The language model, of the first site."""
+        return self.models[0]
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write what is trained, one folder a site: models and adapters as transformers and peft read them."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, lm in enumerate(self.models):
+            if isinstance(lm, CausalLM):
+                cast(Any, lm.model).save_pretrained(folder / str(i))
+            else:
+                save_file(lm.state_dict(), folder / f"{i}.safetensors")
+        (folder / "sites.json").write_text(json.dumps(self.sites))
+
+    def load_pretrained(self, path: str | os.PathLike[str]) -> LanguageAdversary:
+        """Go on from what :meth:`save_pretrained` wrote of an adversary like this one. Returns itself.
+
+        Raises LanguageModelError if it was of other sites.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        sites = json.loads((folder / "sites.json").read_text())
+        if sites != self.sites:
+            raise LanguageModelError(f"{folder} is of the sites {sites}; this adversary draws {self.sites}")
+        for i, lm in enumerate(self.models):
+            if not isinstance(lm, CausalLM):
+                lm.load_state_dict(load_file(folder / f"{i}.safetensors"))
+            elif hasattr(lm.model, "peft_config"):
+                from peft import set_peft_model_state_dict
+
+                set_peft_model_state_dict(lm.model, load_file(folder / str(i) / "adapter_model.safetensors"))
+            else:
+                lm.model.load_state_dict(load_file(folder / str(i) / "model.safetensors"), strict=False)
+        return self
+
+    def _adapt(self, lora: Any) -> None:
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise ImportError("lora needs peft: pip install 'probest[lm]'") from error
+        for lm in self.models:
+            own = cast(CausalLM, lm)
+            own.model = get_peft_model(own.model, lora).eval()
+
+
+class Shared:
+    """What copies of its owner share with it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+class _Instead(Messenger):
+    """Sites of text are drawn from these models, with the same prompts."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        super().__init__()
+        self.models = models
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.models and isinstance(msg["fn"], TokenSequences):
+            msg["fn"] = TokenSequences(self.models[msg["name"]], msg["fn"].rows)
+
+
+def _drawing(lm: CausalLM, site: str) -> Callable[[], Tensor]:
+    return lambda: pyro.sample(site, lm())
+
+
+def models_of(program: Callable[[], Any]) -> dict[str, CausalLM]:
+    """The language model of each site of text, by name. Draws once.
+
+    Raises LanguageModelError for a site that is drawn with a twist.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        nodes = pyro.poutine.trace(program).get_trace().nodes
+    found: dict[str, CausalLM] = {}
+    for name, site in nodes.items():
+        law: Any = site.get("fn")
+        if isinstance(law, TokenSequences):
+            if not isinstance(law.lm, CausalLM):
+                raise LanguageModelError(f"site {name!r} is drawn with a twist already: give the program without one")
+            found[name] = law.lm
+    return found
+
+
 class _Together(torch.autograd.Function):
     """A function of rows, as an operation that vmap hands a whole batch. Autograd sees what it does with that."""
 
@@ -413,7 +610,7 @@ class _Written(constraints.Constraint):
     is_discrete = True
     event_dim = 1
 
-    def __init__(self, lm: CausalLM) -> None:
+    def __init__(self, lm: Writer) -> None:
         self.lm = lm
         super().__init__()
 
@@ -421,7 +618,7 @@ class _Written(constraints.Constraint):
         tokens = value.reshape(-1, value.shape[-1])
         inside = (tokens >= 0) & (tokens < self.lm.vocabulary) & (tokens == tokens.round())
         padded = self.lm._alive(tokens) | (tokens == self.lm.pad)
-        return cast(Tensor, (inside & padded).all(-1).reshape(value.shape[:-1]))
+        return (inside & padded).all(-1).reshape(value.shape[:-1])
 
 
 def _first(*values: Any) -> Any:

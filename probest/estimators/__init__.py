@@ -10,6 +10,7 @@ from probest.estimators.combined import Combined
 from probest.estimators.cross_entropy import CrossEntropy
 from probest.estimators.importance import Importance
 from probest.estimators.kriging import Kriging
+from probest.estimators.learned import LearnedProposal
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation
 from probest.estimators.monte_carlo import MonteCarlo
@@ -47,6 +48,7 @@ __all__ = [
     "Families",
     "Importance",
     "Kriging",
+    "LearnedProposal",
     "LineSampling",
     "Meter",
     "MomentPropagation",

@@ -39,13 +39,14 @@ from scipy import special
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
 from probest.estimators.base import Need, check_least, check_needs, check_precision
+from probest.estimators.weighing import Trust, chosen, weighed
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.base import Site
 from probest.programs.event import Event
 from probest.programs.strata import columns_of, free_of, placed
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import imprecise, reach, wanted_error, with_room
+from probest.verdict import with_room
 
 __all__ = ["CrossEntropy", "listed_sites"]
 
@@ -344,21 +345,11 @@ class _Campaign:
 
     def _learn(self, found: _Found) -> tuple[_Chain, bool]:
         """A guide for the highest of what was drawn, and whether that is the event with its own weights."""
-        tuning, log_w, pool = self.method.tuning, self._log_w(found), found.pool
-        recent = pool.severity[-found.mixture.counts[-1] :]
-        level = min(0.0, float(np.quantile(recent, 1.0 - tuning.elite)))
-        least = min(tuning.effective, 0.3 * len(recent))
-        if np.count_nonzero(pool.severity >= 0.0) >= 0.2 * least:
-            level = 0.0
-        inside = np.flatnonzero((pool.severity >= level) & np.isfinite(log_w))
-        if not len(inside):
-            inside = np.flatnonzero(np.isfinite(log_w))
-        high = log_w[inside]
-        least = min(least, 0.5 * len(inside))
-        equal, share = np.zeros(len(high)), least / len(high)
-        power = diagnostics.next_temperature(equal, lambda power: power * high, easy=0.0, hard=1.0, target=share)
-        weight = np.exp(power * high - diagnostics.log_sum_exp(power * high))
-        return self._fit(pool.v[inside], pool.u[inside], weight), level >= 0.0 and power == 1.0
+        tuning, pool = self.method.tuning, found.pool
+        rows, weight, reached = chosen(
+            pool.severity, self._log_w(found), found.mixture.counts[-1], elite=tuning.elite, effective=tuning.effective
+        )
+        return self._fit(pool.v[rows], pool.u[rows], weight), reached
 
     def _fit(self, v: Indices, u: Floats, weight: Floats) -> _Chain:
         tuning, count, most = self.method.tuning, len(self.elements), self.possible.shape[1]
@@ -417,55 +408,15 @@ class _Campaign:
         both = _Mixture([guide, wide], [n - few, few])
         fresh = self._draw(guide, n - few, rng).plus(self._draw(wide, few, rng))
         log_w = np.where(fresh.severity >= 0.0, fresh.log_p - both.log_density(fresh.v, fresh.u), -np.inf)
-        log_prob, error = diagnostics.log_mean_exp(log_w)
-        ess, khat = diagnostics.effective_sample_size(log_w), diagnostics.pareto_khat(log_w)
         found = found.plus(_Found(fresh, both, share))
-        pool = found.pool
-        pooled = np.where(pool.severity >= 0.0, self._log_w(found), -np.inf)
-        second, second_error = diagnostics.log_mean_exp(pooled)
-        notes = self._complaints(log_prob, error, ess, khat, second, second_error, log_w)
-        if not math.isfinite(log_prob):
-            return self._nothing(notes[0])
-        lower, upper = diagnostics.mean_interval(log_w)
-        if second > log_prob + reach(error, second_error):
-            upper = max(upper, second + 2.0 * min(second_error, 1.0))
-        return Evidence(
-            method=self.method.name,
-            log_prob=min(log_prob, 0.0),
-            std_error=error,
-            interval=(lower, min(upper, 0.0)),
-            claim="consistent",
-            calls=self.meter.calls,
-            seconds=self.meter.seconds,
-            converged=not notes,
-            particles=self._particles(pool, pooled),
-            diagnostics={
-                "ess": ess,
-                "khat": khat,
-                "pooled": second,
-                "samples": float(n),
-                "elements": float(len(self.elements)),
-            },
-            notes=tuple(notes),
-            batches=diagnostics.batch_means(rng.permutation(log_w)),
-        )
-
-    def _complaints(
-        self, log_prob: float, error: float, ess: float, khat: float, second: float, second_error: float, log_w: Floats
-    ) -> list[Note]:
-        notes, tuning = [], self.method.tuning
-        hits = int(np.count_nonzero(np.isfinite(log_w)))
-        if not hits:
-            return [Note(Code.NO_HITS, "no fresh draw of the guide was a catastrophe: raise the budget.")]
-        largest = float(np.exp(np.max(log_w) - diagnostics.log_sum_exp(log_w)))
-        if khat > tuning.heavy and largest > tuning.largest and ess < 0.4 * hits:
-            notes.append(Note(Code.HEAVY_TAILS, f"the weights are heavy-tailed (k̂ = {khat:.2f}): raise the budget."))
-        if ess < tuning.few:
-            notes.append(Note(Code.FEW_COUNT, f"only {ess:.0f} effective samples: raise the budget."))
-        if abs(second - log_prob) > reach(error, second_error):
-            sentence = "fresh draws and all draws as one disagree: the guide misses catastrophes; raise the budget."
-            notes.append(Note(Code.DISAGREE, sentence))
-        return [*notes, *imprecise(error, wanted_error(self.method.precision))]
+        pooled = np.where(found.pool.severity >= 0.0, self._log_w(found), -np.inf)
+        evidence = weighed(
+            self.method.name, log_w, pooled,
+            trust=Trust(tuning.heavy, tuning.largest, tuning.few), precision=self.method.precision,
+            particles=self._particles(found.pool, pooled), calls=self.meter.calls, seconds=self.meter.seconds, rng=rng,
+        )  # fmt: skip
+        elements = float(len(self.elements))
+        return replace(evidence, diagnostics={**evidence.diagnostics, "elements": elements})
 
     def _particles(self, pool: _Drawn, log_w: Floats) -> Particles | None:
         rng = generator(child_seed(self.seed, Stream.PLACE))

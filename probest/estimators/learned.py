@@ -1,0 +1,400 @@
+r"""Importance sampling of text from the adversary with a learned twist: the default for language models.
+
+With p the law of the adversary's text and q that with a twist (:mod:`probest.adversaries.twists`),
+
+.. math:: P = E_q\!\left[\mathbf 1_C(x) \, \frac{p(x)}{q(x)}\right].
+
+1. *Look*: plain draws. Where these suffice, that is all.
+2. *Foresee*: learn from them where severities end, prefix by prefix, and draw with levels further and further out.
+3. *Learn* (the cross-entropy method): fit log q - log p to what it has to be on all that was drawn, where the severity
+   is among the highest; draw; again, until the level is 0 and enough of the weights count.
+4. *Look again*: the same from the start with other draws. What the second search finds where the first hardly ever
+   draws is new, and leaves room for what neither found (:func:`probest.verdict.with_room`).
+5. *Weigh*: fresh draws of the best of both, fixed now, with a share of the adversary itself, so that no weight is
+   above one over that share. Their number is fixed beforehand (Stein 1945). All draws of the searches, each search as
+   one mixture, estimate P a second time: that may not be higher. (It is a little low, since twists know single texts
+   that they were fitted to, and weigh them less.)
+
+Both searches follow the same severity: what is isolated from everything that is nearly a catastrophe is found by
+neither. It fails where a small network cannot learn from so many texts what catastrophes have in common; few weights
+count then, and it says so.
+
+References: Zhao et al. (2024), Probabilistic inference in language models via twisted sequential Monte Carlo;
+Rubinstein & Kroese (2004), The cross-entropy method; Hesterberg (1995), Weighted average importance sampling and
+defensive mixture distributions; Stein (1945).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+from probest import diagnostics
+from probest.budget import Meter, UndefinedError
+from probest.estimators.base import Need, UnmetNeedError, check_least, check_needs, check_precision
+from probest.estimators.weighing import Trust, weighed
+from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
+from probest.guides.base import allocate
+from probest.guides.program import BoundProgram, ProgramGuide
+from probest.programs.event import Event
+from probest.seeds import child_seed, generator
+from probest.tuning import tuned
+from probest.verdict import with_room
+
+if TYPE_CHECKING:
+    from probest.adversaries.language import LanguageAdversary
+    from probest.adversaries.twists import Texts
+
+__all__ = ["TEXT", "LearnedProposal", "is_text"]
+
+TEXT = "TokenSequences"
+"""The law of a site of text (:mod:`probest.adversaries.language`)."""
+_LANGUAGE = "language.py"
+Values = dict[str, np.ndarray]
+Guides = Sequence["LanguageAdversary | None"]
+"""Laws to draw from; None is the adversary itself."""
+
+
+def is_text(event: EventLike) -> bool:
+    """Whether all that the adversary draws is text."""
+    return isinstance(event, Event) and all(site.distribution == TEXT for site in event.sites)
+
+
+class Stream(IntEnum):
+    """Names of the seeds of a run."""
+
+    LEARN = 0
+    AGAIN = 1
+    WEIGH = 2
+    PLACE = 3
+
+
+@dataclass(frozen=True)
+class LearnedTuning:
+    """How a proposal is learned. Set by hand on the problems of benchmarks/language.py."""
+
+    look: float = tuned(0.05, "of the budget, for the plain draws that a search begins with", _LANGUAGE)
+    levels: tuple[float, ...] = tuned((2.0, 3.0, 4.0), "standard deviations, that are aimed at first", _LANGUAGE)
+    batch: float = tuned(0.03, "of the budget, for a round", _LANGUAGE)
+    share: float = tuned(0.6, "of the budget, at most, for both searches", _LANGUAGE)
+    elite: float = tuned(0.1, "of a round, whose severities make the next level", _LANGUAGE)
+    hits: int = tuned(30, "catastrophes from which on the level is 0", _LANGUAGE)
+    steep: float = tuned(5.0, "slope of log q over the upper quarter of a round, in nats", _LANGUAGE)
+    high: float = tuned(0.5, "of what is learned from, that is at the level", _LANGUAGE)
+    prior: float = tuned(0.1, "share of draws that the adversary itself makes", _LANGUAGE)
+    seen: float = tuned(20.0, "draws of a search for each catastrophe of a kind, from which on it is known", _LANGUAGE)
+    enough: float = tuned(100.0, "effective draws of a search, before which it does not end", _LANGUAGE)
+    heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
+    largest: float = tuned(0.02, "share of one weight below which their shape tells nothing", _LANGUAGE)
+    few: float = tuned(50.0, "effective draws that are too few to conclude from", _LANGUAGE)
+    kept: int = tuned(400, "catastrophes, at most", "memory")
+
+
+@dataclass(frozen=True)
+class LearnedProposal:
+    """Importance sampling of text from the adversary with a learned twist.
+
+    precision: wanted standard error of log P; None spends the budget. rounds: of learning in a search, at most.
+    """
+
+    precision: float | None = 0.05
+    rounds: int = 8
+    tuning: LearnedTuning = field(default_factory=LearnedTuning, repr=False)
+    needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_least(self, rounds=1)
+
+    @property
+    def name(self) -> str:
+        return "learned proposal"
+
+    def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
+        """Look, learn twice, weigh. Raises UnmetNeedError where the adversary draws anything but text."""
+        check_needs(self, event)
+        if not isinstance(event, Event) or not is_text(event) or event.composition.closed_loop:
+            raise UnmetNeedError(
+                "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
+                "arguments. Use Splitting"
+            )
+        return Run.of(_Campaign(self, event, Meter(event, budget), seed).run())
+
+
+class _Pool(NamedTuple):
+    """Draws of several guides, judged. log_q ``(n, guides)``; counts ``(guides,)``: draws of each."""
+
+    values: Values
+    texts: Texts
+    severity: Floats
+    log_q: Floats
+    counts: np.ndarray
+
+    @property
+    def mixed(self) -> Floats:
+        """log-density of all guides as one mixture."""
+        given = self.counts > 0
+        parts = self.log_q[:, given] + np.log(self.counts[given] / self.counts.sum())
+        return np.asarray(np.logaddexp.reduce(parts, axis=1))
+
+    @property
+    def log_w(self) -> Floats:
+        """log-weight of each draw, ``-inf`` where it is no catastrophe."""
+        return np.where(self.severity >= 0.0, self.texts.own - self.mixed, -np.inf)
+
+    def plus(self, other: _Pool) -> _Pool:
+        """Both, of the same guides."""
+        return _Pool(
+            {name: np.concatenate([value, other.values[name]]) for name, value in self.values.items()},
+            self.texts.plus(other.texts),
+            np.concatenate([self.severity, other.severity]),
+            np.concatenate([self.log_q, other.log_q]),
+            self.counts + other.counts,
+        )
+
+    def under(self, guide: LanguageAdversary) -> _Pool:
+        """With one guide more, which has not drawn yet."""
+        column = self.texts.density(guide)[:, None]
+        return self._replace(log_q=np.concatenate([self.log_q, column], axis=1), counts=np.append(self.counts, 0))
+
+
+@dataclass
+class _Campaign:
+    """One run."""
+
+    method: LearnedProposal
+    event: Event
+    meter: Meter
+    seed: np.random.SeedSequence
+
+    def __post_init__(self) -> None:
+        from probest.adversaries import twists  # torch and pyro, which no import of probest should wait for
+
+        self.twists = twists
+        self.fit = twists.Fit()
+        self.untwisted = twists.untwisted(self.event.parts.adversary)
+        self.bound: BoundProgram = ProgramGuide(self.untwisted, params=self.event.parts.params).bind(self.event)
+
+    def run(self) -> Evidence:
+        tuning, meter = self.method.tuning, self.meter
+        size = int(tuning.look * meter.budget)
+        if size < 50:
+            return self._nothing(Note(Code.BUDGET_SPENT, "the budget does not reach to look: give some thousands."))
+        rng = generator(child_seed(self.seed, Stream.LEARN))
+        plain = self._drawn((None,), [size], rng)
+        wanted = self._plain(plain)
+        if wanted is not None:
+            fresh = self._drawn((None,), [wanted], rng)
+            return self._conclude(fresh, [plain], rng)
+        first = _Search(self, plain, rng).run((1.0 - 0.5 * tuning.share) * meter.budget)
+        rng = generator(child_seed(self.seed, Stream.AGAIN))
+        plain = self._drawn((None,), [size], rng)
+        second = _Search(self, plain, rng).run((1.0 - tuning.share) * meter.budget)
+        if not any(np.any(one.pool.severity >= 0.0) for one in (first, second)):
+            return self._in_vain([first.pool, second.pool])
+        rng = generator(child_seed(self.seed, Stream.WEIGH))
+        guides, shares = (None, first.best, second.best), np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)])
+        counts = allocate(self._wanted([first, second], guides, shares), shares, rng)
+        evidence = self._conclude(self._drawn(guides, counts, rng), [first.pool, second.pool], rng)
+        return self._second_look(evidence, first, second)
+
+    # --- draws -------------------------------------------------------------------------------------------------------
+
+    def _drawn(self, guides: Guides, counts: Any, rng: np.random.Generator) -> _Pool:
+        """So many draws of each guide (None is the adversary itself), judged, a call each."""
+        counts = np.asarray(counts, dtype=np.intp)
+        drawn = []
+        for guide, n in zip(guides, counts.tolist(), strict=True):
+            if n:
+                parts = self.event.parts if guide is None else self.bound.parts._replace(adversary=guide)
+                z = rng.standard_normal((n, self.event.dim))
+                drawn.append(self.bound.values(parts, self.event.sites, z))
+        values = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
+        n = int(counts.sum())
+        self.meter.charge(n)
+        severity = self.event.evaluate(np.zeros((n, self.event.dim)), held=values).severity
+        if np.isnan(severity).any():
+            raise UndefinedError("the severity is NaN: return a number, or -inf where there can be no catastrophe")
+        texts = self.twists.Texts.of(self.untwisted, values)
+        log_q = np.stack([texts.own if guide is None else texts.density(guide) for guide in guides], axis=1)
+        return _Pool(values, texts, severity, log_q, counts)
+
+    def _plain(self, pool: _Pool) -> int | None:
+        """How many plain draws reach the precision, where the budget has them: then nothing needs to be learned."""
+        hits, n, precision = int(np.count_nonzero(pool.severity >= 0.0)), len(pool.severity), self.method.precision
+        if hits < 10 or precision is None:
+            return None
+        wanted = math.ceil(1.3 * (n / hits - 1.0) / precision**2) + 100
+        return max(wanted, n) if wanted <= self.meter.left else None
+
+    def _in_vain(self, pools: list[_Pool]) -> Evidence:
+        """What is left of the budget, as plain draws: a bound, where these find nothing either."""
+        rng = generator(child_seed(self.seed, Stream.WEIGH))
+        rest = self._drawn((None,), [max(self.meter.left, 1)], rng)
+        if np.any(rest.severity >= 0.0):
+            return self._conclude(rest, pools, rng)
+        plain = sum(int(pool.counts[0]) for pool in (*pools, rest))
+        note = Note(Code.NO_HITS, "no catastrophe was found: raise the budget.")
+        return self._nothing(note, upper=diagnostics.binomial_interval(0, plain)[1])
+
+    # --- weighing ----------------------------------------------------------------------------------------------------
+
+    def _wanted(self, searches: list[_Search], guides: Guides, shares: Floats) -> int:
+        """How many fresh draws reach the precision, by the second moment of their weights on what was found."""
+        left, precision = self.meter.left, self.method.precision
+        if precision is None:
+            return left
+        most = 0.0
+        for search in searches:
+            log_w, pool = search.pool.log_w, search.pool
+            hit = np.flatnonzero(np.isfinite(log_w))
+            if not len(hit):
+                return left
+            texts = pool.texts.at(hit)
+            log_q = np.stack([texts.own if guide is None else texts.density(guide) for guide in guides], axis=1)
+            mixed = np.logaddexp.reduce(log_q + np.log(shares), axis=1)
+            share = np.exp(log_w[hit] - diagnostics.log_sum_exp(log_w[hit]))
+            log_p = diagnostics.log_mean_exp(log_w)[0]
+            most = max(most, float(share @ np.exp(np.minimum(texts.own - mixed - log_p, 50.0))))
+        return int(min(left, max(1_000.0, 1.3 * most / precision**2)))
+
+    def _conclude(self, fresh: _Pool, pools: list[_Pool], rng: np.random.Generator) -> Evidence:
+        tuning = self.method.tuning
+        pooled = np.concatenate([pool.log_w for pool in pools])
+        trust = Trust(tuning.heavy, tuning.largest, tuning.few, learned_by_heart=True)
+        particles = self._particles([fresh] if np.any(fresh.severity >= 0.0) else pools)
+        return weighed(
+            self.method.name, fresh.log_w, pooled, trust=trust, precision=self.method.precision, particles=particles,
+            calls=self.meter.calls, seconds=self.meter.seconds, rng=rng,
+        )  # fmt: skip
+
+    def _second_look(self, evidence: Evidence, first: _Search, second: _Search) -> Evidence:
+        """The estimate with room for what neither search found."""
+        if not math.isfinite(evidence.log_prob):
+            return evidence
+        log_w, share = second.pool.log_w, 1.0
+        hits = np.flatnonzero(np.isfinite(log_w))
+        if len(hits):
+            w = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
+            texts = second.pool.texts.at(hits)
+            expected = math.log(first.pool.counts.sum()) + first.density(texts) - (texts.own - evidence.log_prob)
+            share = float(w[expected < math.log(self.method.tuning.seen)].sum())
+        worth = diagnostics.effective_sample_size(log_w)
+        whole = with_room(evidence, worth, share * worth, self.method.precision)
+        return replace(whole, diagnostics={**whole.diagnostics, "new": share, "looked": worth})
+
+    def _particles(self, pools: list[_Pool]) -> Particles | None:
+        """Catastrophes of all pools, each pool weighing by how many of its draws count."""
+        rng = generator(child_seed(self.seed, Stream.PLACE))
+        log_w = []
+        for pool in pools:
+            own = pool.log_w
+            worth = diagnostics.effective_sample_size(own) if np.isfinite(own).any() else 0.0
+            log_w.append(own - diagnostics.log_sum_exp(own) + math.log(worth) if worth else own)
+        weight = np.exp(np.concatenate(log_w))
+        hits = np.flatnonzero(weight)
+        if not len(hits):
+            return None
+        rows, share = diagnostics.thinned(weight[hits], self.method.tuning.kept)
+        rows = hits[rows]
+        values = {name: np.concatenate([pool.values[name] for pool in pools])[rows] for name in pools[0].values}
+        z, right = self._placed(values, rng)
+        if not right.any():
+            return None
+        severity = np.concatenate([pool.severity for pool in pools])[rows]
+        return Particles(z[right], np.log(share[right] / share[right].sum()), severity[right])
+
+    def _placed(self, values: Values, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
+        """Coordinates at which the adversary draws these, and which rows it does."""
+        z = np.zeros((len(next(iter(values.values()))), self.event.dim))
+        ends = np.cumsum([0, *(site.size for site in self.event.sites)])
+        for site, a, b in zip(self.event.sites, ends, ends[1:], strict=False):
+            inside = rng.uniform(1e-3, 1.0 - 1e-3, size=values[site.name].shape)
+            z[:, a:b] = self.twists.to_normals(self.untwisted, site.name, values[site.name], inside).reshape(len(z), -1)
+        drawn = self.event.site_values(z)
+        right = [(drawn[name] == value).reshape(len(z), -1).all(axis=1) for name, value in values.items()]
+        return z, np.all(right, axis=0)
+
+    def _nothing(self, note: Note, upper: float = 0.0) -> Evidence:
+        calls, seconds = self.meter.calls, self.meter.seconds
+        return Evidence.nothing(self.method.name, note, upper=upper, calls=calls, seconds=seconds)
+
+
+class _Search:
+    """A search: its guides (the first is the adversary itself), all that it drew, and its best guide."""
+
+    def __init__(self, campaign: _Campaign, plain: _Pool, rng: np.random.Generator) -> None:
+        self.campaign, self.pool, self.rng = campaign, plain, rng
+        self.method, self.meter = campaign.method, campaign.meter
+        self.guides: list[LanguageAdversary | None] = [None]
+        self.best, self.share = campaign.untwisted, 0.0
+        self.recent = plain.severity
+
+    def run(self, floor: float) -> _Search:
+        """Foresee and learn, until that is enough or calls left are down to ``floor``."""
+        tuning, meter = self.method.tuning, self.meter
+        size = int(tuning.batch * meter.budget)
+        score = ndtri((rankdata(self.recent) - 0.5) / len(self.recent))
+        guide = self.campaign.fit.foresee(self.campaign.untwisted, self.pool.texts, score, self.rng)
+        for level in tuning.levels:
+            self._draw(self.campaign.twists.at_level(guide, level), max(20, size // len(tuning.levels)))
+        guide = self.best
+        for _ in range(self.method.rounds):
+            if meter.left - size < floor or self._enough(floor):
+                break
+            slope, weight = self._aim()
+            guide = self.campaign.fit.flatten(guide, self.pool.texts, slope, weight, self.rng)
+            self._draw(guide, size)
+        return self
+
+    def _enough(self, left: float) -> bool:
+        """Whether what is left will do, drawn from the best guide."""
+        precision = self.method.precision
+        if precision is None or self.share * left < 2.0 / precision**2:
+            return False
+        return diagnostics.effective_sample_size(self.pool.log_w) >= self.method.tuning.enough
+
+    def _draw(self, guide: LanguageAdversary, n: int) -> None:
+        """Draws of a guide, and some of the adversary itself, join the pool."""
+        few = math.ceil(self.method.tuning.prior * n)
+        self.guides.append(guide)
+        pool = self.pool.under(guide)
+        counts = np.zeros(len(self.guides), dtype=np.intp)
+        counts[[0, -1]] = few, n - few
+        fresh = self.campaign._drawn(self.guides, counts, self.rng)
+        share = diagnostics.effective_sample_size(fresh.log_w) / n if np.any(fresh.severity >= 0.0) else 0.0
+        if share >= self.share:
+            self.best, self.share = guide, share
+        self.pool, self.recent = pool.plus(fresh), fresh.severity
+
+    def _aim(self) -> tuple[Floats, Floats]:
+        """What log q - log p should be, up to a constant, and what each draw counts in learning it."""
+        tuning, severity = self.method.tuning, self.pool.severity
+        level = min(0.0, float(np.quantile(self.recent, 1.0 - tuning.elite)))
+        if np.count_nonzero(severity >= 0.0) >= tuning.hits:
+            level = 0.0
+        below = severity[severity < level]
+        scale = level - float(np.quantile(below, 0.75)) if len(below) else 0.0
+        floor = self.campaign.fit.floor
+        steep = tuning.steep / scale if scale > 0.0 and math.isfinite(scale) else math.inf
+        with np.errstate(invalid="ignore"):
+            slope = np.where(severity >= level, 0.0, np.maximum(steep * (severity - level), -floor))
+        high = severity >= level
+        weight = np.where(high, tuning.high / max(high.sum(), 1), (1.0 - tuning.high) / max((~high).sum(), 1))
+        return slope, weight
+
+    def density(self, texts: Texts) -> Floats:
+        """log-density ``(n,)`` of all that the search drew from, as one mixture."""
+        parts = [
+            math.log(n / self.pool.counts.sum()) + (texts.own if guide is None else texts.density(guide))
+            for guide, n in zip(self.guides, self.pool.counts.tolist(), strict=True)
+            if n
+        ]
+        return np.asarray(np.logaddexp.reduce(parts, axis=0))
