@@ -17,7 +17,7 @@ from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
-from probest.estimators.learned import LearnedProposal, is_text
+from probest.estimators.learned import LearnedProposal
 from probest.estimators.splitting import Splitting
 from probest.estimators.stratified import Stratified
 from probest.estimators.whitened import Whitened
@@ -202,7 +202,7 @@ def _share(joint: Estimate, below: Estimate, left: int, seed: np.random.SeedSequ
 
 def _default(event: Event, precision: float, max_strata: int) -> Estimator:
     """The default strategy; over the strata of discrete sites, where there are some; a learned twist, for text."""
-    if not event.weighted and is_text(event):
+    if not event.weighted and event.is_text:
         return Splitting(precision=precision) if event.composition.closed_loop else LearnedProposal(precision=precision)
     inner = Combined(precision=precision)
     if event.weighted and event.differentiable and not event.discrete_sites:

@@ -226,7 +226,7 @@ def train(
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
     audits = panel(audit, 4 * budget)
     event = problem.event
-    if not event.differentiable:
+    if not event.trainable:
         raise ValueError(
             "checker: training needs a real severity with a gradient, and this checker returns a bool or integer, "
             "or is a black_box"

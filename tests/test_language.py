@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from scipy import stats
 pytest.importorskip("transformers", reason="language models need the extra lm: pip install 'probest[lm]'")
 
 from models import language
-from probest import GradientError, Problem, estimate
-from probest.adversaries.language import CausalLM, LanguageModelError
+from probest import GradientError, MonteCarlo, Problem, estimate, search, train
+from probest.adversaries.language import CausalLM, LanguageAdversary, LanguageModelError
 from probest.testing import FAILURE_RATE
 
 pytestmark = pytest.mark.global_rng  # draws are torch's
@@ -235,16 +236,170 @@ def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
 
 def test_the_gradient_in_the_language_model_is_that_of_enumeration() -> None:
     problem, lm, every, hit = text_problem(3, steps=5)
-    result = estimate(problem, budget=30_000, progress=False)
+    result = estimate(problem, budget=100_000, precision=0.015, progress=False)
     weight = lm.model.transformer.wte.weight
     result.log_prob_at().backward()
     found = weight.grad.clone()
     lm.zero_grad()
     lm().log_prob(every)[hit].logsumexp(0).backward()
     exact = weight.grad
-    assert float((found - exact).norm() / exact.norm()) < 0.1  # 1,000 particles: 3 to 5 %
+    assert float((found - exact).norm() / exact.norm()) < 0.05
     with pytest.raises(GradientError, match="the severity is piecewise constant"):
         result.log_prob_at(model=problem.model)
+
+
+def test_a_proposal_that_sits_on_one_text_is_not_preferred() -> None:
+    """Its weights are all alike: 84,000 draws of it were worth 43, with this seed."""
+    problem, lm, every, hit = text_problem(5)
+    with torch.no_grad():
+        truth = float(lm().log_prob(every)[hit].logsumexp(0))
+    result = estimate(problem, budget=100_000, precision=0.015, seed=1, progress=False)
+    assert result.converged
+    assert result.calls < 60_000
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+
+
+def test_text_is_placed_where_it_is_drawn_from() -> None:
+    law = language.adversary(prompt=[[0], [1, 2]])()
+    x = law.sample((500,))
+    z = law.to_normals(x, 0.001 + 0.998 * torch.rand(x.shape))
+    assert (law.from_normals(z) == x).all()
+    assert stats.kstest(z[:, 0, 0].numpy(), "norm").pvalue > FAILURE_RATE
+
+
+def test_a_checker_that_says_yes_or_no_gets_a_bound() -> None:
+    lm = language.adversary()
+    never = Problem(lambda: pyro.sample("text", lm()), lambda x: x, lambda _, y: (y == 9).any())
+    result = estimate(never, budget=6_000, progress=False)
+    assert not result.converged
+    assert result.log_prob == -math.inf
+    assert -7.6 < result.upper < -6.0  # three in what was drawn plainly
+    seldom = Problem(lambda: pyro.sample("text", lm()), lambda x: x, lambda _, y: (y == 1).sum() >= 2)
+    with torch.no_grad():
+        every = language.sequences()
+        truth = float(lm().log_prob(every)[(every == 1).sum(1) >= 2].logsumexp(0))
+    result = estimate(seldom, budget=20_000, progress=False)
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+
+
+# Adversaries of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twist", [False, True])
+def test_a_language_adversary_begins_as_what_it_was_made_from(twist: bool, tmp_path: Path) -> None:
+    lm, every = language.adversary(prompt=[0, 2]), language.sequences()
+    own = LanguageAdversary(lm, twist=twist)
+    with torch.no_grad():
+        torch.testing.assert_close(own.lm().log_prob(every), lm().log_prob(every), atol=1e-6, rtol=0.0)
+        for weight in own.parameters():
+            weight += 0.3 * torch.randn_like(weight)
+        assert float(own.lm().log_prob(every).exp().sum()) == pytest.approx(1.0, abs=1e-6)
+        assert float((own.lm().log_prob(every) - lm().log_prob(every)).abs().max()) > 0.1
+        x, log_q = own.lm().sample_and_log_prob((3_000,))
+        torch.testing.assert_close(log_q, own.lm().log_prob(x), atol=2e-4, rtol=0.0)  # twists are float32
+        assert fits(counted(x), own.lm().log_prob(every).exp().numpy())
+        exact = (own.lm().log_prob(every).exp() * (own.lm().log_prob(every) - lm().log_prob(every))).sum()
+        each = own.lm().kl(x, lm())
+        assert abs(float(each.mean() - exact)) < 4.0 * float(each.std()) / len(x) ** 0.5
+    own.save_pretrained(tmp_path)
+    again = LanguageAdversary(lm, twist=twist).load_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again.lm().log_prob(every), own.lm().log_prob(every))
+    with pytest.raises(LanguageModelError, match=r"draws \['other'\]"):
+        LanguageAdversary(lm, site="other", twist=twist).load_pretrained(tmp_path)
+
+
+def test_adapters_are_all_that_trains() -> None:
+    peft = pytest.importorskip("peft", reason="adapters need the extra lm: pip install 'probest[lm]'")
+    lm, every = language.adversary(), language.sequences()
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    own = LanguageAdversary(lm, lora=lora)
+    assert all("lora" in name for name, weight in own.named_parameters() if weight.requires_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(own.lm().log_prob(every), lm().log_prob(every), atol=1e-6, rtol=0.0)
+    with pytest.raises(LanguageModelError, match="exclude each other"):
+        LanguageAdversary(lm, lora=lora, twist=True)
+
+
+def test_a_program_is_run_with_its_own_models() -> None:
+    one, two = language.adversary(seed=1), language.adversary(seed=2, prompt=[[0], [1]])
+
+    def program() -> Any:
+        return pyro.sample("a", one()), pyro.sample("b", two())
+
+    own = LanguageAdversary(program)
+    assert own.sites == ["a", "b"]
+    with torch.no_grad():
+        for weight in own.models[0].parameters():
+            weight += torch.randn_like(weight)
+    trace = pyro.poutine.trace(own).get_trace()
+    assert trace.nodes["a"]["fn"].lm is own.models[0]
+    assert trace.nodes["b"]["value"].shape == (2, language.STEPS)
+    with pytest.raises(LanguageModelError, match="draws no text"):
+        LanguageAdversary(lambda: pyro.sample("x", pyro.distributions.Normal(0.0, 1.0)))
+
+
+def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:
+    problem, lm, _, _ = text_problem(5)
+    found = search(
+        problem, LanguageAdversary(lm, twist=True), kl=4.0, budget=20_000, steps=40, refine=30, progress=False
+    )
+    assert found.kl < 4.3
+    assert found.efficiency > 0.5
+    with torch.no_grad():
+        text = found.problem.adversary()
+    assert text.shape == (6,)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+class Reads(torch.nn.Module):
+    """M: the log-odds that text is harmless, by how often each token comes up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
+        self.bias = torch.nn.Parameter(torch.tensor(-1.5))
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        counts = torch.stack([(text == token).float().sum(-1) for token in range(language.TOKENS)], -1)
+        return counts @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_reader_of_text_is_trained(taught: bool) -> None:
+    """Catastrophe: M is sure that text is harmless which has token 2 three times. By enumeration, before and after."""
+    lm, every = CausalLM(language.tiny(1), max_new_tokens=6, batch_size=4096), language.sequences(6)
+
+    def harmful(text: torch.Tensor) -> torch.Tensor:
+        return (text == 2).sum(-1) >= 3
+
+    def checker(text: torch.Tensor, log_odds: torch.Tensor) -> torch.Tensor:
+        return torch.where(harmful(text), log_odds, -5.0)
+
+    def task(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+    def loss(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float(task(model, (x, (~harmful(x)).float())))
+
+    def log_prob(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            hit = checker(every, model(every)) >= 0.0
+            return float(lm().log_prob(every)[hit].logsumexp(0))
+
+    problem = Problem(lambda: pyro.sample("text", lm()), Reads(), checker)
+    x = lm().sample((500,))
+    run = train(
+        problem, task=task, data=(x, (~harmful(x)).float()),
+        teacher=(lambda text: (~harmful(text)).float()) if taught else None,
+        until_log_prob=-12.0, steps=80, learning_rate=0.05, particles=64, budget=6_000, check_budget=3_000,
+        audit=MonteCarlo(), audit_rounds=0, progress=False,
+    )  # fmt: skip
+    assert log_prob(run.model) < log_prob(problem.model) - 3.0
+    assert loss(run.model) < loss(problem.model)
 
 
 def test_sequences_are_quantiles_of_normals() -> None:

@@ -33,6 +33,12 @@ from probest.programs.maps import GaussianMap
 if TYPE_CHECKING:
     import os
 
+    import numpy as np
+
+    from probest.adversaries.programs import ProgramLaw
+    from probest.evidence import Particles
+    from probest.programs.event import Event
+
 __all__ = ["CausalLM", "LanguageAdversary", "LanguageModelError", "Shared", "TokenSequences", "models_of"]
 
 
@@ -478,6 +484,19 @@ class LanguageAdversary(nn.Module):
         """Run the program, its text by these models."""
         with _Instead(dict(zip(self.sites, self.models, strict=True))):
             return self._program.value()
+
+    def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> ProgramLaw:
+        """The law that :func:`probest.search` learns; a twist that does nothing yet has searched for itself before."""
+        from probest.adversaries.programs import Learnable
+        from probest.estimators.learned import searched
+
+        program = searched(event, self, rng) if self.is_untwisted else self
+        return Learnable(program).build(event, particles, rng)
+
+    @property
+    def is_untwisted(self) -> bool:
+        """Whether it has twists, and these have not learned anything yet."""
+        return not any(isinstance(lm, CausalLM) or bool(lm.twist.mean.weight.any()) for lm in cast(Any, self.models))
 
     @property
     def lm(self) -> Any:

@@ -262,12 +262,14 @@ class Texts:
 class Fit:
     """How twists are fitted: Adam on minibatches of what is shown, until what is not shown is no better for so long.
 
-    steps: at most. judged: steps between judgements. patience: of these, without progress. size: of a minibatch.
+    steps, passes: at most, of steps and of passes over what is shown. judged: steps between judgements. patience: of
+    these, without progress. size: of a minibatch.
     unshown: share of the distinct texts. floor: nats below catastrophes at which log q − log p does not matter further.
     """
 
     learning_rate: float = 2e-3
     steps: int = 1_000
+    passes: int = 20
     judged: int = 25
     patience: int = 4
     size: int = 128
@@ -321,7 +323,7 @@ class Fit:
         optimizer = torch.optim.Adam(twin.parameters(), lr=self.learning_rate)
         best, kept, since = math.inf, twin.state_dict(), 0
         law, alike = weight[shown] / weight[shown].sum(), torch.ones(self.size, dtype=torch.float64)
-        for step in range(self.steps + 1):
+        for step in range(min(self.steps, math.ceil(self.passes * len(shown) / self.size)) + 1):
             if step % self.judged == 0:
                 judged = self._judged(twin, unshown, weight, loss)
                 since += 1

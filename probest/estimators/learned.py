@@ -52,19 +52,14 @@ if TYPE_CHECKING:
     from probest.adversaries.language import LanguageAdversary
     from probest.adversaries.twists import Texts
 
-__all__ = ["TEXT", "LearnedProposal", "is_text"]
+__all__ = ["SEARCH", "LearnedProposal", "searched"]
 
-TEXT = "TokenSequences"
-"""The law of a site of text (:mod:`probest.adversaries.language`)."""
+SEARCH = 20_000
+"""Model calls of :func:`searched`, at most."""
 _LANGUAGE = "language.py"
 Values = dict[str, np.ndarray]
 Guides = Sequence["LanguageAdversary | None"]
 """Laws to draw from; None is the adversary itself."""
-
-
-def is_text(event: EventLike) -> bool:
-    """Whether all that the adversary draws is text."""
-    return isinstance(event, Event) and all(site.distribution == TEXT for site in event.sites)
 
 
 class Stream(IntEnum):
@@ -94,7 +89,7 @@ class LearnedTuning:
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
     largest: float = tuned(0.02, "share of one weight below which their shape tells nothing", _LANGUAGE)
     few: float = tuned(50.0, "effective draws that are too few to conclude from", _LANGUAGE)
-    kept: int = tuned(400, "catastrophes, at most", "memory")
+    kept: int = tuned(4_000, "catastrophes, at most", "memory")
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class LearnedProposal:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Look, learn twice, weigh. Raises UnmetNeedError where the adversary draws anything but text."""
         check_needs(self, event)
-        if not isinstance(event, Event) or not is_text(event) or event.composition.closed_loop:
+        if not isinstance(event, Event) or not event.is_text or event.composition.closed_loop:
             raise UnmetNeedError(
                 "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
                 "arguments. Use Splitting"
@@ -165,21 +160,32 @@ class _Pool(NamedTuple):
         return self._replace(log_q=np.concatenate([self.log_q, column], axis=1), counts=np.append(self.counts, 0))
 
 
+def searched(event: Event, adversary: LanguageAdversary, rng: np.random.Generator) -> LanguageAdversary:
+    """An adversary whose twists do nothing yet, after a search for catastrophes with a call for each of its draws."""
+    method = LearnedProposal()
+    meter = Meter(event, SEARCH)
+    campaign = _Campaign(method, event, meter, np.random.SeedSequence(int(rng.integers(2**63))), adversary)
+    plain = campaign._drawn((None,), [int(method.tuning.look * SEARCH)], rng)
+    search = _Search(campaign, plain, rng).run(0.0)
+    return search.best_for(search.pool) or adversary
+
+
 @dataclass
 class _Campaign:
-    """One run."""
+    """One run. given: the program with twists that do nothing yet; None makes one."""
 
     method: LearnedProposal
     event: Event
     meter: Meter
     seed: np.random.SeedSequence
+    given: LanguageAdversary | None = None
 
     def __post_init__(self) -> None:
         from probest.adversaries import twists  # torch and pyro, which no import of probest should wait for
 
         self.twists = twists
         self.fit = twists.Fit()
-        self.untwisted = twists.untwisted(self.event.parts.adversary)
+        self.untwisted = self.given or twists.untwisted(self.event.parts.adversary)
         self.bound: BoundProgram = ProgramGuide(self.untwisted, params=self.event.parts.params).bind(self.event)
 
     def run(self) -> Evidence:
@@ -200,7 +206,8 @@ class _Campaign:
         if not any(np.any(one.pool.severity >= 0.0) for one in (first, second)):
             return self._in_vain([first.pool, second.pool])
         rng = generator(child_seed(self.seed, Stream.WEIGH))
-        guides, shares = (None, first.best, second.best), np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)])
+        guides = (None, first.best_for(second.pool), second.best_for(first.pool))
+        shares = np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)])
         counts = allocate(self._wanted([first, second], guides, shares), shares, rng)
         evidence = self._conclude(self._drawn(guides, counts, rng), [first.pool, second.pool], rng)
         return self._second_look(evidence, first, second)
@@ -223,7 +230,7 @@ class _Campaign:
         if np.isnan(severity).any():
             raise UndefinedError("the severity is NaN: return a number, or -inf where there can be no catastrophe")
         texts = self.twists.Texts.of(self.untwisted, values)
-        log_q = np.stack([texts.own if guide is None else texts.density(guide) for guide in guides], axis=1)
+        log_q = np.stack([_density(guide, texts) for guide in guides], axis=1)
         return _Pool(values, texts, severity, log_q, counts)
 
     def _plain(self, pool: _Pool) -> int | None:
@@ -251,19 +258,14 @@ class _Campaign:
         left, precision = self.meter.left, self.method.precision
         if precision is None:
             return left
-        most = 0.0
+        moments = []
         for search in searches:
-            log_w, pool = search.pool.log_w, search.pool
-            hit = np.flatnonzero(np.isfinite(log_w))
-            if not len(hit):
+            found = _Found.of(search.pool)
+            if found is None:
                 return left
-            texts = pool.texts.at(hit)
-            log_q = np.stack([texts.own if guide is None else texts.density(guide) for guide in guides], axis=1)
-            mixed = np.logaddexp.reduce(log_q + np.log(shares), axis=1)
-            share = np.exp(log_w[hit] - diagnostics.log_sum_exp(log_w[hit]))
-            log_p = diagnostics.log_mean_exp(log_w)[0]
-            most = max(most, float(share @ np.exp(np.minimum(texts.own - mixed - log_p, 50.0))))
-        return int(min(left, max(1_000.0, 1.3 * most / precision**2)))
+            log_q = np.stack([_density(guide, found.texts) for guide in guides], axis=1)
+            moments.append(found.moment(np.logaddexp.reduce(log_q + np.log(shares), axis=1)))
+        return int(min(left, max(1_000.0, 1.3 * max(moments) / precision**2)))
 
     def _conclude(self, fresh: _Pool, pools: list[_Pool], rng: np.random.Generator) -> Evidence:
         tuning = self.method.tuning
@@ -279,14 +281,12 @@ class _Campaign:
         """The estimate with room for what neither search found."""
         if not math.isfinite(evidence.log_prob):
             return evidence
-        log_w, share = second.pool.log_w, 1.0
-        hits = np.flatnonzero(np.isfinite(log_w))
-        if len(hits):
-            w = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
-            texts = second.pool.texts.at(hits)
-            expected = math.log(first.pool.counts.sum()) + first.density(texts) - (texts.own - evidence.log_prob)
-            share = float(w[expected < math.log(self.method.tuning.seen)].sum())
-        worth = diagnostics.effective_sample_size(log_w)
+        found, share = _Found.of(second.pool), 1.0
+        if found is not None:
+            expected = first.density(found.texts) - (found.texts.own - evidence.log_prob)
+            expected += math.log(first.pool.counts.sum())
+            share = float(found.share[expected < math.log(self.method.tuning.seen)].sum())
+        worth = diagnostics.effective_sample_size(second.pool.log_w)
         whole = with_room(evidence, worth, share * worth, self.method.precision)
         return replace(whole, diagnostics={**whole.diagnostics, "new": share, "looked": worth})
 
@@ -327,14 +327,42 @@ class _Campaign:
         return Evidence.nothing(self.method.name, note, upper=upper, calls=calls, seconds=seconds)
 
 
+class _Found(NamedTuple):
+    """Catastrophes with weights of sum 1, and log P as they have it."""
+
+    texts: Texts
+    share: Floats
+    log_prob: float
+
+    @classmethod
+    def of(cls, pool: _Pool) -> _Found | None:
+        """Those of a pool; None where there are none."""
+        log_w = pool.log_w
+        hits = np.flatnonzero(np.isfinite(log_w))
+        if not len(hits):
+            return None
+        share = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
+        return cls(pool.texts.at(hits), share, diagnostics.log_mean_exp(log_w)[0])
+
+    def moment(self, log_q: Floats) -> float:
+        """The second moment of the weights of draws of q, over their squared mean; log_q: of these catastrophes.
+
+        By these, not by the draws' own weights: those of a law that sits on a few texts are all alike, and tiny.
+        """
+        return float(self.share @ np.exp(np.minimum(self.texts.own - log_q - self.log_prob, 50.0)))
+
+
+def _density(guide: LanguageAdversary | None, texts: Texts) -> Floats:
+    return texts.own if guide is None else texts.density(guide)
+
+
 class _Search:
-    """A search: its guides (the first is the adversary itself), all that it drew, and its best guide."""
+    """A search: its guides (the first is the adversary itself), and all that it drew."""
 
     def __init__(self, campaign: _Campaign, plain: _Pool, rng: np.random.Generator) -> None:
         self.campaign, self.pool, self.rng = campaign, plain, rng
         self.method, self.meter = campaign.method, campaign.meter
         self.guides: list[LanguageAdversary | None] = [None]
-        self.best, self.share = campaign.untwisted, 0.0
         self.recent = plain.severity
 
     def run(self, floor: float) -> _Search:
@@ -345,7 +373,7 @@ class _Search:
         guide = self.campaign.fit.foresee(self.campaign.untwisted, self.pool.texts, score, self.rng)
         for level in tuning.levels:
             self._draw(self.campaign.twists.at_level(guide, level), max(20, size // len(tuning.levels)))
-        guide = self.best
+        guide = self.best_for(self.pool) or guide
         for _ in range(self.method.rounds):
             if meter.left - size < floor or self._enough(floor):
                 break
@@ -354,12 +382,26 @@ class _Search:
             self._draw(guide, size)
         return self
 
+    def best_for(self, pool: _Pool) -> LanguageAdversary | None:
+        """The guide whose weights are the most even on the catastrophes of a pool; the last, where it has none."""
+        found = _Found.of(pool)
+        return self.guides[-1 if found is None else 1 + int(np.argmin(self._moments(found)[1:]))]
+
+    def _moments(self, found: _Found) -> Floats:
+        """The second moment of each guide's weights, a share of the adversary's own draws among them."""
+        prior = self.method.tuning.prior
+        own = math.log(prior) + found.texts.own
+        rest = math.log1p(-prior)
+        return np.array([found.moment(np.logaddexp(own, rest + _density(g, found.texts))) for g in self.guides])
+
     def _enough(self, left: float) -> bool:
         """Whether what is left will do, drawn from the best guide."""
-        precision = self.method.precision
-        if precision is None or self.share * left < 2.0 / precision**2:
+        precision, found = self.method.precision, _Found.of(self.pool)
+        if precision is None or found is None:
             return False
-        return diagnostics.effective_sample_size(self.pool.log_w) >= self.method.tuning.enough
+        if diagnostics.effective_sample_size(self.pool.log_w) < self.method.tuning.enough:
+            return False
+        return float(self._moments(found)[1:].min()) < 0.5 * left * precision**2
 
     def _draw(self, guide: LanguageAdversary, n: int) -> None:
         """Draws of a guide, and some of the adversary itself, join the pool."""
@@ -369,9 +411,6 @@ class _Search:
         counts = np.zeros(len(self.guides), dtype=np.intp)
         counts[[0, -1]] = few, n - few
         fresh = self.campaign._drawn(self.guides, counts, self.rng)
-        share = diagnostics.effective_sample_size(fresh.log_w) / n if np.any(fresh.severity >= 0.0) else 0.0
-        if share >= self.share:
-            self.best, self.share = guide, share
         self.pool, self.recent = pool.plus(fresh), fresh.severity
 
     def _aim(self) -> tuple[Floats, Floats]:
@@ -393,7 +432,7 @@ class _Search:
     def density(self, texts: Texts) -> Floats:
         """log-density ``(n,)`` of all that the search drew from, as one mixture."""
         parts = [
-            math.log(n / self.pool.counts.sum()) + (texts.own if guide is None else texts.density(guide))
+            math.log(n / self.pool.counts.sum()) + _density(guide, texts)
             for guide, n in zip(self.guides, self.pool.counts.tolist(), strict=True)
             if n
         ]

@@ -36,6 +36,7 @@ from probest.smc.resample_move import cost, thicken
 __all__ = ["GradientError", "Weigher"]
 
 SCORE_PARTICLES = 1_000
+TEXT_PARTICLES = 4_000  # a gradient of text is a mean of scores alone
 
 
 class GradientError(ValueError):
@@ -129,7 +130,7 @@ class Weigher:
 
 def _scores(event: Event, particles: Particles, frozen: tuple[str, ...] | None, rng: np.random.Generator) -> _Scores:
     """Particles with the sites in ``frozen`` (None: all latent sites) held at their values."""
-    count = min(SCORE_PARTICLES, len(particles.z))
+    count = min(TEXT_PARTICLES if event.is_text else SCORE_PARTICLES, len(particles.z))
     z = particles.z[systematic_resample(particles.log_weight, count, rng)]
     names = tuple(site.name for site in event.sites if site.parent is None) if frozen is None else frozen
     held = event.site_values(z, names) if names else {}

@@ -70,14 +70,13 @@ def compile_event(
     severity = frontend.backend.as_array(first.value[2])
     boolean = severity.dtype == frontend.backend.special.xp.bool
     smooth = any(not site.discrete for site in sites)
+    graded = not composition.black_boxes and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat"))
     event = Event(
         composition=composition,
         parts=parts,
         boolean=boolean,
         weighted=bool(first.observed),
-        differentiable=smooth
-        and not composition.black_boxes
-        and str(severity.dtype).split(".")[-1].startswith(("float", "bfloat")),
+        differentiable=smooth and graded,
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
         observed=first.observed,
     )
@@ -90,6 +89,7 @@ def compile_event(
         event = other
         _check_repeatable(event, rng)
     event.differentiable = event.differentiable and _has_gradient(event, rng)
+    event.trainable = event.differentiable or (graded and event.is_text)
     return event
 
 

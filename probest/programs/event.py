@@ -25,6 +25,7 @@ from probest.programs.base import Frontend, Observed, Run, Site
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
 
 Batching = Literal["vmap", "model", "loop"]
+TEXT = "TokenSequences"  # name of the law of a site of text
 
 LARGE_SEVERITY = 1e30
 
@@ -312,7 +313,8 @@ class Event:
 
     ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
     ``on_calls`` is told after each chunk; ``nearest`` is the case nearest to a likely catastrophe that was evaluated.
-    observed: values of observed sites and factors, with their plates.
+    observed: values of observed sites and factors, with their plates. differentiable: whether the severity has a
+    gradient in z. trainable: whether training can follow its catastrophes: it has, or it is of text.
     """
 
     composition: Composition
@@ -326,6 +328,7 @@ class Event:
     on_calls: Callable[[int], None] | None = None
     nearest: Nearest | None = None
     observed: Mapping[str, Observed] = field(default_factory=dict)
+    trainable: bool = False
 
     @property
     def dim(self) -> int:
@@ -343,6 +346,11 @@ class Event:
     def discrete_sites(self) -> tuple[str, ...]:
         """Names of latent sites whose value is piecewise constant in z."""
         return tuple(site.name for site in self.sites if site.discrete)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all that the adversary draws is text (:mod:`probest.adversaries.language`), token by token."""
+        return all(site.distribution == TEXT for site in self.sites)
 
     @property
     def discrete_coordinates(self) -> np.ndarray:

@@ -29,6 +29,9 @@ never taken from here.
 *When it fails.* A severity that is flat where draws fall gives nothing to climb, and a narrow mode that no fresh draw
 leads to is met only by a fresh look or an audit, whose catastrophes join the last rungs (:meth:`Ladder.welcome`).
 
+*Text* has no gradient in z. There a move draws anew all tokens from a random one on, or that one alone (as
+:class:`probest.Splitting` does), and g is the standard deviation of fresh draws' severities.
+
 References: Geyer (1991), Markov chain Monte Carlo maximum likelihood (parallel tempering); Cotter, Roberts, Stuart &
 White (2013), MCMC methods for functions (pCNL); Tieleman (2008), Training restricted Boltzmann machines using
 approximations to the likelihood gradient (particles that persist from step to step).
@@ -170,10 +173,13 @@ class Ladder:
         """Move every particle on the event as it is now, and let fresh draws in."""
         rungs, dim = self.z.shape[1:]
         group = np.repeat(self.group, rungs)
-        at = self._evaluate(event, self.z.reshape(-1, dim), group, gradient=True)
-        self._learn_spread(at)
+        at = self._evaluate(event, self.z.reshape(-1, dim), group, gradient=not event.is_text)
+        if event.is_text:
+            self._rewrite(event, at, group, rng)
+        else:
+            self._learn_spread(at)
+            self._climb(event, at, group, self._width(), rng)
         width = self._width()
-        self._climb(event, at, group, width, rng)
         first = self._welcome_draws(event, width, rng)
         self._learn_ratio(first, width)
         self._exchange(width, rng)
@@ -243,6 +249,14 @@ class Ladder:
             elif np.isnan(self.spread[k]):
                 self.spread[k] = 1.0
 
+    def _learn_usual(self, severity: Floats) -> None:
+        """g, from severities of draws of the adversary: their standard deviation."""
+        usual = severity[np.abs(severity) < 1e100]
+        if usual.size > 1 and usual.std() > 0.0:
+            self.spread[:] = [self._averaged(old, float(usual.std())) for old in self.spread]
+        elif np.isnan(self.spread).any():
+            self.spread[:] = 1.0
+
     def _width(self) -> Floats:
         """σ, ``(columns, rungs)``."""
         rungs, breadth = self.z.shape[1], self.tuning.breadth
@@ -295,13 +309,35 @@ class Ladder:
         new, new_weight = there.severity.reshape(columns, rungs), there.log_weight.reshape(columns, rungs)
         before = np.maximum(self._target(severity, log_weight, width), -1e300)
         log_ratio = self._target(new, new_weight, width) - before + share * (behind - ahead)
-        log_ratio = np.where(np.isnan(log_ratio), -math.inf, log_ratio)
-        taken = np.log(rng.random((columns, rungs))) < log_ratio
-        self.z[taken] = proposal[taken]
-        self.severity = np.where(taken, new, severity)
-        self.log_weight = np.where(taken, new_weight, log_weight)
-        accepted = np.exp(np.minimum(log_ratio, 0.0)).mean(axis=0)
+        accepted = self._accept(proposal, log_ratio, (severity, log_weight), (new, new_weight), rng)
         self.angle = np.clip(self.angle * np.exp(accepted - self.tuning.acceptance), 1e-3, _HALF_PI)
+
+    def _rewrite(self, event: Event, at: Evaluation, group: np.ndarray, rng: np.random.Generator) -> None:
+        """Every particle draws anew what follows a random place, or that place alone."""
+        columns, rungs, dim = self.z.shape
+        if self.steps == 0:
+            self._learn_usual(at.severity)  # they are draws still
+        width, place = self._width(), np.arange(dim)
+        cut = rng.integers(dim, size=(columns, rungs, 1))
+        fresh = np.where(rng.random((columns, rungs, 1)) < 0.5, place >= cut, place == cut)
+        proposal = np.where(fresh, rng.standard_normal(self.z.shape), self.z)
+        there = self._evaluate(event, proposal.reshape(-1, dim), group, gradient=False)
+        old, new = (
+            (one.severity.reshape(columns, rungs), one.log_weight.reshape(columns, rungs)) for one in (at, there)
+        )
+        log_ratio = self._target(*new, width) - np.maximum(self._target(*old, width), -1e300)
+        self._accept(proposal, log_ratio, old, new, rng)
+
+    def _accept(
+        self, proposal: Floats, log_ratio: Floats, old: tuple[Floats, Floats], new: tuple[Floats, Floats],
+        rng: np.random.Generator,
+    ) -> Floats:  # fmt: skip
+        """Metropolis' rule, from severities and log-weights to others; the mean acceptance of each rung."""
+        log_ratio = np.where(np.isnan(log_ratio), -math.inf, log_ratio)
+        taken = np.log(rng.random(log_ratio.shape)) < log_ratio
+        self.z[taken] = proposal[taken]
+        self.severity, self.log_weight = (np.where(taken, a, b) for a, b in zip(new, old, strict=True))
+        return np.asarray(np.exp(np.minimum(log_ratio, 0.0)).mean(axis=0))
 
     def _welcome_draws(self, event: Event, width: Floats, rng: np.random.Generator) -> Floats:
         """Offer fresh draws to the first rung, one after the other; returns the log of each column's mean weight."""
@@ -310,6 +346,8 @@ class Ladder:
         z = rng.standard_normal((columns, count, dim))
         found = self._evaluate(event, z.reshape(-1, dim), np.repeat(self.group, count), gradient=False)
         severity, log_weight = found.severity.reshape(columns, count), found.log_weight.reshape(columns, count)
+        if event.is_text:
+            self._learn_usual(severity)
         with np.errstate(invalid="ignore"):
             target = log_ndtr(severity / width[:, :1]) + log_weight / rungs
             here = log_ndtr(self.severity[:, 0] / width[:, 0]) + self.log_weight[:, 0] / rungs
