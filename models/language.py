@@ -3,7 +3,7 @@
 *Five tokens* (:func:`tiny`, :func:`adversary`): a GPT-2 with random weights, from a seed. Token 4 ends a sequence and
 token 3 pads it, so that there are 4 + 16 + 64 + ... sequences in all, which :func:`sequences` lists.
 
-*Brackets* (:func:`brackets`): **D** is a GPT-2 of 230,000 parameters that learns to write English, sign by sign, from
+*Brackets* (:func:`problem`): **D** is a GPT-2 of 230,000 parameters that learns to write English, sign by sign, from
 Python's own documentation (:func:`letters_model`); it writes 32 signs. **M** is a small convolutional network that
 tells texts whose brackets match from others, having seen 4,000 of D's; 99 % of its answers are right. **C** counts
 brackets, in code that can be trusted (:func:`unmatched`). It is a catastrophe when M is sure (``SURE`` nats) that
@@ -12,10 +12,11 @@ brackets match, and they do not: P is about 4e-4.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,62 +182,102 @@ def teacher(text: Tensor) -> Tensor:
     return (unmatched(text) == 0).float()
 
 
-def task(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of M on texts and the teacher's answers."""
+def task_loss(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of M on texts and the teacher's answers, in nats."""
     texts, answers = batch
     return binary_cross_entropy_with_logits(model(texts), answers)
 
 
-def accuracy(model: nn.Module, texts: Tensor) -> float:
-    """The share of texts of which M says what is right."""
+def accuracy(model: Callable[[Tensor], Tensor]) -> float:
+    """The share of texts, not trained on, of which ``model`` says what is right."""
+    texts, answers = load_data()[1]
     with torch.no_grad():
-        return float(((model(texts) > 0.0) == (unmatched(texts) == 0)).double().mean())
+        return float(((model(texts) > 0.0) == (answers > 0.5)).double().mean())
 
 
-def severity(text: Tensor, log_odds: Tensor) -> Tensor:
+def checker(text: Tensor, log_odds: Tensor) -> Tensor:
     """C: by how much M is surer than ``SURE`` that brackets match, where they do not; far below 0 where they do."""
     return torch.where(unmatched(text) > 0, log_odds.clamp(min=-10.0) - SURE, -20.0)
 
 
 @cache
 def english_writer() -> CausalLM:
-    """D: what the writer of English writes, 32 signs."""
+    """D's language model: 32 signs of English."""
     from probest.adversaries.language import CausalLM
 
     return CausalLM(letters_model(), Letters(), max_new_tokens=WRITTEN, batch_size=512)
 
 
 @cache
-def written(count: int = 2 * SEEN, seed: int = 0) -> Tensor:
-    """Texts of D: the first ``SEEN`` for training, the others to test on."""
+def load_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Texts of D with the teacher's answers: ``SEEN`` to train on, as many to test on."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return english_writer()().sample((count,))
-
-
-def reader(*, steps: int = 1_500, seed: int = 0) -> Reader:
-    """M, trained on ``SEEN`` texts of D in ten seconds."""
-    texts = written()[:SEEN]
+        torch.manual_seed(0)
+        texts = english_writer()().sample((2 * SEEN,))
     answers = teacher(texts)
+    return (texts[:SEEN], answers[:SEEN]), (texts[SEEN:], answers[SEEN:])
+
+
+def train_model(*, steps: int = 1_500, seed: int = 0) -> Reader:
+    """M, trained on ``SEEN`` texts of D in ten seconds."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Reader()
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            rows = torch.randint(SEEN, (64,))
-            optimizer.zero_grad()
-            task(model, (texts[rows], answers[rows])).backward()
-            optimizer.step()
-            schedule.step()
+        return _descended(Reader(), steps, 3e-3, lambda: _some(load_data()[0], 64))
+
+
+def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Module:
+    """A copy of ``model`` trained on the worst cases that sampling finds, what ``calls`` model calls buy.
+
+    Each step draws 1,024 texts (a call each), keeps the 128 of greatest severity, takes the teacher's answers, and
+    descends the task loss on these (three calls each) together with a minibatch of the data.
+    """
+    model, law = copy.deepcopy(model), english_writer()()
+
+    def batch() -> tuple[Tensor, Tensor]:
+        texts = law.sample((1_024,))
+        with torch.no_grad():
+            worst = texts[checker(texts, model(texts)).topk(128).indices]
+        usual = _some(load_data()[0], 64)
+        return torch.cat([usual[0], worst]), torch.cat([usual[1], teacher(worst)])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _descended(model, max(1, calls // (1_024 + 3 * 128)), 1e-3, batch)
+
+
+def _some(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(len(data[0]), (count,))
+    return data[0][rows], data[1][rows]
+
+
+def _descended(model: Any, steps: int, rate: float, batch: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = batch()
+        optimizer.zero_grad()
+        task_loss(model, rows).backward()
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 
-def brackets(model: nn.Module | None = None) -> Problem:
+def show(ax: Any, case: Any) -> None:
+    """Write one case: the text, and how sure M is that its brackets match."""
+    ax.text(0.5, 0.5, Letters().decode(np.asarray(case.observation).tolist()), ha="center", family="monospace")
+    ax.set_axis_off()
+    ax.set_title(f"M: {float(case.action):.1f} nats", fontsize="x-small", pad=2)
+
+
+def problem(model: nn.Module | None = None) -> Problem:
     """D writes 32 signs of English, M judges its brackets, C knows better."""
     import pyro
 
     from probest import Problem
 
     lm = english_writer()
-    return Problem(lambda: pyro.sample("text", lm()), reader() if model is None else model, severity)
+    return Problem(lambda: pyro.sample("text", lm()), train_model() if model is None else model, checker)
+
+
+# Arguments of ``probest.train`` that work here.
+TRAINING = {"teacher": teacher, "until_log_prob": -14.0, "steps": 400, "budget": 20_000, "check_budget": 10_000}

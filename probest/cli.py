@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["InputError", "main"]
 
 CONVERGED, BAD_INPUT, NOT_CONVERGED = 0, 2, 3
-DEMOS = ("digits", "pendulum")
+DEMOS = ("digits", "pendulum", "language")
 DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
 DEMO_STEPS = 400
 DEMO_QUICK = {"steps": 50, "budget": 10_000, "check_budget": 10_000}
@@ -199,7 +199,9 @@ def _models(options: argparse.Namespace) -> int:
         table.add_row(name, said)
     console = Console()
     console.print(table)
-    console.print("probest demo --model NAME shows digits and pendulum; models/README.md has numbers.", highlight=False)
+    console.print(
+        "probest demo --model NAME shows digits, pendulum and language; models/README.md has numbers.", highlight=False
+    )
     return CONVERGED
 
 

@@ -172,7 +172,7 @@ def search(
         seed: the same seed gives the same adversary.
         callback: ``callback(done, total, text)`` is told of steps as they are taken.
         progress: show a progress line (only ever in a terminal or notebook).
-        tuning: how it learns, where not as usual.
+        tuning: how it learns, where not as usual, or as a family that has a ``tuning`` of its own says.
 
     Returns:
         The search. ``found.problem`` is the problem under the adversary found. After Ctrl-C it holds what was best.
@@ -202,7 +202,7 @@ def search(
         if not callable(family):
             raise TypeError(f"adversary is a {type(family).__name__}: expected a family or a program")
         family = Learnable(family)
-    tuning = tuning or SearchTuning()
+    tuning = tuning or getattr(family, "tuning", None) or SearchTuning()
     began = time.perf_counter()
     root = np.random.SeedSequence(seed)
     with Progress("search", enabled=progress, callback=callback) as line:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from probest.adversaries.programs import ProgramLaw
     from probest.evidence import Particles
     from probest.programs.event import Event
+    from probest.search import SearchTuning
 
 __all__ = ["CausalLM", "LanguageAdversary", "LanguageModelError", "Shared", "TokenSequences", "models_of"]
 
@@ -454,6 +455,7 @@ class LanguageAdversary(nn.Module):
         lora: a ``peft.LoraConfig``: adapters are trained, instead of all parameters.
         twist: what is trained is a small network beside the model, which stays as it is and is shared
             (:mod:`probest.adversaries.twists`); needs far fewer texts to learn from.
+        budget: model calls with which :func:`probest.search` looks for texts that a twist learns from before it climbs.
 
     Raises:
         LanguageModelError: the program draws no text.
@@ -461,9 +463,16 @@ class LanguageAdversary(nn.Module):
     """
 
     def __init__(
-        self, program: CausalLM | Callable[[], Any], *, site: str = "text", lora: Any = None, twist: bool = False
+        self,
+        program: CausalLM | Callable[[], Any],
+        *,
+        site: str = "text",
+        lora: Any = None,
+        twist: bool = False,
+        budget: int = 20_000,
     ) -> None:
         super().__init__()
+        self.budget = budget
         if twist and lora is not None:
             raise LanguageModelError("lora and twist exclude each other: a twist leaves the model as it is")
         self._program = Shared(_drawing(program, site) if isinstance(program, CausalLM) else program)
@@ -485,12 +494,19 @@ class LanguageAdversary(nn.Module):
         with _Instead(dict(zip(self.sites, self.models, strict=True))):
             return self._program.value()
 
+    @property
+    def tuning(self) -> SearchTuning:
+        """How :func:`probest.search` learns it, where not told otherwise: a draw costs more than one of a tilt."""
+        from probest.search import SearchTuning
+
+        return SearchTuning(particles=512, draws=128, final=2_048, patience=4)
+
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> ProgramLaw:
         """The law that :func:`probest.search` learns; a twist that does nothing yet has searched for itself before."""
         from probest.adversaries.programs import Learnable
         from probest.estimators.learned import searched
 
-        program = searched(event, self, rng) if self.is_untwisted else self
+        program = searched(event, self, self.budget, rng) if self.is_untwisted else self
         return Learnable(program).build(event, particles, rng)
 
     @property

@@ -52,10 +52,8 @@ if TYPE_CHECKING:
     from probest.adversaries.language import LanguageAdversary
     from probest.adversaries.twists import Texts
 
-__all__ = ["SEARCH", "LearnedProposal", "searched"]
+__all__ = ["LearnedProposal", "searched"]
 
-SEARCH = 20_000
-"""Model calls of :func:`searched`, at most."""
 _LANGUAGE = "language.py"
 Values = dict[str, np.ndarray]
 Guides = Sequence["LanguageAdversary | None"]
@@ -160,12 +158,11 @@ class _Pool(NamedTuple):
         return self._replace(log_q=np.concatenate([self.log_q, column], axis=1), counts=np.append(self.counts, 0))
 
 
-def searched(event: Event, adversary: LanguageAdversary, rng: np.random.Generator) -> LanguageAdversary:
-    """An adversary whose twists do nothing yet, after a search for catastrophes with a call for each of its draws."""
-    method = LearnedProposal()
-    meter = Meter(event, SEARCH)
+def searched(event: Event, adversary: LanguageAdversary, budget: int, rng: np.random.Generator) -> LanguageAdversary:
+    """An adversary whose twists do nothing yet, after a search for catastrophes of so many model calls."""
+    method, meter = LearnedProposal(), Meter(event, budget)
     campaign = _Campaign(method, event, meter, np.random.SeedSequence(int(rng.integers(2**63))), adversary)
-    plain = campaign._drawn((None,), [int(method.tuning.look * SEARCH)], rng)
+    plain = campaign._drawn((None,), [max(50, int(method.tuning.look * budget))], rng)
     search = _Search(campaign, plain, rng).run(0.0)
     return search.best_for(search.pool) or adversary
 
