@@ -350,6 +350,30 @@ def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:
     assert text.shape == (6,)
 
 
+# The ready problem ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"), [("a (b) c.", 0), ("a (b", 1), ("b) c", 1), ("a)(b", 2), ("((a) b)", 0), ("(a)) (", 2)]
+)
+def test_brackets_are_counted(text: str, alone: int) -> None:
+    ids = torch.tensor(language.Letters()(text)["input_ids"], dtype=torch.long)
+    assert int(language.unmatched(ids)) == alone
+    assert language.Letters().decode(ids.tolist()) == text
+    assert float(language.teacher(ids)) == (alone == 0)
+    sure, unsure = torch.tensor(language.SURE + 1.0), torch.tensor(0.0)
+    assert (float(language.checker(ids, sure)) > 0.0) == (alone > 0)
+    assert float(language.checker(ids, unsure)) < 0.0
+
+
+def test_the_reader_is_batched_as_it_reads_one() -> None:
+    reader, x = language.Reader(), torch.randint(1, 32, (7, 32))
+    with torch.no_grad():
+        together = reader(x)
+        torch.testing.assert_close(together, torch.vmap(reader)(x), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(together, torch.stack([reader(row) for row in x]), atol=1e-5, rtol=0.0)
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
