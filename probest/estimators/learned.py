@@ -82,6 +82,7 @@ class LearnedTuning:
     steep: float = tuned(5.0, "slope of log q over the upper quarter of a round, in nats", _LANGUAGE)
     high: float = tuned(0.5, "of what is learned from, that is at the level", _LANGUAGE)
     prior: float = tuned(0.1, "share of draws that the adversary itself makes", _LANGUAGE)
+    more: tuple[float, ...] = tuned((0.3, 0.6, 1.0), "other shares, where little was learned", _LANGUAGE)
     seen: float = tuned(20.0, "draws of a search for each catastrophe of a kind, from which on it is known", _LANGUAGE)
     enough: float = tuned(100.0, "effective draws of a search, before which it does not end", _LANGUAGE)
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
@@ -204,8 +205,8 @@ class _Campaign:
             return self._in_vain([first.pool, second.pool])
         rng = generator(child_seed(self.seed, Stream.WEIGH))
         guides = (None, first.best_for(second.pool), second.best_for(first.pool))
-        shares = np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)])
-        counts = allocate(self._wanted([first, second], guides, shares), shares, rng)
+        shares, wanted = self._shares([first, second], guides)
+        counts = allocate(wanted, shares, rng)
         evidence = self._conclude(self._drawn(guides, counts, rng), [first.pool, second.pool], rng)
         return self._second_look(evidence, first, second)
 
@@ -250,19 +251,26 @@ class _Campaign:
 
     # --- weighing ----------------------------------------------------------------------------------------------------
 
-    def _wanted(self, searches: list[_Search], guides: Guides, shares: Floats) -> int:
-        """How many fresh draws reach the precision, by the second moment of their weights on what was found."""
-        left, precision = self.meter.left, self.method.precision
-        if precision is None:
-            return left
-        moments = []
-        for search in searches:
-            found = _Found.of(search.pool)
-            if found is None:
-                return left
-            log_q = np.stack([_density(guide, found.texts) for guide in guides], axis=1)
-            moments.append(found.moment(np.logaddexp.reduce(log_q + np.log(shares), axis=1)))
-        return int(min(left, max(1_000.0, 1.3 * max(moments) / precision**2)))
+    def _shares(self, searches: list[_Search], guides: Guides) -> tuple[Floats, int]:
+        """Which share of the fresh draws each guide makes, and how many reach the precision.
+
+        By the second moment of their weights on what each search found: where little was learned, the adversary itself
+        makes more of them, or all.
+        """
+        left, precision, tuning = self.meter.left, self.method.precision, self.method.tuning
+        every = [found for search in searches if (found := _Found.of(search.pool)) is not None]
+        log_q = [np.stack([_density(guide, found.texts) for guide in guides], axis=1) for found in every]
+        best, least = np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)]), math.inf
+        for prior in (tuning.prior, *tuning.more):
+            shares = np.array([prior, *([0.5 * (1.0 - prior)] * 2)])
+            with np.errstate(divide="ignore"):
+                mixed = [np.logaddexp.reduce(one + np.log(shares), axis=1) for one in log_q]
+            most = max(found.moment(one) for found, one in zip(every, mixed, strict=True))
+            if most < least:
+                best, least = shares, most
+        if precision is None or len(every) < len(searches):
+            return best, left
+        return best, int(min(left, max(1_000.0, 1.3 * least / precision**2)))
 
     def _conclude(self, fresh: _Pool, pools: list[_Pool], rng: np.random.Generator) -> Evidence:
         tuning = self.method.tuning
