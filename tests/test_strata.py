@@ -252,6 +252,26 @@ def test_combinations_too_many_to_list_are_guided(backend: str, family: Any) -> 
     check_run(CrossEntropy().run(built.event, budget=20_000, seed=seed(2)), built.event, 20_000)
 
 
+def test_the_guides_catastrophes_have_the_weights_of_the_adversary() -> None:
+    """How often each of 16 elements is on, in catastrophes: by particles, and by the recursion of Poisson binomials."""
+    lib = named("pyro")
+    p = np.geomspace(1e-4, 0.1, 16)
+
+    def upper_tail(p: np.ndarray, least: int) -> float:
+        law = np.ones(1)
+        for one in p:
+            law = np.convolve(law, [1.0 - one, one])
+        return float(law[least:].sum())
+
+    exact = np.array([p[i] * upper_tail(np.delete(p, i), 2) for i in range(len(p))]) / upper_tail(p, 3)
+    built = problem(lambda: lib.sample("b", lib.dist.Bernoulli(floats(lib, p)).to_event(1)), lambda y: y.sum() - 2.5)
+    evidence = CrossEntropy().run(built.event, budget=30_000, seed=seed(0)).conclusion
+    assert evidence.particles is not None
+    on = built.event.site_values(evidence.particles.z)["b"]
+    found = np.exp(evidence.particles.log_weight) @ on / np.exp(evidence.particles.log_weight).sum()
+    assert np.abs(found - exact).max() < 0.08  # some 200 particles are worth an error of 0.03
+
+
 @pytest.mark.parametrize("budget", [1, 50, 700, 3_000])
 def test_the_guides_budget_is_a_ceiling(backend: str, budget: int) -> None:
     event = many_failures(named(backend))[0].event.replaced()

@@ -161,7 +161,9 @@ class _Campaign:
         gap = math.inf if upper is None else upper.value - lower.value
         own = math.inf if upper is None else math.hypot(lower.error, upper.error)
         notes = []
-        if gap > tuning.gap:
+        if upper is None:
+            notes.append(Note(Code.IMPRECISE, "there is no upper bound, for lack of particles: raise the budget."))
+        elif gap > tuning.gap:
             notes.append(Note(Code.IMPRECISE, f"the bounds are {gap:.2f} nats apart: raise the budget, or the guide."))
         if upper is not None and gap < -3.0 * own - 0.05:
             notes.append(Note(Code.DISAGREE, "the lower bound is above the upper one: tempering has missed a mode."))

@@ -51,6 +51,7 @@ from probest.verdict import with_room
 __all__ = ["CrossEntropy", "listed_sites"]
 
 _PROGRAMS = "programs.py"
+_KEPT = 400  # catastrophes, at most
 Indices = np.ndarray
 
 
@@ -420,16 +421,17 @@ class _Campaign:
 
     def _particles(self, pool: _Drawn, log_w: Floats) -> Particles | None:
         rng = generator(child_seed(self.seed, Stream.PLACE))
-        rows = np.flatnonzero(np.isfinite(log_w))
-        if len(rows) > 400:
-            rows = np.unique(rows[diagnostics.systematic_resample(log_w[rows], 400, rng)])
+        hits = np.flatnonzero(np.isfinite(log_w))
+        if not len(hits):
+            return None
+        rows, share = diagnostics.thinned(np.exp(log_w[hits] - log_w[hits].max()), _KEPT)
+        rows = hits[rows]
         z = np.zeros((len(rows), self.event.dim))
         z[:, self.free] = pool.u[rows]
         z, kept = placed(self.event, self.sites, self._held(pool.v[rows]), z, rng)
         if not kept.any():
             return None
-        equal = np.full(int(kept.sum()), -math.log(int(kept.sum())))
-        return Particles(z[kept], equal, pool.severity[rows][kept])
+        return Particles(z[kept], np.log(share[kept] / share[kept].sum()), pool.severity[rows][kept])
 
     def _nothing(self, note: Note) -> Evidence:
         return Evidence.nothing(self.method.name, note, calls=self.meter.calls, seconds=self.meter.seconds)
