@@ -11,9 +11,9 @@ With p the law of the adversary's text and q that with a twist (:mod:`probest.ad
 4. *Look again*: the same from the start with other draws. What the second search finds where the first hardly ever
    draws is new, and leaves room for what neither found (:func:`probest.verdict.with_room`).
 5. *Weigh*: fresh draws of the best of both, fixed now, with a share of the adversary itself, so that no weight is
-   above one over that share. Their number is fixed beforehand (Stein 1945). All draws of the searches, each search as
-   one mixture, estimate P a second time: that may not be higher. (It is a little low, since twists know single texts
-   that they were fitted to, and weigh them less.)
+   above one over that share. Their number is fixed beforehand (Stein 1945), and enlarged once where that was far off.
+   All draws of the searches, each search as one mixture, estimate P a second time: that may not be higher. (It is a
+   little low, since twists know single texts that they were fitted to, and weigh them less.)
 
 Both searches follow the same severity: what is isolated from everything that is nearly a catastrophe is found by
 neither. It fails where a small network cannot learn from so many texts what catastrophes have in common; few weights
@@ -85,6 +85,7 @@ class LearnedTuning:
     more: tuple[float, ...] = tuned((0.3, 0.6, 1.0), "other shares, where little was learned", _LANGUAGE)
     seen: float = tuned(20.0, "draws of a search for each catastrophe of a kind, from which on it is known", _LANGUAGE)
     enough: float = tuned(100.0, "effective draws of a search, before which it does not end", _LANGUAGE)
+    far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _LANGUAGE)
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
     largest: float = tuned(0.02, "share of one weight below which their shape tells nothing", _LANGUAGE)
     few: float = tuned(50.0, "effective draws that are too few to conclude from", _LANGUAGE)
@@ -206,8 +207,11 @@ class _Campaign:
         rng = generator(child_seed(self.seed, Stream.WEIGH))
         guides = (None, first.best_for(second.pool), second.best_for(first.pool))
         shares, wanted = self._shares([first, second], guides)
-        counts = allocate(wanted, shares, rng)
-        evidence = self._conclude(self._drawn(guides, counts, rng), [first.pool, second.pool], rng)
+        fresh = self._drawn(guides, allocate(wanted, shares, rng), rng)
+        more = self._missing(fresh)
+        if more:
+            fresh = fresh.plus(self._drawn(guides, allocate(more, shares, rng), rng))
+        evidence = self._conclude(fresh, [first.pool, second.pool], rng)
         return self._second_look(evidence, first, second)
 
     # --- draws -------------------------------------------------------------------------------------------------------
@@ -271,6 +275,17 @@ class _Campaign:
         if precision is None or len(every) < len(searches):
             return best, left
         return best, int(min(left, max(1_000.0, 1.3 * least / precision**2)))
+
+    def _missing(self, fresh: _Pool) -> int:
+        """How many draws more, once, where those that were to do are far from the precision."""
+        precision, n = self.method.precision, len(fresh.severity)
+        if precision is None:
+            return 0
+        error = diagnostics.log_mean_exp(fresh.log_w)[1]
+        if error <= self.method.tuning.far_off * precision:
+            return 0
+        wanted = n * (error / precision) ** 2 if math.isfinite(error) else math.inf
+        return int(min(self.meter.left, wanted))
 
     def _conclude(self, fresh: _Pool, pools: list[_Pool], rng: np.random.Generator) -> Evidence:
         tuning = self.method.tuning
