@@ -87,6 +87,7 @@ def test_from_random_places(backend: str) -> None:
     assert found.coverage > 0.7
 
 
+@pytest.mark.parametrize("backend", ["pyro"], indirect=True)  # the host's part; compiling takes half a minute
 def test_a_rare_switch(backend: str) -> None:
     lib, normal = normals(backend)
     problem = Problem(

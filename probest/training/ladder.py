@@ -70,6 +70,7 @@ class LadderTuning:
     acceptance: float = tuned(0.55, "that steps aim at (Roberts & Rosenthal 1998: 0.574)", _BY)
     memory: float = tuned(0.9, "of yesterday's averages that stays at each step", _BY)
     continued: int = tuned(3, "rungs, the last, that are continued to the event for log P", _BY)
+    rewrites: int = tuned(4, "moves of a text a step, for the calls that gradients take elsewhere", "language.py")
     lend_every: int = tuned(10, "steps between which columns keep their stratum", _BY)
 
 
@@ -318,15 +319,16 @@ class Ladder:
         if self.steps == 0:
             self._learn_usual(at.severity)  # they are draws still
         width, place = self._width(), np.arange(dim)
-        cut = rng.integers(dim, size=(columns, rungs, 1))
-        fresh = np.where(rng.random((columns, rungs, 1)) < 0.5, place >= cut, place == cut)
-        proposal = np.where(fresh, rng.standard_normal(self.z.shape), self.z)
-        there = self._evaluate(event, proposal.reshape(-1, dim), group, gradient=False)
-        old, new = (
-            (one.severity.reshape(columns, rungs), one.log_weight.reshape(columns, rungs)) for one in (at, there)
-        )
-        log_ratio = self._target(*new, width) - np.maximum(self._target(*old, width), -1e300)
-        self._accept(proposal, log_ratio, old, new, rng)
+        old = at.severity.reshape(columns, rungs), at.log_weight.reshape(columns, rungs)
+        for _ in range(self.tuning.rewrites):
+            cut = rng.integers(dim, size=(columns, rungs, 1))
+            fresh = np.where(rng.random((columns, rungs, 1)) < 0.5, place >= cut, place == cut)
+            proposal = np.where(fresh, rng.standard_normal(self.z.shape), self.z)
+            there = self._evaluate(event, proposal.reshape(-1, dim), group, gradient=False)
+            new = there.severity.reshape(columns, rungs), there.log_weight.reshape(columns, rungs)
+            log_ratio = self._target(*new, width) - np.maximum(self._target(*old, width), -1e300)
+            self._accept(proposal, log_ratio, old, new, rng)
+            old = self.severity, self.log_weight
 
     def _accept(
         self, proposal: Floats, log_ratio: Floats, old: tuple[Floats, Floats], new: tuple[Floats, Floats],
