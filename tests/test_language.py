@@ -236,7 +236,7 @@ def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
 
 def test_the_gradient_in_the_language_model_is_that_of_enumeration() -> None:
     problem, lm, every, hit = text_problem(3, steps=5)
-    result = estimate(problem, budget=100_000, precision=0.015, progress=False)
+    result = estimate(problem, budget=60_000, precision=0.02, progress=False)
     weight = lm.model.transformer.wte.weight
     result.log_prob_at().backward()
     found = weight.grad.clone()
@@ -418,7 +418,7 @@ def test_a_reader_of_text_is_trained(taught: bool) -> None:
     run = train(
         problem, task=task, data=(x, (~harmful(x)).float()),
         teacher=(lambda text: (~harmful(text)).float()) if taught else None,
-        until_log_prob=-12.0, steps=80, learning_rate=0.05, particles=64, budget=6_000, check_budget=3_000,
+        until_log_prob=-12.0, steps=40, learning_rate=0.1, particles=64, budget=900, check_budget=900,
         audit=MonteCarlo(), audit_rounds=0, progress=False,
     )  # fmt: skip
     assert log_prob(run.model) < log_prob(problem.model) - 3.0
