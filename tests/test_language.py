@@ -282,6 +282,26 @@ def test_a_checker_that_says_yes_or_no_gets_a_bound() -> None:
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
 
 
+@pytest.mark.parametrize("after", [200, 4_000])
+def test_what_was_found_before_an_interruption_is_returned(after: int) -> None:
+    problem, lm, every, hit = text_problem(5)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done >= after:
+            raise KeyboardInterrupt
+
+    result = estimate(problem, budget=20_000, callback=stop, progress=False)
+    assert "interrupted" in {code.value for code in result.conclusion.codes}
+    assert not result.converged
+    with torch.no_grad():
+        truth = float(lm().log_prob(every)[hit].logsumexp(0))
+    if after > 1_000:
+        assert abs(result.log_prob - truth) < 1.0
+        assert result.catastrophes is not None
+    else:
+        assert result.log_prob == -math.inf
+
+
 # Adversaries of one's own ---------------------------------------------------------------------------------------------
 
 

@@ -223,6 +223,10 @@ class Texts:
         return len(self.readings[0].tokens)
 
     @property
+    def device(self) -> torch.device:
+        return self.readings[0].own.device
+
+    @property
     def own(self) -> Floats:
         """log p of all texts of a draw, ``(n,)``."""
         return _host(torch.stack([one.own for one in self.readings]).sum(0))
@@ -280,7 +284,7 @@ class Fit:
         self, adversary: LanguageAdversary, texts: Texts, score: Floats, rng: np.random.Generator
     ) -> LanguageAdversary:
         """Learn where severities end, from draws of the adversary itself. score ``(n,)``: standard normal there."""
-        at = torch.as_tensor(score, dtype=torch.float32)
+        at = torch.as_tensor(score, dtype=torch.float32, device=texts.device)
         return self._fitted(
             adversary, texts, np.ones(len(score)), lambda twin, rows, _: texts.at(rows).misfit(twin, at[rows]), rng
         )
@@ -293,7 +297,7 @@ class Fit:
         slope ``(n,)``: 0 at what is aimed at, down to ``-floor``, from where on anything lower will do. weight: of
         each draw.
         """
-        target = torch.as_tensor(slope)
+        target = torch.as_tensor(slope, device=texts.device)
         graded = target > -self.floor
 
         def loss(twin: LanguageAdversary, rows: Any, share: Tensor) -> Tensor:
@@ -322,10 +326,13 @@ class Fit:
         twin = copy.deepcopy(adversary)
         optimizer = torch.optim.Adam(twin.parameters(), lr=self.learning_rate)
         best, kept, since = math.inf, twin.state_dict(), 0
-        law, alike = weight[shown] / weight[shown].sum(), torch.ones(self.size, dtype=torch.float64)
+        law, alike = (
+            weight[shown] / weight[shown].sum(),
+            torch.ones(self.size, dtype=torch.float64, device=texts.device),
+        )
         for step in range(min(self.steps, math.ceil(self.passes * len(shown) / self.size)) + 1):
             if step % self.judged == 0:
-                judged = self._judged(twin, unshown, weight, loss)
+                judged = self._judged(twin, unshown, weight, loss, texts.device)
                 since += 1
                 if judged < best:
                     best, kept, since = judged, {k: v.clone() for k, v in twin.state_dict().items()}, 0
@@ -339,10 +346,12 @@ class Fit:
         twin.load_state_dict(kept)
         return twin
 
-    def _judged(self, twin: LanguageAdversary, rows: np.ndarray, weight: Floats, loss: _Loss) -> float:
+    def _judged(
+        self, twin: LanguageAdversary, rows: np.ndarray, weight: Floats, loss: _Loss, device: torch.device
+    ) -> float:
         parts = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
         with torch.no_grad():
-            each = np.array([float(loss(twin, part, torch.as_tensor(weight[part]))) for part in parts])
+            each = np.array([float(loss(twin, part, torch.as_tensor(weight[part], device=device))) for part in parts])
         share = np.array([weight[part].sum() for part in parts])
         return float(each @ share / share.sum())
 
@@ -368,7 +377,8 @@ def to_normals(adversary: LanguageAdversary, site: str, value: np.ndarray, unifo
     """Coordinates from which the untwisted program draws this value of a site; see TokenSequences.to_normals."""
     lm = adversary.models[adversary.sites.index(site)]
     assert isinstance(lm, TwistedLM)
-    return _host(lm.base().to_normals(torch.as_tensor(value), torch.as_tensor(uniform)))
+    device = lm.base.prompt_ids.device
+    return _host(lm.base().to_normals(torch.as_tensor(value, device=device), torch.as_tensor(uniform, device=device)))
 
 
 def _host(value: Tensor) -> Floats:

@@ -67,6 +67,7 @@ class Stream(IntEnum):
     AGAIN = 1
     WEIGH = 2
     PLACE = 3
+    BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,22 @@ class _Campaign:
         self.twists = twists
         self.fit = twists.Fit()
         self.untwisted = self.given or twists.untwisted(self.event.parts.adversary)
+        self.searches: list[_Search] = []
         self.bound: BoundProgram = ProgramGuide(self.untwisted, params=self.event.parts.params).bind(self.event)
 
     def run(self) -> Evidence:
+        """The estimate; after Ctrl-C what all draws of the searches until then say."""
+        try:
+            return self._estimated()
+        except KeyboardInterrupt:
+            note = Note(Code.INTERRUPTED, "interrupted: this is the evidence gathered until then.")
+            pools = [search.pool for search in self.searches]
+            if not any(np.any(pool.severity >= 0.0) for pool in pools):
+                return self._nothing(note)
+            found = self._weighed(np.concatenate([pool.log_w for pool in pools]), pools, pools)
+            return replace(found, converged=False, notes=(*found.notes, note))
+
+    def _estimated(self) -> Evidence:
         tuning, meter = self.method.tuning, self.meter
         size = int(tuning.look * meter.budget)
         if size < 50:
@@ -197,7 +211,7 @@ class _Campaign:
         wanted = self._plain(plain)
         if wanted is not None:
             fresh = self._drawn((None,), [wanted], rng)
-            return self._conclude(fresh, [plain], rng)
+            return self._conclude(fresh, [plain])
         first = _Search(self, plain, rng).run((1.0 - 0.5 * tuning.share) * meter.budget)
         rng = generator(child_seed(self.seed, Stream.AGAIN))
         plain = self._drawn((None,), [size], rng)
@@ -211,7 +225,7 @@ class _Campaign:
         more = self._missing(fresh)
         if more:
             fresh = fresh.plus(self._drawn(guides, allocate(more, shares, rng), rng))
-        evidence = self._conclude(fresh, [first.pool, second.pool], rng)
+        evidence = self._conclude(fresh, [first.pool, second.pool])
         return self._second_look(evidence, first, second)
 
     # --- draws -------------------------------------------------------------------------------------------------------
@@ -248,7 +262,7 @@ class _Campaign:
         rng = generator(child_seed(self.seed, Stream.WEIGH))
         rest = self._drawn((None,), [max(self.meter.left, 1)], rng)
         if np.any(rest.severity >= 0.0):
-            return self._conclude(rest, pools, rng)
+            return self._conclude(rest, pools)
         plain = sum(int(pool.counts[0]) for pool in (*pools, rest))
         note = Note(Code.NO_HITS, "no catastrophe was found: raise the budget.")
         return self._nothing(note, upper=diagnostics.binomial_interval(0, plain)[1])
@@ -287,14 +301,17 @@ class _Campaign:
         wanted = n * (error / precision) ** 2 if math.isfinite(error) else math.inf
         return int(min(self.meter.left, wanted))
 
-    def _conclude(self, fresh: _Pool, pools: list[_Pool], rng: np.random.Generator) -> Evidence:
+    def _conclude(self, fresh: _Pool, pools: list[_Pool]) -> Evidence:
+        return self._weighed(fresh.log_w, pools, [fresh] if np.any(fresh.severity >= 0.0) else pools)
+
+    def _weighed(self, log_w: Floats, pools: list[_Pool], shown: list[_Pool]) -> Evidence:
+        """The estimate from log-weights of draws, beside those of the searches; catastrophes are of ``shown``."""
         tuning = self.method.tuning
-        pooled = np.concatenate([pool.log_w for pool in pools])
-        trust = Trust(tuning.heavy, tuning.largest, tuning.few, learned_by_heart=True)
-        particles = self._particles([fresh] if np.any(fresh.severity >= 0.0) else pools)
         return weighed(
-            self.method.name, fresh.log_w, pooled, trust=trust, precision=self.method.precision, particles=particles,
-            calls=self.meter.calls, seconds=self.meter.seconds, rng=rng,
+            self.method.name, log_w, np.concatenate([pool.log_w for pool in pools]),
+            trust=Trust(tuning.heavy, tuning.largest, tuning.few, learned_by_heart=True),
+            precision=self.method.precision, particles=self._particles(shown), calls=self.meter.calls,
+            seconds=self.meter.seconds, rng=generator(child_seed(self.seed, Stream.BATCHES)),
         )  # fmt: skip
 
     def _second_look(self, evidence: Evidence, first: _Search, second: _Search) -> Evidence:
@@ -381,6 +398,7 @@ class _Search:
 
     def __init__(self, campaign: _Campaign, plain: _Pool, rng: np.random.Generator) -> None:
         self.campaign, self.pool, self.rng = campaign, plain, rng
+        campaign.searches.append(self)
         self.method, self.meter = campaign.method, campaign.meter
         self.guides: list[LanguageAdversary | None] = [None]
         self.recent = plain.severity
