@@ -87,7 +87,9 @@ class TwistedLM(nn.Module):
         with torch.no_grad():
             _, states = base._read(rows.to(device), empty.to(device), states=True)
         assert states is not None
-        self.twist = Twist(states.shape[-1], base.vocabulary, base.max_new_tokens, width).to(device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same every time
+            self.twist = Twist(states.shape[-1], base.vocabulary, base.max_new_tokens, width).to(device)
 
     @property
     def base(self) -> CausalLM:
@@ -358,9 +360,7 @@ class Fit:
 
 def untwisted(program: Callable[[], Any]) -> LanguageAdversary:
     """The program with twists that do nothing yet."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LanguageAdversary(program, twist=True)
+    return LanguageAdversary(program, twist=True)
 
 
 def at_level(adversary: LanguageAdversary, level: float) -> LanguageAdversary:
