@@ -17,7 +17,7 @@ from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
-from probest.estimators.learned import LearnedProposal
+from probest.estimators.learned import LearnedProposal, obstacle
 from probest.estimators.splitting import Splitting
 from probest.estimators.stratified import Stratified
 from probest.estimators.whitened import Whitened
@@ -112,7 +112,7 @@ def estimate(
         return _conditional(problem, int(budget), checker_budget, precision, int(seed), warm_start, options)
     event = problem.event.replaced()
     wanted = PRECISION if precision is None else precision
-    method: Estimator = estimator or _default(event, wanted, max_strata)
+    method: Estimator = estimator or _default(event, budget, wanted, max_strata)
     if guide is not None:
         method = Importance(precision=wanted, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide))
     if warm_start is not None:
@@ -200,10 +200,11 @@ def _share(joint: Estimate, below: Estimate, left: int, seed: np.random.SeedSequ
     return shared(float(counts @ hits) / count, independent, calls=len(rows), seconds=seconds)
 
 
-def _default(event: Event, precision: float, max_strata: int) -> Estimator:
+def _default(event: Event, budget: int, precision: float, max_strata: int) -> Estimator:
     """The default strategy; over the strata of discrete sites, where there are some; a learned twist, for text."""
     if not event.weighted and event.is_text:
-        return Splitting(precision=precision) if event.composition.closed_loop else LearnedProposal(precision=precision)
+        refused = obstacle(event, budget)
+        return Splitting(precision=precision) if refused else LearnedProposal(precision=precision)
     inner = Combined(precision=precision)
     if event.weighted and event.differentiable and not event.discrete_sites:
         return Whitened(inner)

@@ -16,7 +16,7 @@ from scipy import stats
 pytest.importorskip("transformers", reason="language models need the extra lm: pip install 'probest[lm]'")
 
 from models import language
-from probest import GradientError, MonteCarlo, Problem, estimate, search, train
+from probest import GradientError, LearnedProposal, MonteCarlo, Problem, UnmetNeedError, estimate, search, train
 from probest.adversaries.language import CausalLM, LanguageAdversary, LanguageModelError
 from probest.testing import FAILURE_RATE
 
@@ -280,6 +280,19 @@ def test_a_checker_that_says_yes_or_no_gets_a_bound() -> None:
         truth = float(lm().log_prob(every)[(every == 1).sum(1) >= 2].logsumexp(0))
     result = estimate(seldom, budget=20_000, progress=False)
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
+
+
+def test_what_cannot_be_learned_is_split() -> None:
+    problem, lm, _, _ = text_problem(3)
+    with pytest.raises(UnmetNeedError, match="more than 2,000,000,000 log-probabilities"):
+        estimate(problem, budget=10**8, estimator=LearnedProposal(), progress=False)
+    twisted = Problem(LanguageAdversary(lm, twist=True), problem.model, problem.checker)
+    with pytest.raises(UnmetNeedError, match="'text' is drawn with a twist already"):
+        estimate(twisted, budget=2_000, estimator=LearnedProposal(), progress=False)
+    assert estimate(twisted, budget=2_000, progress=False).conclusion.method == "splitting"
+    normal = Problem(lambda: pyro.sample("x", pyro.distributions.Normal(0.0, 1.0)), lambda x: x, lambda x, y: y - 3.0)
+    with pytest.raises(UnmetNeedError, match="draws text alone"):
+        estimate(normal, budget=2_000, estimator=LearnedProposal(), progress=False)
 
 
 @pytest.mark.parametrize("after", [200, 4_000])

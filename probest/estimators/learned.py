@@ -52,12 +52,35 @@ if TYPE_CHECKING:
     from probest.adversaries.language import LanguageAdversary
     from probest.adversaries.twists import Texts
 
-__all__ = ["LearnedProposal", "searched"]
+__all__ = ["LearnedProposal", "obstacle", "searched"]
 
 _LANGUAGE = "language.py"
+MOST = 2_000_000_000
+"""Numbers that are kept of texts, at most, four bytes each: a log-probability of each token at each place."""
 Values = dict[str, np.ndarray]
 Guides = Sequence["LanguageAdversary | None"]
 """Laws to draw from; None is the adversary itself."""
+
+
+def obstacle(event: EventLike, budget: int) -> str:
+    """Why this event cannot be estimated so, with what to do instead; empty where it can."""
+    from probest.adversaries.language import LanguageModelError, models_of
+
+    if not isinstance(event, Event) or not event.is_text or event.composition.closed_loop:
+        return (
+            "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
+            "arguments. Use Tempering, or Splitting"
+        )
+    try:
+        found = models_of(event.parts.adversary)
+    except LanguageModelError as error:
+        return f"{error}. Or use Splitting"
+    if budget * sum(site.size * found[site.name].vocabulary for site in event.sites) > MOST:
+        return (
+            f"the learned proposal would keep more than {MOST:,} log-probabilities (budget times tokens times "
+            "vocabulary). Use Splitting, or a smaller budget"
+        )
+    return ""
 
 
 class Stream(IntEnum):
@@ -116,11 +139,10 @@ class LearnedProposal:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Look, learn twice, weigh. Raises UnmetNeedError where the adversary draws anything but text."""
         check_needs(self, event)
-        if not isinstance(event, Event) or not event.is_text or event.composition.closed_loop:
-            raise UnmetNeedError(
-                "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
-                "arguments. Use Splitting"
-            )
+        why = obstacle(event, budget)
+        if why:
+            raise UnmetNeedError(why)
+        assert isinstance(event, Event)
         return Run.of(_Campaign(self, event, Meter(event, budget), seed).run())
 
 
