@@ -5,7 +5,7 @@ token 3 pads it, so that there are 4 + 16 + 64 + ... sequences in all, which :fu
 
 *Brackets* (:func:`problem`): **D** is a GPT-2 of 230,000 parameters that learns to write English, sign by sign, from
 Python's own documentation (:func:`letters_model`); it writes 32 signs. **M** is a small convolutional network that
-tells texts whose brackets match from others, having seen 4,000 of D's; 99 % of its answers are right. **C** counts
+tells texts whose brackets match from others, having seen 4,000 of D's; 98 % of its answers are right. **C** counts
 brackets, in code that can be trusted (:func:`unmatched`). It is a catastrophe when M is sure (``SURE`` nats) that
 brackets match, and they do not: P is about 4e-4.
 """

@@ -371,6 +371,8 @@ def test_a_program_is_run_with_its_own_models() -> None:
     assert trace.nodes["b"]["value"].shape == (2, language.STEPS)
     with pytest.raises(LanguageModelError, match="draws no text"):
         LanguageAdversary(lambda: pyro.sample("x", pyro.distributions.Normal(0.0, 1.0)))
+    with pytest.raises(LanguageModelError, match="budget=30"):
+        LanguageAdversary(one, twist=True, budget=30)
 
 
 def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:

@@ -475,6 +475,8 @@ class LanguageAdversary(nn.Module):
         self.budget = budget
         if twist and lora is not None:
             raise LanguageModelError("lora and twist exclude each other: a twist leaves the model as it is")
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 500:
+            raise LanguageModelError(f"budget={budget!r}: expected a whole number of model calls, 500 or more")
         self._program = Shared(_drawing(program, site) if isinstance(program, CausalLM) else program)
         found = models_of(self._program.value)
         if not found:

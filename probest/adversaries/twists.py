@@ -33,11 +33,13 @@ from torch import Tensor, nn
 
 from probest.adversaries.language import CausalLM, LanguageAdversary, Shared, TokenSequences
 from probest.evidence import Floats
+from probest.tuning import tuned
 
 __all__ = ["Fit", "Texts", "Twist", "TwistedLM", "at_level", "to_normals", "untwisted"]
 
 _SD = (-4.0, 1.5)  # log σ, from and to
 _CHUNK = 2_000
+_BY = "language.py"
 _Loss = Callable[[LanguageAdversary, Any, Tensor], Tensor]  # of an adversary at rows with weights
 
 
@@ -266,21 +268,16 @@ class Texts:
 
 @dataclass(frozen=True)
 class Fit:
-    """How twists are fitted: Adam on minibatches of what is shown, until what is not shown is no better for so long.
+    """How twists are fitted: Adam on minibatches of what is shown, until what is not shown is no better for so long."""
 
-    steps, passes: at most, of steps and of passes over what is shown. judged: steps between judgements. patience: of
-    these, without progress. size: of a minibatch.
-    unshown: share of the distinct texts. floor: nats below catastrophes at which log q − log p does not matter further.
-    """
-
-    learning_rate: float = 2e-3
-    steps: int = 1_000
-    passes: int = 20
-    judged: int = 25
-    patience: int = 4
-    size: int = 128
-    unshown: float = 0.2
-    floor: float = 10.0
+    learning_rate: float = tuned(2e-3, "of Adam", _BY)
+    steps: int = tuned(1_000, "of training, at most", _BY)
+    passes: int = tuned(20, "over what is shown, at most", _BY)
+    judged: int = tuned(25, "steps between judgements", _BY)
+    patience: int = tuned(4, "judgements without progress", _BY)
+    size: int = tuned(128, "texts of a minibatch", _BY)
+    unshown: float = tuned(0.2, "of the distinct texts, which judge", _BY)
+    floor: float = tuned(10.0, "nats below catastrophes at which log q - log p does not matter further", _BY)
 
     def foresee(
         self, adversary: LanguageAdversary, texts: Texts, score: Floats, rng: np.random.Generator
@@ -328,10 +325,8 @@ class Fit:
         twin = copy.deepcopy(adversary)
         optimizer = torch.optim.Adam(twin.parameters(), lr=self.learning_rate)
         best, kept, since = math.inf, twin.state_dict(), 0
-        law, alike = (
-            weight[shown] / weight[shown].sum(),
-            torch.ones(self.size, dtype=torch.float64, device=texts.device),
-        )
+        law = weight[shown] / weight[shown].sum()
+        alike = torch.ones(self.size, dtype=torch.float64, device=texts.device)
         for step in range(min(self.steps, math.ceil(self.passes * len(shown) / self.size)) + 1):
             if step % self.judged == 0:
                 judged = self._judged(twin, unshown, weight, loss, texts.device)

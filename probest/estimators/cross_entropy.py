@@ -39,7 +39,7 @@ from scipy import special
 from probest import diagnostics
 from probest.budget import Meter, UndefinedError
 from probest.estimators.base import Need, check_least, check_needs, check_precision
-from probest.estimators.weighing import Trust, chosen, weighed
+from probest.estimators.weighing import Trust, weighed
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.base import Site
 from probest.programs.event import Event
@@ -346,11 +346,21 @@ class _Campaign:
 
     def _learn(self, found: _Found) -> tuple[_Chain, bool]:
         """A guide for the highest of what was drawn, and whether that is the event with its own weights."""
-        tuning, pool = self.method.tuning, found.pool
-        rows, weight, reached = chosen(
-            pool.severity, self._log_w(found), found.mixture.counts[-1], elite=tuning.elite, effective=tuning.effective
-        )
-        return self._fit(pool.v[rows], pool.u[rows], weight), reached
+        tuning, log_w, pool = self.method.tuning, self._log_w(found), found.pool
+        recent = pool.severity[-found.mixture.counts[-1] :]
+        level = min(0.0, float(np.quantile(recent, 1.0 - tuning.elite)))
+        least = min(tuning.effective, 0.3 * len(recent))
+        if np.count_nonzero(pool.severity >= 0.0) >= 0.2 * least:
+            level = 0.0
+        inside = np.flatnonzero((pool.severity >= level) & np.isfinite(log_w))
+        if not len(inside):
+            inside = np.flatnonzero(np.isfinite(log_w))
+        high = log_w[inside]
+        least = min(least, 0.5 * len(inside))
+        equal, share = np.zeros(len(high)), least / len(high)
+        power = diagnostics.next_temperature(equal, lambda power: power * high, easy=0.0, hard=1.0, target=share)
+        weight = np.exp(power * high - diagnostics.log_sum_exp(power * high))
+        return self._fit(pool.v[inside], pool.u[inside], weight), level >= 0.0 and power == 1.0
 
     def _fit(self, v: Indices, u: Floats, weight: Floats) -> _Chain:
         tuning, count, most = self.method.tuning, len(self.elements), self.possible.shape[1]

@@ -158,9 +158,7 @@ class _Pool(NamedTuple):
     @property
     def mixed(self) -> Floats:
         """log-density of all guides as one mixture."""
-        given = self.counts > 0
-        parts = self.log_q[:, given] + np.log(self.counts[given] / self.counts.sum())
-        return np.asarray(np.logaddexp.reduce(parts, axis=1))
+        return _mixed(self.log_q, self.counts / self.counts.sum())
 
     @property
     def log_w(self) -> Floats:
@@ -268,7 +266,7 @@ class _Campaign:
         if np.isnan(severity).any():
             raise UndefinedError("the severity is NaN: return a number, or -inf where there can be no catastrophe")
         texts = self.twists.Texts.of(self.untwisted, values)
-        log_q = np.stack([_density(guide, texts) for guide in guides], axis=1)
+        log_q = _densities(guides, texts)
         return _Pool(values, texts, severity, log_q, counts)
 
     def _plain(self, pool: _Pool) -> int | None:
@@ -299,13 +297,11 @@ class _Campaign:
         """
         left, precision, tuning = self.meter.left, self.method.precision, self.method.tuning
         every = [found for search in searches if (found := _Found.of(search.pool)) is not None]
-        log_q = [np.stack([_density(guide, found.texts) for guide in guides], axis=1) for found in every]
+        log_q = [_densities(guides, found.texts) for found in every]
         best, least = np.array([tuning.prior, *([0.5 * (1.0 - tuning.prior)] * 2)]), math.inf
         for prior in (tuning.prior, *tuning.more):
             shares = np.array([prior, *([0.5 * (1.0 - prior)] * 2)])
-            with np.errstate(divide="ignore"):
-                mixed = [np.logaddexp.reduce(one + np.log(shares), axis=1) for one in log_q]
-            most = max(found.moment(one) for found, one in zip(every, mixed, strict=True))
+            most = max(found.moment(_mixed(one, shares)) for found, one in zip(every, log_q, strict=True))
             if most < least:
                 best, least = shares, most
         if precision is None or len(every) < len(searches):
@@ -387,11 +383,12 @@ class _Campaign:
 
 
 class _Found(NamedTuple):
-    """Catastrophes with weights of sum 1, and log P as they have it."""
+    """Catastrophes with weights of sum 1, log P as they have it, and their density under the pool's own guides."""
 
     texts: Texts
     share: Floats
     log_prob: float
+    log_q: Floats
 
     @classmethod
     def of(cls, pool: _Pool) -> _Found | None:
@@ -401,7 +398,7 @@ class _Found(NamedTuple):
         if not len(hits):
             return None
         share = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
-        return cls(pool.texts.at(hits), share, diagnostics.log_mean_exp(log_w)[0])
+        return cls(pool.texts.at(hits), share, diagnostics.log_mean_exp(log_w)[0], pool.log_q[hits])
 
     def moment(self, log_q: Floats) -> float:
         """The second moment of the weights of draws of q, over their squared mean; log_q: of these catastrophes.
@@ -411,8 +408,15 @@ class _Found(NamedTuple):
         return float(self.share @ np.exp(np.minimum(self.texts.own - log_q - self.log_prob, 50.0)))
 
 
-def _density(guide: LanguageAdversary | None, texts: Texts) -> Floats:
-    return texts.own if guide is None else texts.density(guide)
+def _densities(guides: Guides, texts: Texts) -> Floats:
+    """log-density ``(n, guides)`` of texts under each guide."""
+    return np.stack([texts.own if guide is None else texts.density(guide) for guide in guides], axis=1)
+
+
+def _mixed(log_q: Floats, shares: Floats) -> Floats:
+    """log-density ``(n,)`` of a mixture, from those of its guides ``(n, guides)``."""
+    given = shares > 0.0
+    return np.asarray(np.logaddexp.reduce(log_q[:, given] + np.log(shares[given]), axis=1))
 
 
 class _Search:
@@ -445,14 +449,15 @@ class _Search:
     def best_for(self, pool: _Pool) -> LanguageAdversary | None:
         """The guide whose weights are the most even on the catastrophes of a pool; the last, where it has none."""
         found = _Found.of(pool)
-        return self.guides[-1 if found is None else 1 + int(np.argmin(self._moments(found)[1:]))]
+        if found is None:
+            return self.guides[-1]
+        log_q = found.log_q if pool is self.pool else _densities(self.guides, found.texts)
+        return self.guides[1 + int(np.argmin(self._moments(found, log_q)))]
 
-    def _moments(self, found: _Found) -> Floats:
-        """The second moment of each guide's weights, a share of the adversary's own draws among them."""
-        prior = self.method.tuning.prior
-        own = math.log(prior) + found.texts.own
-        rest = math.log1p(-prior)
-        return np.array([found.moment(np.logaddexp(own, rest + _density(g, found.texts))) for g in self.guides])
+    def _moments(self, found: _Found, log_q: Floats) -> list[float]:
+        """The second moment of each learned guide's weights, a share of the adversary's own draws among them."""
+        shares = np.array([self.method.tuning.prior, 1.0 - self.method.tuning.prior])
+        return [found.moment(_mixed(log_q[:, [0, k]], shares)) for k in range(1, log_q.shape[1])]
 
     def _enough(self, left: float) -> bool:
         """Whether what is left will do, drawn from the best guide."""
@@ -461,7 +466,7 @@ class _Search:
             return False
         if diagnostics.effective_sample_size(self.pool.log_w) < self.method.tuning.enough:
             return False
-        return float(self._moments(found)[1:].min()) < 0.5 * left * precision**2
+        return min(self._moments(found, found.log_q)) < 0.5 * left * precision**2
 
     def _draw(self, guide: LanguageAdversary, n: int) -> None:
         """Draws of a guide, and some of the adversary itself, join the pool."""
@@ -491,9 +496,5 @@ class _Search:
 
     def density(self, texts: Texts) -> Floats:
         """log-density ``(n,)`` of all that the search drew from, as one mixture."""
-        parts = [
-            math.log(n / self.pool.counts.sum()) + _density(guide, texts)
-            for guide, n in zip(self.guides, self.pool.counts.tolist(), strict=True)
-            if n
-        ]
-        return np.asarray(np.logaddexp.reduce(parts, axis=0))
+        counts = self.pool.counts
+        return _mixed(_densities(self.guides, texts), counts / counts.sum())

@@ -35,6 +35,7 @@ from probest.budget import Meter
 from probest.estimators.base import Need, check_least, check_needs, check_precision
 from probest.evidence import Code, EventLike, Evidence, Floats, Level, Note, Particles, Run
 from probest.seeds import child_seed, generator
+from probest.smc.moves import rewritten
 from probest.tuning import tuned
 from probest.verdict import imprecise, wanted_error
 
@@ -181,13 +182,8 @@ class _Campaign:
         self, z: Floats, severity: Floats, level: float, rng: np.random.Generator
     ) -> tuple[Floats, Floats, float]:
         """The population moved above a level, and the share of its last moves that stayed there."""
-        n, dim = z.shape
         for _ in range(self.method.sweeps):
-            place = np.arange(dim)
-            cut = rng.integers(dim, size=(n, 1))
-            whole = rng.random((n, 1)) < 0.5
-            fresh = np.where(whole, place >= cut, place == cut)
-            proposed = np.where(fresh, rng.standard_normal((n, dim)), z)
+            proposed = rewritten(z, rng)
             found = self.meter.evaluate(proposed).severity
             kept = found >= level
             z, severity = np.where(kept[:, None], proposed, z), np.where(kept, found, severity)

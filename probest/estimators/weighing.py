@@ -1,15 +1,13 @@
-"""What methods that learn a guide by rounds of draws have in common: which draws to learn from, and the conclusion.
+"""The conclusion of methods that learn a guide by rounds of draws.
 
-Draws of all rounds are weighed as draws of one mixture (Veach & Guibas 1995). The next guide is fitted to the highest
-of them, with weights that are tempered where too few would count (Rubinstein & Kroese 2004). Fresh draws of the last
-guide estimate P; all draws as one mixture estimate it a second time, and the two have to agree.
+Fresh draws of the last guide estimate P. All draws, those of learning among them, are weighed as draws of one mixture
+(Veach & Guibas 1995) and estimate it a second time, and the two have to agree.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,37 +15,7 @@ from probest import diagnostics
 from probest.evidence import Code, Evidence, Floats, Note, Particles
 from probest.verdict import imprecise, reach, wanted_error
 
-__all__ = ["Chosen", "Trust", "chosen", "weighed"]
-
-
-class Chosen(NamedTuple):
-    """Rows to learn from, with weights of sum 1. reached: whether that is the event, with its own weights."""
-
-    rows: np.ndarray
-    weight: Floats
-    reached: bool
-
-
-def chosen(severity: Floats, log_w: Floats, recent: int, *, elite: float, effective: float) -> Chosen:
-    """The highest of all draws ``(n,)``.
-
-    recent: how many of them, the last, are of the last round: the share ``elite`` of them sets the level, at most 0.
-    effective: weights that have to count; else they are tempered.
-    """
-    last = severity[-recent:]
-    level = min(0.0, float(np.quantile(last, 1.0 - elite)))
-    least = min(effective, 0.3 * len(last))
-    if np.count_nonzero(severity >= 0.0) >= 0.2 * least:
-        level = 0.0
-    inside = np.flatnonzero((severity >= level) & np.isfinite(log_w))
-    if not len(inside):
-        inside = np.flatnonzero(np.isfinite(log_w))
-    high = log_w[inside]
-    least = min(least, 0.5 * len(inside))
-    equal, share = np.zeros(len(high)), least / len(high)
-    power = diagnostics.next_temperature(equal, lambda power: power * high, easy=0.0, hard=1.0, target=share)
-    weight = np.exp(power * high - diagnostics.log_sum_exp(power * high))
-    return Chosen(inside, weight, level >= 0.0 and power == 1.0)
+__all__ = ["Trust", "weighed"]
 
 
 @dataclass(frozen=True)

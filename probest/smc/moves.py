@@ -46,6 +46,7 @@ __all__ = [
     "probe",
     "rank_correlation",
     "refresh",
+    "rewritten",
     "walk",
 ]
 
@@ -217,6 +218,18 @@ def refresh(state: State, meter: Meter, rng: np.random.Generator, at: Rows | Non
     else:
         state.portion = float(np.clip(state.portion * step, 0.6 / dim, 1.0))
     return acceptance
+
+
+def rewritten(z: Floats, rng: np.random.Generator) -> Floats:
+    """Proposals ``(..., dim)``, reversible for φ: all coordinates from a random place on anew, or that one alone.
+
+    For programs that unfold in order: what comes before the place stays as it is.
+    """
+    dim = z.shape[-1]
+    place, one = np.arange(dim), (*z.shape[:-1], 1)
+    cut = rng.integers(dim, size=one)
+    fresh = np.where(rng.random(one) < 0.5, place >= cut, place == cut)
+    return np.where(fresh, rng.standard_normal(z.shape), z)
 
 
 def probe(state: State, meter: Meter, gradient: bool, count: int) -> None:

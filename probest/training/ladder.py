@@ -50,6 +50,7 @@ from probest.diagnostics import log_sum_exp, systematic_resample
 from probest.evidence import Evaluation, Floats, Particles
 from probest.programs.event import Event
 from probest.programs.strata import Strata
+from probest.smc.moves import rewritten
 from probest.smc.softening import Noise
 from probest.tuning import tuned
 
@@ -318,12 +319,10 @@ class Ladder:
         columns, rungs, dim = self.z.shape
         if self.steps == 0:
             self._learn_usual(at.severity)  # they are draws still
-        width, place = self._width(), np.arange(dim)
+        width = self._width()
         old = at.severity.reshape(columns, rungs), at.log_weight.reshape(columns, rungs)
         for _ in range(self.tuning.rewrites):
-            cut = rng.integers(dim, size=(columns, rungs, 1))
-            fresh = np.where(rng.random((columns, rungs, 1)) < 0.5, place >= cut, place == cut)
-            proposal = np.where(fresh, rng.standard_normal(self.z.shape), self.z)
+            proposal = rewritten(self.z, rng)
             there = self._evaluate(event, proposal.reshape(-1, dim), group, gradient=False)
             new = there.severity.reshape(columns, rungs), there.log_weight.reshape(columns, rungs)
             log_ratio = self._target(*new, width) - np.maximum(self._target(*old, width), -1e300)
