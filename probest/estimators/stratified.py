@@ -89,6 +89,9 @@ class StratifiedTuning:
     dear_price: int = tuned(
         1500, "calls that it takes where answers are yes or no, or where it is conditioned", _PROGRAMS
     )
+    rounding: float = tuned(
+        1e-5, "of the median deviation of severities, by which those of alike strata may differ", _PROGRAMS
+    )
     halvings: int = tuned(5, "of the way to a catastrophe, to ask next to the boundary", _PROGRAMS)
     asked: int = tuned(4, "catastrophes of a part at which its members are asked whether they are alike", _PROGRAMS)
     boolean_asked: int = tuned(12, "as many where answers are only yes or no", _PROGRAMS)
@@ -239,7 +242,7 @@ class Stratified:
 
 @dataclass
 class _Campaign:
-    """One run: the strata and what is left of the budget."""
+    """One run: the strata and what is left of the budget. rounding: by how much equal severities may differ."""
 
     method: Stratified
     strata: Strata
@@ -248,6 +251,7 @@ class _Campaign:
     budget: int
     parts: list[_Part] = field(default_factory=list)
     reads: bool | None = None
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -281,6 +285,10 @@ class _Campaign:
         z[each - far :] *= self.tuning.far
         severity = self._severities(np.arange(count), z)
         near = severity[:, : each - far]
+        # a program that adds up its draws rounds differently in every stratum
+        finite = severity[np.isfinite(severity)]
+        spread = float(np.median(np.abs(finite - np.median(finite)))) if len(finite) else 0.0
+        self.rounding = self.tuning.rounding * spread
         if not dim:
             self.parts = [self._settled_part(k, float(severity[k, 0])) for k in range(count)]
         else:
@@ -302,10 +310,10 @@ class _Campaign:
         return self.strata.event.evaluate(self.strata.full(z), held=held).severity
 
     def _alike(self, severity: Floats) -> list[np.ndarray]:
-        """Rows with equal severities; every row alone where they can be estimated apart."""
+        """Rows with equal severities, but for rounding; every row alone where they can be estimated apart."""
         if self.strata.varies or len(self.strata) * self._price <= self.tuning.apart * self.budget:
             return [np.array([k]) for k in range(len(severity))]
-        _, inverse = np.unique(severity, axis=0, return_inverse=True)
+        _, inverse = np.unique(_rounded(severity, self.rounding), axis=0, return_inverse=True)
         inverse = inverse.ravel()
         order = np.argsort(inverse, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)
@@ -341,7 +349,8 @@ class _Campaign:
             part.asked = False
             return
         severity = self._severities(part.members, z)
-        differ = (severity != severity[0]).any(axis=1)
+        level = _rounded(severity, self.rounding)
+        differ = (level != level[0]).any(axis=1)
         if differ.any():
             self._split(part, differ, z)
 
@@ -714,6 +723,17 @@ def _with_guided(run: Run, guided: Run | None, before: int) -> Run:
     last = settle(last, first)
     last = replace(last, method=run.conclusion.method, calls=calls)
     return replace(run, ledger=(*guided.ledger, *run.ledger[:-1], last), calls=calls)
+
+
+def _rounded(severity: Floats, apart: float) -> np.ndarray:
+    """Severities ``(strata, n)`` as integers, column by column, equal where no gap above ``apart`` parts them."""
+    order = np.argsort(severity, axis=0, kind="stable")
+    with np.errstate(invalid="ignore"):
+        steps = np.diff(np.take_along_axis(severity, order, axis=0), axis=0) > apart
+    level = np.concatenate([np.zeros((1, severity.shape[1]), dtype=np.intp), np.cumsum(steps, axis=0)])
+    out = np.empty_like(level)
+    np.put_along_axis(out, order, level, axis=0)
+    return out
 
 
 def _guess(severity: Floats) -> float:

@@ -1,4 +1,9 @@
-"""NumPyro programs: see :mod:`probest.programs.base`."""
+"""NumPyro programs: see :mod:`probest.programs.base`.
+
+Sites inside NumPyro's ``scan`` and ``cond`` are sites of the whole program: the base of a scanned site has one row for
+each step and is drawn before the scan, the base of a site in a branch before the branch is chosen. Within them the
+program runs under a reparameterisation of its own that takes its bases from there.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow.cond import cond_wrapper
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.infer.reparam import Reparam
+from numpyro.primitives import Messenger
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
@@ -48,6 +57,7 @@ class NumPyroFrontend:
                 stack.enter_context(handlers.seed(rng_seed=0))
             stack.enter_context(handlers.substitute(substitute_fn=supply))
             stack.enter_context(handlers.reparam(config=gaussian))
+            stack.enter_context(_ControlFlow(config=gaussian))
             yield NumPyroRecording(trace, gaussian.layout)
 
     def adopt(self, part: Any) -> None:
@@ -74,7 +84,8 @@ class NumPyroFrontend:
         return handlers.scope(program, prefix=prefix)  # type: ignore[no-any-return]
 
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        gaussianized: Callable[..., Any] = handlers.reparam(program, config=_Gaussianize(self.backend, {}))
+        config = _Gaussianize(self.backend, {})
+        gaussianized: Callable[..., Any] = handlers.reparam(_ControlFlow(program, config=config), config=config)
         return gaussianized
 
 
@@ -118,11 +129,20 @@ class _Trace(handlers.trace):
 
 
 class _Gaussianize:
-    """``config`` of NumPyro's reparam handler; also keeps the layout in the order of the program."""
+    """``config`` of NumPyro's reparam handler; also keeps the layout in the order of the program.
 
-    def __init__(self, backend: Backend, held: Mapping[str, Array]) -> None:
+    bases: where a base comes from, by the site's name and base shape; without it, bases are sites of the program.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        held: Mapping[str, Array],
+        bases: Callable[[str, tuple[int, ...]], Array] | None = None,
+    ) -> None:
         self.backend = backend
         self.held = held
+        self.bases = bases
         self.layout: list[Site] = []
 
     def __call__(self, message: dict[str, Any]) -> Reparam | None:
@@ -132,6 +152,13 @@ class _Gaussianize:
             return _Hold(self.held[message["name"]])
         _check(message)
         return _ToGaussian(self, message)
+
+    def base(self, site: Site, normal: dist.Distribution) -> Array:
+        """Enter a site into the layout; its base, which has the law ``normal``."""
+        self.layout.append(site)
+        if self.bases is not None:
+            return self.bases(site.name, site.base_shape)
+        return numpyro.sample(site.name + BASE, normal, infer={"probest_base": site.name})
 
 
 class _Hold(Reparam):
@@ -169,17 +196,126 @@ class _ToGaussian(Reparam):
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
         listed = choices(fn) if discrete and self.listed else ((), True)
         plates = plates_of(self.frames, fn.batch_shape)
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates))
-        normal = dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
-        return numpyro.sample(name + BASE, normal, infer={"probest_base": name})
+        site = Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates)
+        return self.owner.base(site, dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape)))
+
+
+class _ControlFlow(Messenger):
+    """Runs the bodies of ``scan`` and the branches of ``cond`` with bases and held values from outside."""
+
+    def __init__(self, fn: Callable[..., Any] | None = None, *, config: _Gaussianize) -> None:
+        self.config = config
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "control_flow":
+            return
+        given = msg["kwargs"]["substitute_stack"]
+        if any(kind != "condition" for kind, _ in given):
+            raise SiteError(
+                "a handler substitutes or replays sites inside numpyro's scan or cond: fix values with "
+                "handlers.condition, or with obs="
+            )
+        conditions = [data for _, data in given]
+        if msg["fn"] is scan_wrapper:
+            msg["value"] = self._scan(conditions, *msg["args"])
+        elif msg["fn"] is cond_wrapper:
+            msg["value"] = self._cond(conditions, *msg["args"])
+
+    def _scan(self, conditions: list[Any], f: Any, init: Any, xs: Any, length: int | None, reverse: bool) -> Any:
+        steps = jax.tree.leaves(xs)[0].shape[0] if length is None else length
+        first = jax.tree.map(lambda x: x[0], xs)
+        layout = self._layout(conditions, f, init, first)
+        bases = {site.name: self._base(site, (steps,)) for site in layout}
+        held = {site.name: self.config.held[site.name] for site in layout if site.name in self.config.held}
+        # observations of a whole series are taken step by step
+        series = [_series(data, steps) for data in conditions]
+
+        def body(carry: Any, x: Any) -> Any:
+            inner, base, value, given = x
+            fixed = [
+                {**data, **now} if isinstance(data, dict) else data for data, now in zip(conditions, given, strict=True)
+            ]
+            return self._under(base, value, fixed, f)(carry, inner)
+
+        return scan_wrapper(body, init, (xs, bases, held, series), steps, reverse)
+
+    def _cond(self, conditions: list[Any], pred: Any, true_fun: Any, false_fun: Any, operand: Any) -> Any:
+        branches = [self._layout(conditions, branch, operand) for branch in (true_fun, false_fun)]
+        one, other = ({site.name: site for site in layout} for layout in branches)
+        differing = [
+            name for name in one | other if name not in one or name not in other or not _alike(one[name], other[name])
+        ]
+        if differing:
+            raise SiteError(
+                f"site(s) {', '.join(map(repr, sorted(differing)))} are not the same in both branches of numpyro's "
+                "cond. Give both branches the same sites with the same shapes and choices, or draw before the cond"
+            )
+        bases = {name: self._base(site, ()) for name, site in one.items()}
+        held = {name: self.config.held[name] for name in one if name in self.config.held}
+        both = [self._under(bases, held, conditions, branch) for branch in (true_fun, false_fun)]
+        return cond_wrapper(pred, *both, operand)
+
+    def _layout(self, conditions: list[Any], f: Callable[..., Any], *arguments: Any) -> list[Site]:
+        """The latent sites of one run of a body."""
+        seen: dict[str, Any] = {}
+        config = _Gaussianize(self.config.backend, {}, lambda _, shape: jnp.zeros(shape))
+
+        def run(*arguments: Any) -> tuple[()]:
+            with handlers.block(), handlers.seed(rng_seed=0), _Trace() as trace:
+                _reparameterised(config, conditions, f)(*arguments)
+            seen.update(trace)
+            return ()
+
+        jax.eval_shape(run, *arguments)
+        declared = [name for name, site in seen.items() if site["type"] == "param"]
+        if declared:
+            raise SiteError(
+                f"numpyro.param {declared[0]!r} stands inside numpyro's scan or cond, where NumPyro does not see it: "
+                "declare it before"
+            )
+        return config.layout
+
+    def _base(self, site: Site, steps: tuple[int, ...]) -> Array:
+        """The base of a site within, drawn outside; ``steps`` leads its shape."""
+        plates = (None,) * len(steps) + site.plates
+        whole = site._replace(base_shape=steps + site.base_shape, plates=plates)
+        if site.name in self.config.held:
+            return jnp.zeros(whole.base_shape)
+        return self.config.base(whole, dist.Normal(jnp.zeros(whole.base_shape), 1.0).to_event(len(whole.base_shape)))
+
+    def _under(
+        self, bases: Mapping[str, Array], held: Mapping[str, Array], conditions: list[Any], f: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        return _reparameterised(_Gaussianize(self.config.backend, held, lambda name, _: bases[name]), conditions, f)
+
+
+def _reparameterised(config: _Gaussianize, conditions: list[Any], f: Callable[..., Any]) -> Callable[..., Any]:
+    """A body, under the conditions that stand around it."""
+    for data in conditions:
+        f = handlers.condition(f, **({"data": data} if isinstance(data, dict) else {"condition_fn": data}))
+    reparameterised: Callable[..., Any] = handlers.reparam(_ControlFlow(f, config=config), config=config)
+    return reparameterised
+
+
+def _series(data: Any, steps: int) -> dict[str, Array]:
+    """Of the values of a condition, those that have a row for each step."""
+    if not isinstance(data, dict):
+        return {}
+    return {name: value for name, value in data.items() if jnp.ndim(value) and jnp.shape(value)[0] == steps}
+
+
+def _alike(one: Site, other: Site) -> bool:
+    """Whether one base serves both: the same but for the class of their law."""
+    return one._replace(distribution="") == other._replace(distribution="")
 
 
 def _check(message: dict[str, Any]) -> None:
     name = message["name"]
     if message["value"] is not None:
         raise SiteError(
-            f"site {name!r} is not observed and yet has a value already: it is inside numpyro's scan, or a handler has "
-            "substituted it. Draw all steps at one site before a jax.lax.scan, and fix values with handlers.condition"
+            f"site {name!r} is not observed and yet has a value already: a handler has substituted it. Fix values with "
+            "handlers.condition, or with obs="
         )
     if message.get("scale") is not None:
         raise SiteError(

@@ -58,8 +58,8 @@ class Strata:
 
     sites: those that are held. values: ``(m, ...)`` of each. log_prob: ``(m,)`` log p_k, given the observations where
     there are any. left_out: log of the probability that no stratum holds, at most (counts beyond their lists).
-    std_error: ``(m,)`` of log_prob; zeros where it is exact. varies: whether p_k depends on the other draws.
-    log_evidence: log of the adversary's evidence, 0 without observations.
+    std_error: ``(m,)`` of log_prob; rounding alone where no draws are needed. varies: whether p_k depends on the other
+    draws. log_evidence: log of the adversary's evidence, 0 without observations.
     """
 
     event: Event
@@ -187,7 +187,9 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     varies = not bool(np.all((log_p.max(axis=1) == -math.inf) | (_spread(log_p) < _EQUAL)))
     if varies and event.composition.closed_loop:
         return None
-    mean, error = log_p[:, 0], np.zeros(len(log_p))
+    mean = log_p[:, 0]
+    with np.errstate(invalid="ignore"):
+        error = np.finfo(np.float32).eps * (1.0 + np.abs(mean))
     if varies:
         integrated = _integrated(event, values, rng)
         if integrated is None:
