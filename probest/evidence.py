@@ -131,6 +131,7 @@ class Code(StrEnum):
     NO_BOUNDARY = "no boundary"
     NO_HITS = "no hits"
     NOT_LEARNED = "not learned"
+    ROUNDED = "rounded"
     ONE_CARRIES = "one carries much"
     SECOND_CHOICE = "second choice"
     STRAYED = "walks strayed"

@@ -8,13 +8,14 @@ never averaged away.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from scipy import stats
 
 from probest import diagnostics
-from probest.evidence import Code, Evidence, Note
+from probest.evidence import Code, Evidence, Floats, Note
 from probest.tuning import tuned
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "reach",
     "refuted",
     "room_left",
+    "rounded",
     "settle",
     "shared",
     "wanted_error",
@@ -49,6 +51,7 @@ class Rules:
     )
     least: float = tuned(0.1, "nats that it may in any case", "by its meaning")
     unasked: float = tuned(0.05, "precision where none was asked for", "by its meaning")
+    rounding: float = tuned(1e-3, "nats that rounding of sites may move log P by, unsaid", "by its meaning")
     sure: float = tuned(0.999, "of an interval that an answer outside is refuted by", "by its meaning")
     seldom: float = tuned(40.0, "times too high, an estimate with mean P is once in so many (Markov)", "by its meaning")
 
@@ -123,6 +126,41 @@ def with_room(one: Evidence, independent: float, new: float, precision: float | 
         converged=one.converged and not vague,
         diagnostics={**one.diagnostics, "left_out": room},
         notes=(*one.notes, *vague),
+    )
+
+
+def rounded(one: Evidence, apart: Mapping[str, Floats], precision: float | None) -> Evidence:
+    """The estimate with room for the rounding of sites' values.
+
+    apart: by site, ``(dim,)``, how far apart neighbouring floats are in each coordinate z, 0 in those of other sites. A
+    value is rounded by half of that at most, and a limit that it is compared with by as much; where z moves by δ, log P
+    moves by δ·E[z | C] to first order. Half of this is taken as the standard error, all of it is added to the interval.
+    """
+    found = one.particles
+    if not (apart and math.isfinite(one.log_prob)) or found is None or not len(found.z):
+        return one
+    mean = np.exp(found.log_weight - diagnostics.log_sum_exp(found.log_weight)) @ found.z
+    moved = {name: float(np.linalg.norm(width * mean)) for name, width in apart.items()}
+    most = math.hypot(*moved.values())
+    if most < RULES.rounding:
+        return one
+    error, wanted = math.hypot(one.std_error, 0.5 * most), wanted_error(precision)
+    notes = one.notes
+    if error > wanted:
+        worst = max(moved, key=lambda name: moved[name])
+        sentence = (
+            f"site {worst!r} lies so far from 0, by its own spread, that its values are rounded by up to "
+            f"{0.5 * float(apart[worst].max()):.2g} standard deviations: draw it around 0 and add its location in the "
+            "model, or use double precision."
+        )
+        notes = (*notes, Note(Code.ROUNDED, sentence))
+    return replace(
+        one,
+        std_error=error,
+        interval=(one.interval[0] - most, min(one.interval[1] + most, 0.0)),
+        converged=one.converged and notes is one.notes,
+        diagnostics={**one.diagnostics, "rounding": most},
+        notes=notes,
     )
 
 

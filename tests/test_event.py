@@ -14,6 +14,7 @@ from scipy.special import log_ndtr
 
 from probest import Problem, ProblemError, Tempering, estimate
 from probest.backends.base import BatchingError
+from probest.evidence import Code
 from probest.testing import FAILURE_RATE
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -137,6 +138,26 @@ def test_chunks_do_not_change_the_numbers(backend: str) -> None:
     )
     assert whole.log_prob == pytest.approx(pieces.log_prob, abs=1e-6)
     assert whole.calls == pieces.calls
+
+
+@pytest.mark.parametrize(("scale", "fine"), [(1e-2, True), (1e-4, True), (1e-5, False)])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_location_far_above_its_scale_is_in_the_error(backend: str, scale: float, fine: bool, relative: bool) -> None:
+    """Floats near 10 are 1e-6 apart; also where the location is itself drawn."""
+    lib = library(backend)
+
+    def adversary() -> Any:
+        base = lib.sample("base", lib.dist.Normal(lib.array(np.float32(10.0)), 0.1)) if relative else 10.0
+        return base, lib.sample("x", lib.dist.Normal(base + lib.array(np.float32(0.0)), lib.array(np.float32(scale))))
+
+    problem = Problem(adversary, lambda x: x, lambda _, y: (y[1] - y[0]) / scale - 5.0)
+    result = estimate(problem, budget=20_000, seed=0, progress=False)
+    truth = stats.norm.logsf(5.0)
+    assert result.lower <= truth <= result.upper
+    assert result.converged == fine
+    assert (Code.ROUNDED in result.conclusion.codes) != fine
+    if scale < 1e-3:
+        assert result.std_error > 0.02
 
 
 def test_same_seed_same_result(backend: str) -> None:

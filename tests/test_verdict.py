@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probest.evidence import Code, Evidence, Note, Run
+from probest.evidence import Code, Evidence, Note, Particles, Run
 from probest.seeds import child_seed, generator
-from probest.verdict import agree, contradicts, judge, or_learned, refuted, settle, with_room
+from probest.verdict import agree, contradicts, judge, or_learned, refuted, rounded, settle, with_room
 
 INF = math.inf
 
@@ -29,6 +29,22 @@ def test_a_note_is_a_sentence_with_a_code_that_survives_copying() -> None:
     for other in (note, pickle.loads(pickle.dumps(note)), copy.deepcopy(note)):
         assert other.code is Code.FLAT
     assert line(-3.0, notes=(note, "a plain sentence")).codes == {Code.FLAT}
+
+
+def test_rounding_moves_log_p_by_the_mean_of_its_catastrophes() -> None:
+    z = np.array([[5.0, 0.0], [5.4, 1.0]])
+    found = line(-15.0, 0.02, particles=Particles(z, np.log([0.5, 0.5]), np.zeros(2)))
+    assert rounded(found, {}, 0.05) is found
+    assert rounded(found, {"x": np.array([1e-5, 0.0])}, 0.05) is found
+    one = rounded(found, {"x": np.array([0.03, 0.0]), "y": np.array([0.0, 0.03])}, 0.05)
+    most = 0.03 * math.hypot(5.2, 0.5)
+    assert one.std_error == pytest.approx(math.hypot(0.02, most / 2))
+    assert one.interval == pytest.approx((-15.04 - most, -14.96 + most))
+    assert one.converged
+    two = rounded(found, {"x": np.array([0.1, 0.0])}, 0.05)
+    assert not two.converged
+    assert two.codes == {Code.ROUNDED}
+    assert "'x'" in two.notes[0]
 
 
 def test_a_run_has_a_conclusion() -> None:

@@ -17,6 +17,7 @@ from probest.backends.base import Array, Backend, PyTree
 
 __all__ = [
     "BASE",
+    "COARSENESS",
     "COMPONENT",
     "BaseSource",
     "Frontend",
@@ -30,6 +31,7 @@ __all__ = [
 
 BASE = "_base"
 COMPONENT = "_component"
+COARSENESS = "_coarseness"
 
 
 class SiteError(TypeError):
@@ -80,7 +82,8 @@ class Run(NamedTuple):
 
     value: what it returned. log_weight: scalar; observed sites, factors and held sites. sites: value of every latent
     and deterministic site. layout: the latent sites in order. params: value of every ``param`` site. observed:
-    observed sites and factors.
+    observed sites and factors. coarseness: of a rehearsal, of continuous sites: how far apart neighbouring floats are
+    where the site's law has its middle, in standard deviations.
     """
 
     value: PyTree
@@ -89,6 +92,7 @@ class Run(NamedTuple):
     layout: tuple[Site, ...]
     params: dict[str, Array]
     observed: dict[str, Observed]
+    coarseness: dict[str, Array]
 
 
 BaseSource = Callable[[str, tuple[int, ...]], Array]

@@ -79,6 +79,7 @@ def compile_event(
         differentiable=smooth and graded,
         chunk_size=chunk_size or _default_chunk(frontend.backend, sites, first.value),
         observed=first.observed,
+        coarseness={name: apart for name, apart in first.coarseness.items() if apart > 0.0},
     )
     try:
         _check_repeatable(event, rng)
@@ -192,11 +193,12 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
     def arrays() -> tuple[Any, ...]:
         run = _run_checked(composition, parts, rng)
         kept.append(run)
-        return run.value, run.log_weight, run.sites, run.params, {k: seen.value for k, seen in run.observed.items()}
+        seen = {name: one.value for name, one in run.observed.items()}
+        return run.value, run.log_weight, run.sites, run.params, seen, run.coarseness
 
     backend = composition.frontend.backend
     outputs = arrays() if composition.batching == "loop" else backend.rehearse(arrays)
-    value, log_weight, sites, params, values = outputs
+    value, log_weight, sites, params, values, coarseness = outputs
     if composition.black_boxes:
         value = (*value[:2], _ask(composition, *value))
     if np.isnan(backend.to_host(backend.as_array(value[2])).astype(float)):
@@ -207,7 +209,8 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
         name: seen._replace(value=backend.to_host(backend.as_array(values[name])))
         for name, seen in kept[-1].observed.items()
     }
-    return kept[-1]._replace(value=value, log_weight=log_weight, sites=sites, params=params, observed=observed)
+    coarse = {name: float(backend.to_host(apart)) for name, apart in coarseness.items()}
+    return Run(value, log_weight, sites, kept[-1].layout, params, observed, coarse)
 
 
 def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generator) -> Run:

@@ -313,8 +313,9 @@ class Event:
 
     ``model_calls`` and ``checker_calls`` count what has been spent (a forward pass 1, a gradient 3 model calls);
     ``on_calls`` is told after each chunk; ``nearest`` is the case nearest to a likely catastrophe that was evaluated.
-    observed: values of observed sites and factors, with their plates. differentiable: whether the severity has a
-    gradient in z. trainable: whether training can follow its catastrophes: it has, or it is of text.
+    observed: values of observed sites and factors, with their plates. coarseness: how far apart neighbouring floats are
+    at the middle of continuous sites, in standard deviations, where that is not 0. differentiable: whether the severity
+    has a gradient in z. trainable: whether training can follow its catastrophes: it has, or it is of text.
     """
 
     composition: Composition
@@ -328,6 +329,7 @@ class Event:
     on_calls: Callable[[int], None] | None = None
     nearest: Nearest | None = None
     observed: Mapping[str, Observed] = field(default_factory=dict)
+    coarseness: Mapping[str, float] = field(default_factory=dict)
     trainable: bool = False
 
     @property
@@ -351,6 +353,15 @@ class Event:
     def is_text(self) -> bool:
         """Whether all that the adversary draws is text (:mod:`probest.adversaries.language`), token by token."""
         return all(site.distribution == TEXT for site in self.sites)
+
+    @cached_property
+    def coarse(self) -> dict[str, Floats]:
+        """``coarseness`` by site, ``(dim,)``: at its coordinates, and 0 elsewhere."""
+        out = {}
+        for name, apart in self.coarseness.items():
+            out[name] = np.zeros(self.dim)
+            out[name][self.composition.slices[name]] = apart
+        return out
 
     @property
     def discrete_coordinates(self) -> np.ndarray:

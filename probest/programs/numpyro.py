@@ -23,8 +23,8 @@ from numpyro.primitives import Messenger
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
-from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
+from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
+from probest.programs.maps import UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["NumPyroFrontend"]
 
@@ -41,7 +41,7 @@ class NumPyroFrontend:
     def recording(
         self, source: BaseSource, held: Mapping[str, Array], params: Mapping[str, Array], *, seeded: bool = False
     ) -> Iterator[NumPyroRecording]:
-        gaussian = _Gaussianize(self.backend, held)
+        gaussian = _Gaussianize(self.backend, held, rehearsal=seeded)
 
         def supply(message: dict[str, Any]) -> Array | None:
             if message["type"] == "param":
@@ -98,17 +98,19 @@ class NumPyroRecording:
 
     def finish(self, value: PyTree) -> Run:
         log_weight = jnp.zeros(())
-        sites, params, observed = {}, {}, {}
+        sites, params, observed, coarse = {}, {}, {}, {}
         for name, site in self.trace.items():
             if site["type"] == "param":
                 params[name] = site["value"]
+            elif site["type"] == "deterministic" and name.endswith(COARSENESS):
+                coarse[name.removesuffix(COARSENESS)] = jnp.max(site["value"])
             elif site["type"] == "deterministic":
                 sites[name] = site["value"]
             elif site["type"] == "sample" and site["is_observed"]:
                 term = site["fn"].log_prob(site["value"])
                 log_weight = log_weight + jnp.sum(term if site["scale"] is None else site["scale"] * term)
                 observed[name] = Observed(site["value"], plates_of(site["cond_indep_stack"], site["fn"].batch_shape))
-        return Run(value, log_weight, sites, tuple(self.layout), params, observed)
+        return Run(value, log_weight, sites, tuple(self.layout), params, observed, coarse)
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
@@ -132,6 +134,7 @@ class _Gaussianize:
     """``config`` of NumPyro's reparam handler; also keeps the layout in the order of the program.
 
     bases: where a base comes from, by the site's name and base shape; without it, bases are sites of the program.
+    rehearsal: whether to record how coarse the values of sites are.
     """
 
     def __init__(
@@ -139,10 +142,13 @@ class _Gaussianize:
         backend: Backend,
         held: Mapping[str, Array],
         bases: Callable[[str, tuple[int, ...]], Array] | None = None,
+        *,
+        rehearsal: bool = False,
     ) -> None:
         self.backend = backend
         self.held = held
         self.bases = bases
+        self.rehearsal = rehearsal
         self.layout: list[Site] = []
 
     def __call__(self, message: dict[str, Any]) -> Reparam | None:
@@ -188,6 +194,9 @@ class _ToGaussian(Reparam):
                 base = self._base(name, fn, mixture.base_shape, mixture.discrete)
                 return None, mixture.transform(index, base)
             mapped = gaussian_map(fn, self.owner.backend.special)
+            apart = coarseness(fn, self.owner.backend.special) if self.owner.rehearsal and not mapped.discrete else None
+            if apart is not None:
+                numpyro.deterministic(name + COARSENESS, apart)
         except UnsupportedDistribution as error:
             raise SiteError(f"site {name!r}: {error}") from error
         base = self._base(name, fn, mapped.base_shape, mapped.discrete)
@@ -287,7 +296,8 @@ class _ControlFlow(Messenger):
     def _under(
         self, bases: Mapping[str, Array], held: Mapping[str, Array], conditions: list[Any], f: Callable[..., Any]
     ) -> Callable[..., Any]:
-        return _reparameterised(_Gaussianize(self.config.backend, held, lambda name, _: bases[name]), conditions, f)
+        inner = _Gaussianize(self.config.backend, held, lambda name, _: bases[name], rehearsal=self.config.rehearsal)
+        return _reparameterised(inner, conditions, f)
 
 
 def _reparameterised(config: _Gaussianize, conditions: list[Any], f: Callable[..., Any]) -> Callable[..., Any]:

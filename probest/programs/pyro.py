@@ -20,8 +20,8 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
-from probest.programs.maps import UnsupportedDistribution, choices, gaussian_map, mixture_map
+from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
+from probest.programs.maps import UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
 
@@ -38,7 +38,7 @@ class PyroFrontend:
     def recording(
         self, source: BaseSource, held: Mapping[str, Array], params: Mapping[str, Array], *, seeded: bool = False
     ) -> Iterator[PyroRecording]:
-        gaussian = _Gaussianize(self.backend, held)
+        gaussian = _Gaussianize(self.backend, held, rehearsal=seeded)
         with ExitStack() as stack:
             # Without local parameters gradients of PyroParam are silently 0; validation breaks vmap. A rehearsal
             # keeps the user's setting of the latter.
@@ -115,7 +115,10 @@ class PyroRecording:
         for term in self.trace.terms.values():
             log_weight = log_weight + term
         observed = {name: seen for name, (_, seen) in self.trace.observed.items()}
-        return Run(value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, observed)
+        apart = {name: value for name, value in self.trace.sites.items() if name.endswith(COARSENESS)}
+        sites = {name: value for name, value in self.trace.sites.items() if name not in apart}
+        coarse = {name.removesuffix(COARSENESS): value for name, value in apart.items()}
+        return Run(value, log_weight, sites, tuple(self.layout), self.trace.params, observed, coarse)
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
@@ -183,11 +186,15 @@ class _Supply(_Params):
 
 
 class _Gaussianize:
-    """``config`` of Pyro's reparam handler; also keeps the layout in the order of the program."""
+    """``config`` of Pyro's reparam handler; also keeps the layout in the order of the program.
 
-    def __init__(self, backend: Backend, held: Mapping[str, Array]) -> None:
+    rehearsal: whether to record how coarse the values of sites are.
+    """
+
+    def __init__(self, backend: Backend, held: Mapping[str, Array], *, rehearsal: bool = False) -> None:
         self.backend = backend
         self.held = held
+        self.rehearsal = rehearsal
         self.layout: list[Site] = []
 
     def __call__(self, msg: Any) -> Reparam | None:
@@ -233,6 +240,10 @@ class _ToGaussian(Reparam):
                 value = mixture.transform(index, self._base(name, fn, mixture.base_shape, mixture.discrete))
             else:
                 mapped = gaussian_map(fn, self.owner.backend.special)
+                rehearsal = self.owner.rehearsal and not mapped.discrete
+                apart = coarseness(fn, self.owner.backend.special) if rehearsal else None
+                if apart is not None:
+                    pyro.deterministic(name + COARSENESS, apart)
                 value = mapped.transform(self._base(name, fn, mapped.base_shape, mapped.discrete))
         except UnsupportedDistribution as error:
             raise SiteError(f"site {name!r}: {error}") from error

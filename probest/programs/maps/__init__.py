@@ -19,7 +19,7 @@ J. Multivariate Analysis 100 (2009), for LKJ; Bartlett, Proc. R. Soc. Edinburgh 
 """
 
 from probest.programs.maps import counts, line, several
-from probest.programs.maps.base import GaussianMap, MixtureMap, UnsupportedDistribution, gaussian_map
+from probest.programs.maps.base import GaussianMap, MixtureMap, UnsupportedDistribution, coarseness, gaussian_map
 from probest.programs.maps.choices import Choices, choices
 from probest.programs.maps.several import mixture_map
 
@@ -29,6 +29,7 @@ __all__ = [
     "MixtureMap",
     "UnsupportedDistribution",
     "choices",
+    "coarseness",
     "counts",
     "gaussian_map",
     "line",

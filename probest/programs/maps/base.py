@@ -23,6 +23,7 @@ __all__ = [
     "as_sample",
     "built",
     "cast",
+    "coarseness",
     "find_rule",
     "flattened",
     "gaussian_map",
@@ -121,6 +122,28 @@ def find_rule(fn: Any) -> tuple[Callable[..., Any], str]:
         f"{own} has no exact map from standard normals. Write it as a transform of distributions that have one "
         "(TransformedDistribution, or a deterministic function of several sites)"
     )
+
+
+def coarseness(fn: Any, s: Any) -> Array | None:
+    """How far apart neighbouring floats are at the middle of a continuous law, in its standard deviations: a scalar.
+
+    The largest over its elements; laws without a variance count in their scales. None where the law does not say where
+    its middle is.
+    """
+    found = None
+    law = fn
+    while type(law).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        law = law.base_dist
+    for middle, width, power in (("mean", "variance", 0.5), ("loc", "scale", 1.0)):
+        try:
+            where, spread = getattr(law, middle), getattr(law, width)
+        except (AttributeError, NotImplementedError):
+            continue
+        where = s.array(where, s.xp.zeros(())) if isinstance(where, float | int) else where
+        apart = s.xp.finfo(where.dtype).eps * s.xp.abs(where) / spread**power
+        apart = s.xp.where(s.xp.isfinite(apart), apart, s.xp.nan)
+        found = apart if found is None else s.xp.where(s.xp.isnan(found), apart, found)
+    return None if found is None else s.xp.max(s.xp.where(s.xp.isnan(found), 0.0, found))
 
 
 def cast(fn: Any, s: Any, base: Array) -> Array:
