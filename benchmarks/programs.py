@@ -4,10 +4,10 @@
     python benchmarks/programs.py --families switches,chains --programs 4 --seeds 2
     python benchmarks/programs.py --digits --seeds 3
 
-Families: rare switches; mixtures of half-spaces; chains of dependent sites; compound counts; nested and dependent
-switches; observed discrete sites; discrete sites with a checker that says only yes or no; more combinations than can
-be listed. `covered`: share of 95 %
-intervals that hold the truth. `wrong`: runs that are converged and yet off by more than 0.1 and 3 standard errors.
+Families: rare switches; mixtures of half-spaces; chains of dependent sites; counts; counts whose rate varies; nested
+and dependent switches; observed discrete sites; discrete sites with a checker that says only yes or no; more
+combinations than can be listed. `covered`: share of 95 % intervals that hold the truth. `wrong`: runs that are
+converged and yet off by more than 0.1 and 3 standard errors.
 `--digits` estimates models/digits.py as it stands, its class drawn.
 """
 
@@ -60,6 +60,16 @@ class Tools:
 
     def normals(self, n: int) -> Any:
         return self.sample("x", self.dist.Normal(self.xp.zeros(n), 1.0).to_event(1))
+
+    def negative_binomial(self, size: float, p: float) -> Any:
+        if self.backend == "pyro":
+            return self.dist.NegativeBinomial(total_count=self.array(size), probs=self.array(p))
+        return self.dist.NegativeBinomialProbs(self.array(size), self.array(p))
+
+    def zero_inflated(self, gate: float, rate: float) -> Any:
+        if self.backend == "pyro":
+            return self.dist.ZeroInflatedPoisson(self.array(rate), gate=self.array(gate))
+        return self.dist.ZeroInflatedPoisson(self.array(gate), self.array(rate))
 
     def bernoulli(self, name: str, p: Any) -> Any:
         return self.sample(name, self.dist.Bernoulli(p))
@@ -151,6 +161,29 @@ def counts(t: Tools, rng: np.random.Generator) -> Case:
     return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(each) * y[0]), float(truth))
 
 
+def compounds(t: Tools, rng: np.random.Generator) -> Case:
+    """A count whose rate varies, or that is often 0: negative binomial, beta-binomial, zero-inflated Poisson."""
+    kind, limit, each = int(rng.integers(3)), rng.uniform(5.0, 8.0), rng.uniform(0.5, 2.0)
+    if kind == 0:
+        size, p = rng.uniform(0.5, 4.0), 10.0 ** rng.uniform(-2.5, -0.3)
+        law, k = lambda: t.negative_binomial(size, p), np.arange(400)
+        log_p = stats.nbinom.logpmf(k, size, 1.0 - p)
+    elif kind == 1:
+        n, a, b = int(rng.integers(5, 40)), rng.uniform(0.3, 3.0), 10.0 ** rng.uniform(1.0, 3.0)
+        law, k = lambda: t.dist.BetaBinomial(t.array(a), t.array(b), total_count=n), np.arange(n + 1)
+        log_p = stats.betabinom.logpmf(k, n, a, b)
+    else:
+        gate, rate = rng.uniform(0.5, 0.999), 10.0 ** rng.uniform(-1.0, 0.5)
+        law, k = lambda: t.zero_inflated(gate, rate), np.arange(200)
+        log_p = np.log((1.0 - gate) * stats.poisson.pmf(k, rate) + gate * (k == 0) + 1e-300)
+
+    def adversary() -> Any:
+        return t.sample("n", law()), t.normals(3)
+
+    truth = special.logsumexp(log_p + stats.norm.logsf(limit - each * k))
+    return Case(_problem(adversary, lambda y: y[1][0] - t.array(limit) + t.array(each) * y[0]), float(truth))
+
+
 def nested(t: Tools, rng: np.random.Generator) -> Case:
     """A switch whose rate depends on another, and a choice that depends on both."""
     first, second = 10.0 ** rng.uniform(-4, -1), 10.0 ** rng.uniform(-4, -0.5, 2)
@@ -222,6 +255,7 @@ FAMILIES: dict[str, Callable[[Tools, np.random.Generator], Case]] = {
     "half_spaces": half_spaces,
     "chains": chains,
     "counts": counts,
+    "compounds": compounds,
     "nested": nested,
     "observed": observed,
     "boolean": boolean,

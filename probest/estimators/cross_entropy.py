@@ -199,7 +199,7 @@ class _Campaign:
 
     def __post_init__(self) -> None:
         self.sites = listed_sites(self.event)
-        self.elements = [site for site in self.sites for _ in range(site.size)]
+        self.elements = [site for site in self.sites for _ in range(site.elements)]
         self.counts = np.array([len(site.choices) for site in self.elements])
         most = int(self.counts.max())
         self.possible = np.arange(most) < self.counts[:, None]
@@ -294,9 +294,9 @@ class _Campaign:
         return _Drawn(v, u, found.severity, found.log_weight + _log_normal(u))
 
     def _held(self, v: Indices) -> dict[str, np.ndarray]:
-        ends = np.cumsum([0, *(site.size for site in self.sites)])
+        ends = np.cumsum([0, *(site.elements for site in self.sites)])
         return {
-            site.name: np.asarray(site.choices)[v[:, a:b]].reshape(-1, *site.base_shape).astype(self.types[site.name])
+            site.name: site.decoded(np.asarray(site.choices)[v[:, a:b]], self.types[site.name])
             for site, a, b in zip(self.sites, ends, ends[1:], strict=False)
         }
 
@@ -386,7 +386,7 @@ class _Campaign:
 
     def _evened(self, marginal: Floats, effective: float) -> Floats:
         """The mean over a site's elements for each one's own, where a likelihood-ratio test sees no difference."""
-        ends = np.cumsum([0, *(site.size for site in self.sites)])
+        ends = np.cumsum([0, *(site.elements for site in self.sites)])
         out = marginal.copy()
         for a, b in itertools.pairwise(ends.tolist()):
             mean = marginal[a:b].mean(axis=0)

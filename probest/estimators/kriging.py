@@ -47,7 +47,7 @@ from probest.verdict import imprecise, wanted_error
 __all__ = ["Kriging", "KrigingTuning", "combinations"]
 
 _ENUMERABLE = "enumerable.py"
-_CATEGORIES = ("Bernoulli", "Categorical")
+_CATEGORIES = ("Bernoulli", "Categorical", "OneHotCategorical")
 
 
 class Stream(IntEnum):
@@ -128,7 +128,7 @@ def combinations(event: EventLike) -> int:
         return 0
     if not all(site.choices and site.complete for site in event.sites):
         return 0
-    return math.prod(len(site.choices) ** site.size for site in event.sites)
+    return math.prod(len(site.choices) ** site.elements for site in event.sites)
 
 
 @dataclass
@@ -144,14 +144,14 @@ class _Campaign:
     def __post_init__(self) -> None:
         self.tuning = self.method.tuning
         self.log_p = self.strata.log_prob
-        elements = [site for site in self.strata.sites for _ in range(site.size)]
+        elements = [site for site in self.strata.sites for _ in range(site.elements)]
         self.grid = Grid(
             tuple(tuple(site.choices) for site in elements),
             tuple(
                 site.distribution.removesuffix("Probs").removesuffix("Logits") not in _CATEGORIES for site in elements
             ),
         )
-        columns = [self.strata.values[site.name].reshape(len(self.log_p), -1) for site in self.strata.sites]
+        columns = [site.coded(self.strata.values[site.name]) for site in self.strata.sites]
         values = np.concatenate(columns, axis=1).astype(np.int64).T
         self.v = np.stack(
             [np.searchsorted(listed, column) for listed, column in zip(self.grid.values, values, strict=True)], axis=1
@@ -351,7 +351,7 @@ class _Campaign:
         chosen, share = diagnostics.thinned(np.exp(log_w), self.tuning.particles)
         rows, log_w = hits[chosen], np.log(share)
         z = np.zeros((len(rows), self.event.dim))
-        z, kept = placed(self.event, self.strata.sites, self.strata.held(rows), z, rng)
+        z, kept = placed(self.event, self.strata.sites, self.strata.held(rows), z, rng, varies=False)
         if not kept.any():
             return None
         return Particles(z[kept], log_w[kept] - diagnostics.log_sum_exp(log_w[kept]), self.severity[rows][kept])

@@ -233,7 +233,7 @@ class Stratified:
         """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
         if not isinstance(event, Event) or event.weighted or left < self.tuning.least_guided:
             return None
-        logs = sum(site.size * math.log(len(site.choices)) for site in listed_sites(event))
+        logs = sum(site.elements * math.log(len(site.choices)) for site in listed_sites(event))
         if logs <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
             return None
         method = CrossEntropy(precision=self.precision)
@@ -588,7 +588,7 @@ class _Campaign:
             ]
             rows = np.concatenate(chosen)
             at, k = at[rows], owner[rows]
-        z, kept = placed(strata.event, strata.sites, strata.held(k), strata.full(at), rng)
+        z, kept = placed(strata.event, strata.sites, strata.held(k), strata.full(at), rng, varies=strata.varies)
         z = z[kept]
         if not len(z):
             return None
@@ -700,7 +700,8 @@ class _Campaign:
         if not z:
             return None
         held = self.strata.held(np.concatenate(values))
-        where, kept = placed(self.strata.event, self.strata.sites, held, np.concatenate(z), rng)
+        strata = self.strata
+        where, kept = placed(strata.event, strata.sites, held, np.concatenate(z), rng, varies=strata.varies)
         log_weight = np.concatenate(log_w)[kept]
         if not len(log_weight):
             return None

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from probest.backends.base import Array, Backend, PyTree
 
 __all__ = [
@@ -43,8 +45,11 @@ class Site(NamedTuple):
 
     base_shape: shape of its standard-normal coordinates. discrete: whether its value is piecewise constant in
     them. distribution: class name. parent: the mixture site that this site chooses the component of, or None.
-    choices: the values of each element where they can be listed, else empty; complete: whether these are all.
-    plates: for each leading axis of its value the name of the plate that it lies along, or None.
+    choices: the values of each element where they can be listed, else empty; complete: whether these are all; one_hot:
+    whether an element is a vector that says which by a 1. plates: for each leading axis of its value the name of the
+    plate that it lies along, or None. value_shape: of its value.
+
+    The values of a listed site have a code a number for each element: the value itself, or where the 1 stands.
     """
 
     name: str
@@ -54,11 +59,31 @@ class Site(NamedTuple):
     parent: str | None = None
     choices: tuple[int, ...] = ()
     complete: bool = True
+    one_hot: bool = False
     plates: tuple[str | None, ...] = ()
+    value_shape: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
+        """Number of coordinates."""
         return prod(self.base_shape)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements, each with a code and with equally many coordinates, of which the last one decides it."""
+        return prod(self.value_shape[:-1] if self.one_hot else self.value_shape)
+
+    def coded(self, values: np.ndarray) -> np.ndarray:
+        """Codes ``(n, elements)`` of values ``(n, *value_shape)``."""
+        if self.one_hot:
+            values = np.argmax(values, axis=-1)
+        return np.reshape(values, (len(values), self.elements)).astype(np.float64)
+
+    def decoded(self, codes: np.ndarray, dtype: Any) -> np.ndarray:
+        """Values ``(n, *value_shape)`` of codes ``(n, elements)``."""
+        if self.one_hot:
+            codes = np.eye(len(self.choices))[np.asarray(codes, dtype=np.intp)]
+        return np.reshape(codes, (len(codes), *self.value_shape)).astype(dtype)
 
 
 class Observed(NamedTuple):

@@ -231,7 +231,7 @@ class _OpenLoop:
 
 
 class _Discrete(_OpenLoop):
-    """The values of the discrete sites, as one array."""
+    """The codes of the values of the discrete sites, as one array."""
 
     def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
         whole = self.composition
@@ -239,8 +239,12 @@ class _Discrete(_OpenLoop):
         with whole.frontend.recording(whole._source(z), held, parts.params) as recording:
             parts.adversary()
         sites = recording.finish(None).sites
-        values = [xp.reshape(sites[site.name], (-1,)) for site in whole.sites if site.discrete]
-        return xp.concat([xp.astype(value, z.dtype) for value in values])
+        return xp.concat([_codes(xp, site, sites[site.name], z) for site in whole.sites if site.discrete])
+
+
+def _codes(xp: Any, site: Site, value: Array, z: Array) -> Array:
+    """As :meth:`Site.coded`, of one case, in the type of z."""
+    return xp.astype(xp.reshape(xp.argmax(value, axis=-1) if site.one_hot else value, (-1,)), z.dtype)
 
 
 class _Weight(_OpenLoop):
@@ -457,16 +461,16 @@ class Event:
         return {k: v for k, v in self.decode(z).sites.items() if names is None or k in names}
 
     def discrete_values(self, z: Floats) -> Floats:
-        """Values of the discrete sites at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
+        """Codes of discrete sites' values at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
         if self.composition.closed_loop or not self.discrete_sites:
             return np.empty((len(z), 0))
         return self.discrete_draws(z)
 
     def discrete_draws(self, z: Floats) -> Floats:
-        """Values of the discrete sites at each row of z, ``(n, k)``; a closed loop runs its model for them."""
+        """Codes of the discrete sites' values at each row of z, ``(n, k)``; a closed loop runs its model for them."""
         if self.composition.closed_loop:
             found = self.site_values(z, self.discrete_sites)
-            return np.concatenate([found[name].reshape(len(z), -1) for name in self.discrete_sites], axis=1)
+            return np.concatenate([site.coded(found[site.name]) for site in self.sites if site.discrete], axis=1)
         return self._of_adversary(_Discrete(self.composition), z, {})
 
     def log_density(self, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:

@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
 from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
-from probest.programs.maps import UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
+from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["NumPyroFrontend"]
 
@@ -203,9 +203,10 @@ class _ToGaussian(Reparam):
         return None, mapped.transform(base)
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
-        listed = choices(fn) if discrete and self.listed else ((), True)
+        listed = choices(fn) if discrete and self.listed else Listed()
         plates = plates_of(self.frames, fn.batch_shape)
-        site = Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates)
+        value_shape = tuple(fn.batch_shape) + tuple(fn.event_shape)
+        site = Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates, value_shape)
         return self.owner.base(site, dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape)))
 
 
@@ -288,7 +289,8 @@ class _ControlFlow(Messenger):
     def _base(self, site: Site, steps: tuple[int, ...]) -> Array:
         """The base of a site within, drawn outside; ``steps`` leads its shape."""
         plates = (None,) * len(steps) + site.plates
-        whole = site._replace(base_shape=steps + site.base_shape, plates=plates)
+        shapes = {name: steps + getattr(site, name) for name in ("base_shape", "value_shape")}
+        whole = site._replace(plates=plates, **shapes)
         if site.name in self.config.held:
             return jnp.zeros(whole.base_shape)
         return self.config.base(whole, dist.Normal(jnp.zeros(whole.base_shape), 1.0).to_event(len(whole.base_shape)))

@@ -21,7 +21,7 @@ from pyro.poutine.reparam_messenger import ReparamMessenger
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
 from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
-from probest.programs.maps import UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
+from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
 
@@ -251,9 +251,11 @@ class _ToGaussian(Reparam):
         return {"fn": dist.Delta(value, event_dim=event_dim).mask(False), "value": value, "is_observed": True}
 
     def _base(self, name: str, fn: Any, shape: tuple[int, ...], discrete: bool) -> Array:
-        listed = choices(fn) if discrete and self.listed else ((), True)
+        listed = choices(fn) if discrete and self.listed else Listed()
         plates = plates_of(self.frames, fn.batch_shape)
-        self.owner.layout.append(Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates))
+        value_shape = tuple(fn.batch_shape) + tuple(fn.event_shape)
+        site = Site(name, shape, discrete, type(fn).__name__, self.parent, *listed, plates, value_shape)
+        self.owner.layout.append(site)
         normal = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - len(fn.batch_shape))
         return pyro.sample(name + BASE, normal, infer=_mark("probest_base", name))
 

@@ -42,6 +42,7 @@ _DRAWS = (64, 16_384)  # of each stratum that integrate a probability that does 
 _MOST_DRAWS = 1_000_000  # over all strata
 _WORTH = 100.0  # equally weighted draws, that these have to be worth
 _FURTHEST, _HALVINGS = 12.0, 28  # of the bisection of a coordinate
+_TRIED = (4, 64)  # draws of an element's other coordinates
 _EQUAL = 1e-4  # nats: float32 rounds the sum of the log-densities of some dozens of sites by less
 
 
@@ -95,7 +96,7 @@ class Strata:
     def index_of(self, z: Floats) -> np.ndarray:
         """The stratum of each row of z ``(n, dim)``, coordinates of the whole program; -1 where it has none."""
         drawn = self.event.discrete_draws(z)[:, np.concatenate(columns_of(self.event, self.sites))]
-        listed = np.concatenate([self.values[site.name].reshape(len(self), -1) for site in self.sites], axis=1)
+        listed = np.concatenate([site.coded(self.values[site.name]) for site in self.sites], axis=1)
         known = {row.tobytes(): k for k, row in enumerate(listed.astype(np.float64))}
         return np.array([known.get(row.tobytes(), -1) for row in drawn.astype(np.float64)], dtype=np.intp)
 
@@ -164,10 +165,10 @@ def free_of(event: Event, held: tuple[Site, ...]) -> np.ndarray:
 
 
 def columns_of(event: Event, sites: tuple[Site, ...]) -> list[np.ndarray]:
-    """Where the values of each of these discrete sites stand in a row of :meth:`Event.discrete_draws`."""
+    """Where the codes of each of these discrete sites stand in a row of :meth:`Event.discrete_draws`."""
     listed = [site for site in event.sites if site.discrete]
-    starts = np.cumsum([0, *(site.size for site in listed)])
-    return [starts[listed.index(site)] + np.arange(site.size) for site in sites]
+    starts = np.cumsum([0, *(site.elements for site in listed)])
+    return [starts[listed.index(site)] + np.arange(site.elements) for site in sites]
 
 
 def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
@@ -231,7 +232,7 @@ def _integrated(
 
 def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
     """The sites to hold: as many as make at most ``most`` combinations, those with the fewest first."""
-    sizes = {site.name: site.size * math.log(len(site.choices)) for site in sites if site.choices}
+    sizes = {site.name: site.elements * math.log(len(site.choices)) for site in sites if site.choices}
     chosen, log_count = set(), 0.0
     for name in sorted(sizes, key=lambda name: sizes[name]):
         if log_count + sizes[name] <= math.log(most) + 1e-9:
@@ -242,11 +243,11 @@ def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
 
 def _combinations(sites: tuple[Site, ...], types: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All combinations of the elements of all sites, each ``(m, *shape)`` with the site's own type."""
-    axes = [np.asarray(site.choices) for site in sites for _ in range(site.size)]
+    axes = [np.asarray(site.choices) for site in sites for _ in range(site.elements)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
-    ends = np.cumsum([0, *(site.size for site in sites)])
+    ends = np.cumsum([0, *(site.elements for site in sites)])
     return {
-        site.name: grid[:, a:b].reshape(-1, *site.base_shape).astype(types[site.name].dtype)
+        site.name: site.decoded(grid[:, a:b], types[site.name].dtype)
         for site, a, b in zip(sites, ends, ends[1:], strict=False)
     }
 
@@ -266,7 +267,7 @@ def _tail(sites: tuple[Site, ...], values: Mapping[str, np.ndarray], log_p: Floa
     for site in sites:
         if site.complete:
             continue
-        flat = values[site.name].reshape(len(log_p), -1)
+        flat = site.coded(values[site.name])
         for j in range(flat.shape[1]):
             last, before = site.choices[-1], site.choices[-2]
             end, previous = (float(np.exp(log_p[flat[:, j] == value]).sum()) for value in (last, before))
@@ -281,38 +282,84 @@ def held_rows(held: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
 
 
 def placed(
-    event: Event, sites: tuple[Site, ...], held: Mapping[str, np.ndarray], z: Floats, rng: np.random.Generator
+    event: Event,
+    sites: tuple[Site, ...],
+    held: Mapping[str, np.ndarray],
+    z: Floats,
+    rng: np.random.Generator,
+    *,
+    varies: bool = True,
 ) -> tuple[Floats, np.ndarray]:
     """z ``(n, dim)`` with coordinates at which the sites have the held values, and which rows have them.
 
-    Values rise with their coordinates, so the interval of each is found by bisection. Elements are bisected together,
-    which is right where they do not depend on each other; rows that do not come out right once more, site after site.
+    Values rise with the last coordinate of their element, so the interval of each is found by bisection; by one for all
+    rows with the same values, unless their probability ``varies`` with other draws. Where an element has other
+    coordinates too, these are chosen among some draws, by how likely they make the value. Elements are bisected
+    together, which is right where they do not depend on each other; rows that do not come out right once more, element
+    after element.
     """
     z = z.copy()
     starts = np.cumsum([0, *(site.size for site in event.sites)])
-    own = [starts[event.sites.index(site)] + np.arange(site.size) for site in sites]
-    found = list(zip(own, columns_of(event, sites), strict=True))
-    wanted = np.concatenate([held[site.name].reshape(len(z), -1) for site in sites], axis=1).astype(np.float64)
-    _bisect(
-        event, z, np.concatenate([at for at, _ in found]), np.concatenate([column for _, column in found]), wanted, rng
-    )
-    all_columns = np.concatenate([column for _, column in found])
-    right = (event.discrete_draws(z)[:, all_columns] == wanted).all(axis=1)
+    own = [starts[event.sites.index(site)] + np.arange(site.size).reshape(site.elements, -1) for site in sites]
+    at = [row for rows in own for row in rows]
+    columns = np.concatenate(columns_of(event, sites))
+    wanted = np.concatenate([site.coded(held[site.name]) for site in sites], axis=1)
+    _put(event, z, at, columns, wanted, rng, varies=varies)
+    right = (event.discrete_draws(z)[:, columns] == wanted).all(axis=1)
     wrong = np.flatnonzero(~right)
-    if len(wrong) and len(sites) > 1:
-        ends = np.cumsum([0, *(site.size for site in sites)])
+    if len(wrong) and len(at) > 1:
         again = z[wrong]
-        for (at, column), a, b in zip(found, ends, ends[1:], strict=False):
-            _bisect(event, again, at, column, wanted[wrong, a:b], rng)
+        for k in range(len(at)):
+            one = slice(k, k + 1)
+            _put(event, again, at[one], columns[one], wanted[wrong, one], rng, varies=True)
         z[wrong] = again
-        right[wrong] = (event.discrete_draws(again)[:, all_columns] == wanted[wrong]).all(axis=1)
+        right[wrong] = (event.discrete_draws(again)[:, columns] == wanted[wrong]).all(axis=1)
     return z, right
 
 
-def _bisect(
-    event: Event, z: Floats, at: np.ndarray, column: np.ndarray, wanted: Floats, rng: np.random.Generator
+def _put(
+    event: Event,
+    z: Floats,
+    at: list[np.ndarray],
+    columns: np.ndarray,
+    wanted: Floats,
+    rng: np.random.Generator,
+    *,
+    varies: bool,
 ) -> None:
-    """Put coordinates ``at`` of z, in place, somewhere in the intervals in which the values are those wanted."""
+    """Put elements, in place, at coordinates where their codes ``(n, elements)`` are those wanted.
+
+    at: the coordinates of each element.
+    """
+    first, inverse = np.arange(len(z)), np.arange(len(z))
+    if not varies:
+        _, first, inverse = np.unique(wanted, axis=0, return_index=True, return_inverse=True)
+        inverse = inverse.ravel()
+    several = any(len(own) > 1 for own in at)
+    tries = int(np.clip(_TRIED[1] * _TRIED[0] // len(first), *_TRIED)) if several else 1
+    pool = np.repeat(z[first], tries, axis=0)
+    log_w = np.zeros((len(pool), len(at)))
+    for e, own in enumerate(at):
+        drawn = np.resize([1.0, 2.0], len(pool))[:, None] * rng.standard_normal((len(pool), len(own) - 1))
+        pool[:, own[:-1]] = drawn
+        half = 0.5 * np.sum(drawn**2, axis=1)
+        log_w[:, e] = -half - np.logaddexp(-half, -0.25 * half - (len(own) - 1) * math.log(2.0))
+    last = np.array([own[-1] for own in at])
+    lower, upper = _interval(event, pool, last, columns, np.repeat(wanted[first], tries, axis=0))
+    side, ends = _tails(lower, upper)
+    log_w = (log_w + _log_mass(ends)).reshape(len(first), tries, len(at))[inverse]
+    chosen = np.argmax(log_w + rng.gumbel(size=log_w.shape), axis=1) + tries * inverse[:, None]
+    share = rng.uniform(0.02, 0.98, wanted.shape)
+    for e, own in enumerate(at):
+        row = chosen[:, e]
+        with np.errstate(divide="ignore"):
+            mixed = np.logaddexp(ends[0, row, e] + np.log1p(-share[:, e]), ends[1, row, e] + np.log(share[:, e]))
+        z[:, own[:-1]] = pool[row][:, own[:-1]]
+        z[:, own[-1]] = side[row, e] * ndtri_exp(mixed)
+
+
+def _interval(event: Event, z: Floats, at: np.ndarray, column: np.ndarray, wanted: Floats) -> tuple[Floats, Floats]:
+    """Where the values are those wanted: the first coordinate with them and the first beyond, each ``(n, len(at))``."""
     n = len(z)
     low, high = np.full((2, *wanted.shape), -_FURTHEST), np.full((2, *wanted.shape), _FURTHEST)
     both = np.concatenate([z, z])
@@ -322,11 +369,17 @@ def _bisect(
         value = event.discrete_draws(both)[:, column].reshape(2, *wanted.shape)
         above = np.stack([value[0] >= wanted, value[1] > wanted])
         low, high = np.where(above, low, middle), np.where(above, middle, high)
-    # between the first coordinate with the value and the first beyond it, by the normal law
-    lower, upper = high
+    return high[0], high[1]
+
+
+def _tails(lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
+    """The side from which an interval is seen in the lower tail, and the logs of what lies below its two ends there."""
     side = np.where(lower + upper > 0.0, -1.0, 1.0)
-    ends = log_ndtr(np.stack([side * lower, side * upper]))
-    share = rng.uniform(0.02, 0.98, wanted.shape)
-    with np.errstate(divide="ignore"):
-        mixed = np.logaddexp(ends[0] + np.log1p(-share), ends[1] + np.log(share))
-    z[:, at] = side * ndtri_exp(mixed)
+    return side, log_ndtr(np.stack([side * lower, side * upper]))
+
+
+def _log_mass(ends: Floats) -> Floats:
+    """log of the probability between two ends, given the logs of what lies below each."""
+    low, high = np.sort(ends, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.nan_to_num(high + np.log(-np.expm1(low - high)), nan=-np.inf))

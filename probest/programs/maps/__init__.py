@@ -20,12 +20,12 @@ J. Multivariate Analysis 100 (2009), for LKJ; Bartlett, Proc. R. Soc. Edinburgh 
 
 from probest.programs.maps import counts, line, several
 from probest.programs.maps.base import GaussianMap, MixtureMap, UnsupportedDistribution, coarseness, gaussian_map
-from probest.programs.maps.choices import Choices, choices
+from probest.programs.maps.choices import Listed, choices
 from probest.programs.maps.several import mixture_map
 
 __all__ = [
-    "Choices",
     "GaussianMap",
+    "Listed",
     "MixtureMap",
     "UnsupportedDistribution",
     "choices",

@@ -23,6 +23,7 @@ from probest.programs.maps.base import (
     gaussian_map,
     of_a_library,
 )
+from probest.programs.maps.choices import choices
 from probest.programs.maps.pieces import (
     at_least,
     binomial_count,
@@ -322,7 +323,23 @@ def _gated(fn: Any, s: Any, inner: Flattened) -> GaussianMap:
 
 
 def _zero_inflated(fn: Any, s: Any) -> GaussianMap:
-    return _gated(fn, s, flattened(fn.base_dist, s))
+    """Of a count, the count's own coordinate is also the gate's: what lies above the gate is a level of the count."""
+    inner, counts = gaussian_map(fn.base_dist, s), choices(fn.base_dist)
+    if counts.choices[:1] != (0,) or counts.one_hot:
+        return _gated(fn, s, flattened(fn.base_dist, s))
+    several = len(inner.base_shape) > len(fn.base_dist.batch_shape)
+
+    def transform(base: Array) -> Array:
+        like = cast(fn, s, base)
+        z = like[..., -1] if several else like
+        log_zero, log_not = log_odds(fn, s, z, "gate", "gate_logits")
+        upper = s.clip(s.log_ndtr(-z) - log_not, None, -float(s.xp.finfo(z.dtype).tiny))
+        lower = shared.log1mexp(s, upper)
+        level = s.xp.where(lower < upper, s.ndtri_exp(lower), -s.ndtri_exp(upper))
+        value = inner.transform(s.xp.concat([like[..., :-1], level[..., None]], axis=-1) if several else level)
+        return s.xp.where(at_least(s, z, log_not, log_zero), value, s.xp.zeros_like(value))
+
+    return inner._replace(transform=transform)
 
 
 def _hurdle(fn: Any, s: Any) -> GaussianMap:
