@@ -54,7 +54,7 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
 from probest.programs.event import Event
 from probest.programs.strata import MOST, Strata, StratumEvent, placed, strata_of
-from probest.seeds import child_seed, generator
+from probest.seeds import child_seed, generator, number
 from probest.tuning import tuned
 from probest.verdict import agree, imprecise, settle, wanted_error
 
@@ -76,12 +76,14 @@ class Stream(IntEnum):
     GUIDED = 6
     BOUND = 7
     KRIGED = 8
+    LIST = 9
 
 
 @dataclass(frozen=True)
 class StratifiedTuning:
     """How a budget is divided between strata. Set by hand on the families of benchmarks/programs.py."""
 
+    listing: float = tuned(0.2, "of the budget, for probabilities in a closed loop that depend on draws", _PROGRAMS)
     looks: int = tuned(16, "draws of each stratum in the first look, at most", _PROGRAMS)
     far: float = tuned(4.0, "scale of a third of them, in standard deviations", _PROGRAMS)
     apart: float = tuned(0.2, "of the budget, for which all strata would be estimated apart", _PROGRAMS)
@@ -206,7 +208,8 @@ class Stratified:
                 return guided
         if isinstance(event, Event) and (budget >= _LEAST or not event.composition.closed_loop):
             before = event.model_calls
-            strata = strata_of(event, self.max_strata)
+            own = number(child_seed(seed, Stream.LIST))
+            strata = strata_of(event, self.max_strata, own, calls=int(self.tuning.listing * budget))
             left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
         if guided is None:
             guided = self._guided(event, strata, left, seed)
@@ -233,8 +236,7 @@ class Stratified:
         """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
         if not isinstance(event, Event) or event.weighted or left < self.tuning.least_guided:
             return None
-        logs = sum(site.elements * math.log(len(site.choices)) for site in listed_sites(event))
-        if logs <= math.log(self.max_strata) or (strata is not None and strata.sites == listed_sites(event)):
+        if set(listed_sites(event)) <= set(strata.sites if strata is not None else ()):
             return None
         method = CrossEntropy(precision=self.precision)
         return method.run(event, budget=int(self.tuning.guided * left), seed=child_seed(seed, Stream.GUIDED))

@@ -102,8 +102,8 @@ class NumPyroRecording:
         for name, site in self.trace.items():
             if site["type"] == "param":
                 params[name] = site["value"]
-            elif site["type"] == "deterministic" and name.endswith(COARSENESS):
-                coarse[name.removesuffix(COARSENESS)] = jnp.max(site["value"])
+            elif site["type"] == "sample" and COARSENESS in site["infer"]:
+                coarse[site["infer"][COARSENESS]] = jnp.max(site["value"])
             elif site["type"] == "deterministic":
                 sites[name] = site["value"]
             elif site["type"] == "sample" and site["is_observed"]:
@@ -196,7 +196,7 @@ class _ToGaussian(Reparam):
             mapped = gaussian_map(fn, self.owner.backend.special)
             apart = coarseness(fn, self.owner.backend.special) if self.owner.rehearsal and not mapped.discrete else None
             if apart is not None:
-                numpyro.deterministic(name + COARSENESS, apart)
+                numpyro.sample(name + COARSENESS, dist.Delta(apart), obs=apart, infer={COARSENESS: name})
         except UnsupportedDistribution as error:
             raise SiteError(f"site {name!r}: {error}") from error
         base = self._base(name, fn, mapped.base_shape, mapped.discrete)

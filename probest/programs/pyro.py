@@ -115,10 +115,9 @@ class PyroRecording:
         for term in self.trace.terms.values():
             log_weight = log_weight + term
         observed = {name: seen for name, (_, seen) in self.trace.observed.items()}
-        apart = {name: value for name, value in self.trace.sites.items() if name.endswith(COARSENESS)}
-        sites = {name: value for name, value in self.trace.sites.items() if name not in apart}
-        coarse = {name.removesuffix(COARSENESS): value for name, value in apart.items()}
-        return Run(value, log_weight, sites, tuple(self.layout), self.trace.params, observed, coarse)
+        return Run(
+            value, log_weight, self.trace.sites, tuple(self.layout), self.trace.params, observed, self.trace.coarse
+        )
 
     def densities(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         found = {}
@@ -137,6 +136,7 @@ class _Record(Messenger):
         self.terms: dict[str, Array] = {}
         self.observed: dict[str, tuple[Any, Observed]] = {}
         self.params: dict[str, Array] = {}
+        self.coarse: dict[str, Array] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
         self.params[msg["name"]] = msg["value"]
@@ -144,6 +144,9 @@ class _Record(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
         if type(msg["fn"]).__name__ == "_Subsample" or "probest_base" in msg["infer"]:
+            return
+        if COARSENESS in msg["infer"]:
+            self.coarse[msg["infer"][COARSENESS]] = msg["value"]
             return
         if name in self.sites or name in self.terms:
             raise SiteError(f"site {name!r} is named twice; give every site of the program a name of its own")
@@ -243,7 +246,7 @@ class _ToGaussian(Reparam):
                 rehearsal = self.owner.rehearsal and not mapped.discrete
                 apart = coarseness(fn, self.owner.backend.special) if rehearsal else None
                 if apart is not None:
-                    pyro.deterministic(name + COARSENESS, apart)
+                    pyro.sample(name + COARSENESS, dist.Delta(apart), obs=apart, infer=_mark(COARSENESS, name))
                 value = mapped.transform(self._base(name, fn, mapped.base_shape, mapped.discrete))
         except UnsupportedDistribution as error:
             raise SiteError(f"site {name!r}: {error}") from error

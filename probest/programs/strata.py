@@ -38,6 +38,7 @@ MOST = 4096
 
 _PROBES = 4  # draws of each stratum that tell whether its probability depends on them
 _MOST_CLOSED = 256  # strata of a closed loop, whose listing runs the model
+_CLOSED_CALLS = 10_000  # for probabilities that depend on other draws there
 _DRAWS = (64, 16_384)  # of each stratum that integrate a probability that does depend on them
 _MOST_DRAWS = 1_000_000  # over all strata
 _WORTH = 100.0  # equally weighted draws, that these have to be worth
@@ -171,11 +172,12 @@ def columns_of(event: Event, sites: tuple[Site, ...]) -> list[np.ndarray]:
     return [starts[listed.index(site)] + np.arange(site.elements) for site in sites]
 
 
-def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
+def strata_of(event: Event, most: int = MOST, seed: int = 0, *, calls: int = _CLOSED_CALLS) -> Strata | None:
     """The strata of an event, or None where there is nothing to hold.
 
-    That is: no discrete site with a list; a closed loop whose probabilities depend on other draws; observations that
-    leave few draws of weight; counts without an end whose observations favour large ones.
+    That is: no discrete site with a list; observations that leave few draws of weight; counts without an end whose
+    observations favour large ones. A closed loop runs its model for each probability; where these depend on other
+    draws, it does so ``calls`` times, or 64 times for each stratum, if that is more.
     """
     sites = _held(event.sites, min(most, _MOST_CLOSED) if event.composition.closed_loop else most)
     if not sites:
@@ -186,13 +188,11 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0) -> Strata | None:
     probes = _PROBES if len(free_of(event, sites)) else 1
     log_p = _log_density(event, values, rng.standard_normal((probes, event.dim)))
     varies = not bool(np.all((log_p.max(axis=1) == -math.inf) | (_spread(log_p) < _EQUAL)))
-    if varies and event.composition.closed_loop:
-        return None
     mean = log_p[:, 0]
     with np.errstate(invalid="ignore"):
         error = np.finfo(np.float32).eps * (1.0 + np.abs(mean))
     if varies:
-        integrated = _integrated(event, values, rng)
+        integrated = _integrated(event, values, rng, calls if event.composition.closed_loop else _MOST_DRAWS)
         if integrated is None:
             return None
         mean, error = integrated
@@ -217,11 +217,11 @@ def _spread(log_p: Floats) -> Floats:
 
 
 def _integrated(
-    event: Event, values: Mapping[str, np.ndarray], rng: np.random.Generator
+    event: Event, values: Mapping[str, np.ndarray], rng: np.random.Generator, most: int
 ) -> tuple[Floats, Floats] | None:
     """log E_k and its standard error, by the same draws for all; None where too few of the draws have weight."""
     count = len(next(iter(values.values())))
-    n = int(np.clip(_MOST_DRAWS // count, *_DRAWS))
+    n = int(np.clip(most // count, *_DRAWS))
     log_p = _log_density(event, values, rng.standard_normal((n, event.dim)))
     worth = effective_sample_size(np.logaddexp.reduce(log_p, axis=0))
     if worth < min(_WORTH, 0.5 * n):
