@@ -108,6 +108,9 @@ class StratifiedTuning:
     )
     negligible: float = tuned(0.01, "share of P that the strata which are left out may hold", _PROGRAMS)
     vaguest: float = tuned(0.1, "standard error that a stratum is estimated to, at most", _PROGRAMS)
+    doubt: float = tuned(
+        0.02, "of what a stratum may hold at most, against its error, where it has not converged", _PROGRAMS
+    )
     slack: float = tuned(
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
@@ -489,10 +492,11 @@ class _Campaign:
             return 0.0
         share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(total) else 0.0
         most = 1.0 if not math.isfinite(total) else math.exp(min(part.upper - total, 0.0))
-        if not part.evidence.converged and most > self.tuning.negligible:
-            return most
+        open_ = not part.evidence.converged and most > self.tuning.negligible
         poor = share > self.tuning.negligible and part.error > self.tuning.slack * self._precision(share)
-        return share * min(part.error, 1.0) if poor else 0.0
+        if not (open_ or poor):
+            return 0.0
+        return share * min(part.error, 1.0) + (self.tuning.doubt * most if open_ else 0.0)
 
     def _settled(self) -> bool:
         """Whether every stratum that counts is converged."""
