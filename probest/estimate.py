@@ -32,7 +32,7 @@ from probest.report.progress import Progress, Told
 from probest.report.record import versions
 from probest.result import Case, Catastrophes, Result, Sample
 from probest.seeds import generator, number
-from probest.verdict import PARTS, conditional, effective, rounded, shared
+from probest.verdict import PARTS, bounded, conditional, effective, rounded, shared
 
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
@@ -128,6 +128,7 @@ def estimate(
             f"estimator: {method.name}.run returned a {type(run).__name__}; expected a probest.evidence.Run"
         )
     ledger = list(run.ledger)
+    ledger[-1] = bounded(ledger[-1], ledger[:-1])
     ledger[-1] = rounded(ledger[-1], event.coarse, getattr(method, "precision", wanted))
     if calls < budget and not ledger[-1].converged:
         note = Note(

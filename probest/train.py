@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from probest.seeds import child_seed, generator, number
 from probest.training.callbacks import Callback
 from probest.training.checkpoint import Cost, Costs, Step, TrainingState, resume
 from probest.training.descent import Descent, Options, Stream, batch_of, worth
+from probest.training.follower import Follower
 from probest.training.ladder import Ladder
 from probest.training.memory import Memory
 from probest.training.opponents import Opponents, Pool
+from probest.training.pursuit import Pursuit
 from probest.training.teacher import Teacher
 from probest.verdict import agree
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     import os
 
 __all__ = ["Cost", "Costs", "Pool", "Step", "TrainingRun", "train"]
+
+FOLLOWERS: dict[str, Callable[..., Follower]] = {"log_prob": Ladder.built, "lower_bound": Pursuit.built}
 
 UNMOVED = 0.3
 """Nats: by less than this, training has changed nothing that is worth its name."""
@@ -144,6 +148,7 @@ def train(
     audit: Estimator | Sequence[Estimator] | None = None,
     audit_rounds: int = 1,
     adversaries: Pool | None = None,
+    objective: Literal["log_prob", "lower_bound"] = "log_prob",
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -190,6 +195,9 @@ def train(
             tempering with many particles, and plain sampling.
         audit_rounds: how often training goes on from what an audit found, for a quarter of ``steps`` each, at most.
         adversaries: adversaries to search for during training and to play against beside the given one; None for none.
+        objective: ``"log_prob"``: the ladder. ``"lower_bound"``: what the model steps down is a variational lower bound
+            of log P, smoothed, that a few Gaussian guides give which climb it meanwhile
+            (:mod:`probest.training.pursuit`): for problems with few modes.
         callbacks: told of each step, look and checkpoint; see :class:`probest.training.callbacks.Callback`.
         seed: the same seed gives the same run.
         checkpoint: a file to write every ``check_every`` steps, and to resume from if it exists.
@@ -224,6 +232,8 @@ def train(
         raise ValueError("weight=0 without a teacher that counts: nothing would drive the catastrophes away")
     if teacher is not None and not callable(teacher):
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
+    if objective not in FOLLOWERS:
+        raise ValueError(f"objective={objective!r}: expected {' or '.join(map(repr, FOLLOWERS))}")
     audits = panel(audit, 4 * budget)
     event = problem.event
     if not event.trainable:
@@ -231,6 +241,8 @@ def train(
             "checker: training needs a real severity with a gradient, and this checker returns a bool or integer, "
             "or is a black_box"
         )
+    if objective == "lower_bound" and event.is_text:
+        raise ValueError("objective='lower_bound': text has no gradient that a guide could climb; use 'log_prob'")
     if adversaries is not None and event.weighted:
         raise ValueError(
             "adversaries: the problem's own is conditioned on observations, so none can be searched for within nats of "
@@ -268,7 +280,7 @@ def train(
         before = _timed(costs.estimates, problem, budget=budget, seed=number(root, Stream.BEFORE))
         rng = generator(child_seed(root, Stream.WALK))
         evidence = before.conclusion.log_evidence
-        ladder = Ladder.built(event, problem.strata, particles, rng, log_evidence=evidence)
+        ladder = FOLLOWERS[objective](event, problem.strata, particles, rng, log_evidence=evidence)
         options = Options(
             target=until_log_prob, weight=weight, teacher_weight=teacher_weight,
             limits=(max_norm * unit, max_pressure * unit), batch_size=batch_size,

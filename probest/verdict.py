@@ -16,12 +16,14 @@ from scipy import stats
 
 from probest import diagnostics
 from probest.evidence import Code, Evidence, Floats, Note
+from probest.markov import lower_bound
 from probest.tuning import tuned
 
 __all__ = [
     "PARTS",
     "RULES",
     "agree",
+    "bounded",
     "conditional",
     "contradicts",
     "effective",
@@ -127,6 +129,21 @@ def with_room(one: Evidence, independent: float, new: float, precision: float | 
         diagnostics={**one.diagnostics, "left_out": room},
         notes=(*one.notes, *vague),
     )
+
+
+def bounded(one: Evidence, ledger: Sequence[Evidence]) -> Evidence:
+    """The conclusion, refuted where it is below a lower bound that samples in the ledger give almost surely.
+
+    Samples of a guide and plain draws alone: lines may claim what is not there, and tempering's mean is only nearly P.
+    """
+    sampled = [line for line in ledger if line.batches or "samples" in line.diagnostics]
+    least = lower_bound(sampled, RULES.sure)
+    if not (math.isfinite(one.log_prob) and one.log_prob < least):
+        return one
+    sentence = f"samples show that log P is at least {least:.4g}, almost surely: raise the budget."
+    upper = max(one.interval[1], *(line.interval[1] for line in sampled))
+    note = Note(Code.DISAGREE, sentence)
+    return replace(one, converged=False, interval=(one.interval[0], upper), notes=(*one.notes, note))
 
 
 def rounded(one: Evidence, apart: Mapping[str, Floats], precision: float | None) -> Evidence:

@@ -25,9 +25,11 @@ from probest.testing import FAILURE_RATE
 from probest.training.callbacks import Callback, Control, EarlyStopping
 from probest.training.checkpoint import Step, TrainingState
 from probest.training.descent import Descent
-from probest.training.ladder import Cases, Ladder
+from probest.training.follower import Cases
+from probest.training.ladder import Ladder
 from probest.training.memory import Memory
 from probest.training.opponents import Opponents
+from probest.training.pursuit import Pursuit
 from probest.training.teacher import Teacher, TeacherError, as_batch
 
 BETA = 4.0
@@ -130,6 +132,40 @@ def test_a_ladder_is_restored_as_it_was(backend: str) -> None:
     smaller = Ladder.built(problem.event, problem.strata, 16, np.random.default_rng(9))
     with pytest.raises(ValueError, match="shape"):
         smaller.restore(ladder.arrays())
+
+
+# Pursuit --------------------------------------------------------------------------------------------------------------
+
+
+def pursued(problem: Problem, steps: int, **options: Any) -> tuple[Pursuit, list[float]]:
+    rng = np.random.default_rng(0)
+    guides = Pursuit.built(problem.event, problem.strata, 64, rng, **options)
+    followed = []
+    for _ in range(steps):
+        guides.advance(problem.event, rng)
+        followed.append(guides.log_prob)
+    return guides, followed
+
+
+def test_guides_reach_the_half_space_from_below(backend: str) -> None:
+    guides, followed = pursued(half_space(backend), 120)
+    assert followed[-1] == pytest.approx(float(log_ndtr(-BETA)), abs=0.3)
+    assert np.mean(followed[-40:]) < float(log_ndtr(-BETA)) + 0.1
+    cases = guides.cases()
+    assert cases.share.sum() == pytest.approx(1.0)
+    assert np.median(cases.severity[cases.share > 1e-3]) > -1.0
+    np.testing.assert_allclose(cases.noise, 0.3, rtol=0.01)
+
+
+def test_guides_in_strata_and_with_observations(backend: str) -> None:
+    guides, followed = pursued(half_space(backend, switch=1e-3), 120)
+    assert followed[-1] == pytest.approx(math.log(1e-3) + float(log_ndtr(-BETA)), abs=1.0)
+    cases = guides.cases()
+    assert cases.share[np.asarray(cases.held["on"]) == 1].sum() > 0.9
+    evidence = float(stats.norm(0.0, math.sqrt(1.25)).logpdf(3.0))
+    _, followed = pursued(half_space(backend, seen=3.0), 120, log_evidence=evidence)
+    exact = float(log_ndtr(-(BETA - 2.4 / math.sqrt(6)) / math.sqrt(5.2 / 6)))
+    assert followed[-1] == pytest.approx(exact, abs=1.0)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -23,12 +23,14 @@ from probest.estimators import (
     Whitened,
 )
 from probest.gradient.surface import SurfaceTuning
+from probest.guides.variational import AdamTuning
 from probest.search import SearchTuning
 from probest.testing.events import half_space, union
 from probest.training.descent import DescentTuning
 from probest.training.ladder import LadderTuning
 from probest.training.memory import MemoryTuning
 from probest.training.opponents import OpponentsTuning
+from probest.training.pursuit import PursuitTuning
 from probest.tuning import meanings
 from probest.verdict import Rules
 
@@ -46,7 +48,15 @@ METHODS: tuple[Any, ...] = (
     Tempering(),
     Whitened(Combined()),
 )
-TRAINING = (LadderTuning(), DescentTuning(), MemoryTuning(), OpponentsTuning(), SearchTuning())
+TRAINING = (
+    LadderTuning(),
+    PursuitTuning(),
+    AdamTuning(),
+    DescentTuning(),
+    MemoryTuning(),
+    OpponentsTuning(),
+    SearchTuning(),
+)
 TUNINGS: tuple[Any, ...] = (*(method.tuning for method in METHODS), SurfaceTuning(), *TRAINING, Rules())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from probest.evidence import Code, Evidence, Note, Particles, Run
 from probest.seeds import child_seed, generator
-from probest.verdict import agree, contradicts, judge, or_learned, refuted, rounded, settle, with_room
+from probest.verdict import agree, bounded, contradicts, judge, or_learned, refuted, rounded, settle, with_room
 
 INF = math.inf
 
@@ -29,6 +29,18 @@ def test_a_note_is_a_sentence_with_a_code_that_survives_copying() -> None:
     for other in (note, pickle.loads(pickle.dumps(note)), copy.deepcopy(note)):
         assert other.code is Code.FLAT
     assert line(-3.0, notes=(note, "a plain sentence")).codes == {Code.FLAT}
+
+
+def test_a_conclusion_below_what_samples_show_is_refuted() -> None:
+    many = line(-9.0, 0.05, batches=tuple(np.full(16, -9.0)))
+    few = line(-9.0, 0.9)
+    assert bounded(line(-9.3), [many]) == line(-9.3)
+    low = bounded(line(-20.0), [few, many])
+    assert not low.converged
+    assert low.codes == {Code.DISAGREE}
+    assert low.interval[1] >= -8.9
+    assert bounded(line(-20.0), [few]).converged  # no sample: lines, say
+    assert bounded(line(-INF, INF), [many]).log_prob == -INF
 
 
 def test_rounding_moves_log_p_by_the_mean_of_its_catastrophes() -> None:

@@ -20,7 +20,7 @@ from probest.search import search
 from probest.seeds import child_seed, generator, number
 from probest.training.callbacks import Callback, Control
 from probest.training.checkpoint import Kept, Step, TrainingState, save
-from probest.training.ladder import Cases, Ladder
+from probest.training.follower import Cases, Follower
 from probest.training.memory import Memory
 from probest.training.opponents import QUICK, Opponents, Pool
 from probest.training.teacher import Teacher, as_batch
@@ -91,7 +91,7 @@ class Descent:
     root: np.random.SeedSequence
     line: Progress
     state: TrainingState
-    ladder: Ladder
+    ladder: Follower
     memory: Memory
     pool: Pool | None = None
     opponents: Opponents | None = None

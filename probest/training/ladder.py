@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
@@ -52,9 +51,10 @@ from probest.programs.event import Event
 from probest.programs.strata import Strata
 from probest.smc.moves import rewritten
 from probest.smc.softening import Noise
+from probest.training.follower import Cases
 from probest.tuning import tuned
 
-__all__ = ["Cases", "Ladder", "LadderTuning"]
+__all__ = ["Ladder", "LadderTuning"]
 
 _BY = "benchmarks/below_one_over_n.py, digits, 1.0M calls"
 _HALF_PI = 0.5 * math.pi
@@ -73,21 +73,6 @@ class LadderTuning:
     continued: int = tuned(3, "rungs, the last, that are continued to the event for log P", _BY)
     rewrites: int = tuned(4, "moves of a text a step, for the calls that gradients take elsewhere", "language.py")
     lend_every: int = tuned(10, "steps between which columns keep their stratum", _BY)
-
-
-class Cases(NamedTuple):
-    """Hard cases of the present model.
-
-    z ``(n, dim)``; held: values of the held sites ``(n, ...)``; severity ``(n,)``; noise ``(n,)``: σ of each, in units
-    of severity; share ``(n,)``: its part of the gradient, sum 1; group ``(n,)``: its stratum.
-    """
-
-    z: Floats
-    held: dict[str, np.ndarray]
-    severity: Floats
-    noise: Floats
-    share: Floats
-    group: np.ndarray
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from probest.evidence import Floats
-from probest.training.ladder import Cases
+from probest.training.follower import Cases
 from probest.training.teacher import Rows
 from probest.tuning import tuned
 

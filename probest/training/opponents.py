@@ -23,7 +23,7 @@ from probest.evidence import Floats
 from probest.guides.base import allocate
 from probest.programs.event import Event
 from probest.search import Search, SearchTuning, ratio_of
-from probest.training.ladder import Cases, Ladder
+from probest.training.follower import Cases, Follower
 from probest.tuning import tuned
 
 __all__ = ["Opponents", "OpponentsTuning", "Pool"]
@@ -92,7 +92,7 @@ class Opponents:
             weakest = int(np.argmin(self.level[:-1]))
             del self.laws[weakest], self.level[weakest]
 
-    def cases(self, event: Event, ladder: Ladder, count: int, rng: np.random.Generator) -> Cases:
+    def cases(self, event: Event, ladder: Follower, count: int, rng: np.random.Generator) -> Cases:
         """``count`` draws of all opponents; of the given adversary where there are none. A call each."""
         if not self.laws:
             z = rng.standard_normal((count, event.dim))
@@ -110,12 +110,12 @@ class Opponents:
         )
         return self._judged(event, ladder, z, group, owner)
 
-    def _group(self, k: np.ndarray | None, z: Floats, ladder: Ladder) -> np.ndarray:
+    def _group(self, k: np.ndarray | None, z: Floats, ladder: Follower) -> np.ndarray:
         if k is not None or ladder.strata is None:
             return np.zeros(len(z), dtype=np.intp) if k is None else np.asarray(k, dtype=np.intp)
         return np.asarray(np.maximum(ladder.strata.index_of(z), 0))
 
-    def _judged(self, event: Event, ladder: Ladder, z: Floats, group: np.ndarray, owner: np.ndarray) -> Cases:
+    def _judged(self, event: Event, ladder: Follower, z: Floats, group: np.ndarray, owner: np.ndarray) -> Cases:
         severity = ladder.severity_of(event, z, group)
         noise = ladder.noise_of(group)
         log_soft = log_ndtr(severity / noise)

@@ -10,7 +10,7 @@ import numpy as np
 
 from probest.backends.base import Array, Backend, Parts, PyTree
 from probest.programs.event import Composition, Event
-from probest.training.ladder import Cases
+from probest.training.follower import Cases
 
 __all__ = ["Rows", "Teacher", "TeacherError", "as_batch"]
 
