@@ -18,6 +18,7 @@ from probest.estimators.stratified import Stratified
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Evidence
+from probest.guides.autoguide import Autoguide
 from probest.guides.program import ProgramGuide
 from probest.moments.hermite import Quadrature
 from probest.moments.propagate import Moments, moments, register_rule
@@ -32,6 +33,7 @@ from probest.train import Pool, TrainingRun, train
 
 __all__ = [
     "Audit",
+    "Autoguide",
     "Bounds",
     "Catastrophes",
     "Combined",

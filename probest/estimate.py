@@ -23,6 +23,7 @@ from probest.estimators.stratified import Stratified
 from probest.estimators.whitened import Whitened
 from probest.evidence import Code, Evidence, Floats, Note, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
+from probest.guides.autoguide import Autoguide
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import Observed
@@ -51,7 +52,7 @@ def estimate(
     precision: float | None = None,
     seed: int = 0,
     estimator: Estimator | None = None,
-    guide: Callable[[], Any] | ProgramGuide | None = None,
+    guide: Callable[[], Any] | ProgramGuide | Autoguide | None = None,
     max_strata: int = MOST,
     warm_start: Estimate | Evidence | None = None,
     callback: Told | None = None,
@@ -72,6 +73,7 @@ def estimate(
         estimator: a single method instead of the default combination. Its precision is one of its own fields.
         guide: a program that draws the adversary's sites from another law, for importance sampling in place of the
             default combination; a share of the samples still comes from the adversary itself (see ``ProgramGuide``).
+            Or a trained autoguide of the library (``Autoguide``).
         max_strata: combinations of values of discrete sites that are held and estimated apart, at most; 1 holds none.
             ``infer={"enumerate": False}`` at a site leaves that site out.
         warm_start: an earlier estimate of this problem or of one that changed a little, such as before some training
@@ -114,7 +116,7 @@ def estimate(
     wanted = PRECISION if precision is None else precision
     method: Estimator = estimator or _default(event, budget, wanted, max_strata)
     if guide is not None:
-        method = Importance(precision=wanted, guide=guide if isinstance(guide, ProgramGuide) else ProgramGuide(guide))
+        method = Importance(precision=wanted, guide=_bindable(guide))
     if warm_start is not None:
         method = _warmed(method, warm_start)
     check_needs(method, event)
@@ -213,6 +215,10 @@ def _default(event: Event, budget: int, precision: float, max_strata: int) -> Es
     if max_strata < 2 or not any(site.choices for site in event.sites):
         return inner
     return Stratified(precision=precision, inner=inner, max_strata=max_strata)
+
+
+def _bindable(guide: Callable[[], Any] | ProgramGuide | Autoguide) -> ProgramGuide | Autoguide:
+    return guide if isinstance(guide, ProgramGuide | Autoguide) else ProgramGuide(guide)
 
 
 def _warmed(method: Any, before: Estimate | Evidence) -> Estimator:

@@ -11,7 +11,7 @@ import pytest
 from library import library
 from scipy import special, stats
 
-from probest import Bounds, Importance, MonteCarlo, Problem, ProgramGuide, estimate
+from probest import Autoguide, Bounds, Importance, MonteCarlo, Problem, ProgramGuide, estimate
 from probest.estimators import UnmetNeedError
 from probest.estimators.bounds import renyi_bound
 from probest.evidence import Code, Evidence, Note
@@ -269,6 +269,76 @@ def test_svi_of_numpyro_trains_a_guide_that_the_estimate_uses() -> None:
     assert run.conclusion.converged
     assert line(run, "lower bound").log_prob < truth + 0.1
     assert line(run, "upper bound").log_prob > truth - 0.1
+
+
+def fitted_autoguide(backend: str, problem: Problem, kind: str, temperature: float = 0.5) -> Autoguide:
+    """A library's own autoguide, trained by its own SVI and optimiser."""
+    softened_program = problem.conditioned(temperature, gaussianized=True)
+    if backend == "pyro":
+        import pyro
+        import torch
+        from pyro.infer import SVI, Trace_ELBO, autoguide
+
+        pyro.clear_param_store()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            auto = getattr(autoguide, kind)(softened_program)
+            svi = SVI(softened_program, auto, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(8))
+            for _ in range(250):
+                svi.step()
+        pyro.clear_param_store()
+        return Autoguide(auto)
+    import jax
+    import numpyro
+    from numpyro.infer import SVI, Trace_ELBO, autoguide
+
+    auto = getattr(autoguide, kind)(softened_program)
+    found = SVI(softened_program, auto, numpyro.optim.Adam(0.03), Trace_ELBO(8)).run(
+        jax.random.key(0), 800, progress_bar=False
+    )
+    return Autoguide(auto, found.params)
+
+
+def test_autoguides_are_proposals(backend: str) -> None:
+    lib = library(backend)
+
+    def adversary() -> Any:
+        x = lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1))
+        return x, lib.sample("a", lib.dist.Normal(0.0, 2.0))  # by name before the other, in the program after it
+
+    problem = Problem(adversary, lambda x: x, lambda _, y: (y[0].sum() + 2.0 * y[1]) / 19.0**0.5 - 4.0)
+    truth = float(special.log_ndtr(-4.0))
+    given = fitted_autoguide(backend, problem, "AutoMultivariateNormal")
+    result = estimate(problem, guide=given, budget=20_000, **QUIET)
+    assert result.converged, result.advice
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+    run = Bounds(guide=given).run(problem.event, budget=12_000, seed=seed(0))
+    assert line(run, "lower bound").log_prob < truth + 0.1
+    bound = fitted_autoguide(backend, problem, "AutoNormal").bind(problem.event)  # widths alone: it need not suffice
+    assert problem.event.severity(bound.parts[0].sample(4_000, np.random.default_rng(0))).mean() > -8.0
+    other = Problem(adversary, lambda x: x, lambda _, y: y[0].sum() - 3.0)
+    with pytest.raises(ProblemError, match="make it of"):
+        _native(backend, other).bind(other.event)
+
+
+def _native(backend: str, problem: Problem) -> Autoguide:
+    """An autoguide of the program as it is written, whose vector is not that of the coordinates."""
+    program = problem.conditioned(0.5)
+    if backend == "pyro":
+        import torch
+        from pyro.infer import autoguide
+
+        with torch.random.fork_rng():
+            auto = autoguide.AutoMultivariateNormal(program)
+            auto()
+        return Autoguide(auto)
+    import jax
+    import numpyro
+    from numpyro.infer import SVI, Trace_ELBO, autoguide
+
+    other = autoguide.AutoMultivariateNormal(program)
+    svi = SVI(program, other, numpyro.optim.Adam(0.03), Trace_ELBO())
+    return Autoguide(other, svi.get_params(svi.init(jax.random.key(0))))
 
 
 @pytest.mark.parametrize("backend", ["pyro", "numpyro"])

@@ -42,6 +42,7 @@ from probest.estimators.base import Need, check_least, check_needs
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.tempering import Tempering
 from probest.evidence import Claim, Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
+from probest.guides.autoguide import Autoguide
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP
 from probest.guides.memory import Memory
@@ -90,7 +91,7 @@ class Bounds:
     draws: int = 32
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     guides: tuple[str, ...] = CHEAP
-    guide: Guide | ProgramGuide | None = None
+    guide: Guide | ProgramGuide | Autoguide | None = None
     tuning: BoundsTuning = field(default_factory=BoundsTuning, repr=False)
     needs: ClassVar[frozenset[Need]] = frozenset({"unconditioned"})
 
@@ -133,7 +134,7 @@ class _Campaign:
     def run(self) -> Run:
         tuning, budget = self.method.tuning, self.meter.budget
         guide: Guide | BoundProgram | None = None
-        if isinstance(self.method.guide, ProgramGuide):
+        if isinstance(self.method.guide, ProgramGuide | Autoguide):
             guide = self.method.guide.bind(self.event)
         elif self.method.guide is not None:
             guide = self.method.guide

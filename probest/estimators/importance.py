@@ -36,6 +36,7 @@ from probest.budget import Meter
 from probest.estimators.base import check_least, check_precision
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
+from probest.guides.autoguide import Autoguide
 from probest.guides.base import Guide
 from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
@@ -106,8 +107,8 @@ class Importance:
     precision: wanted standard error of log P; None spends the budget.
     first_batch: samples that try out a guide. rounds: at most this many refits of it.
     max_samples: at most this many concluding samples.
-    guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`), which is
-        checked against particles; None finds particles by ``find`` and fits one.
+    guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`) or autoguide,
+        which is checked against particles; None finds particles by ``find`` and fits one.
     guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
         ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
     find: the tempering that finds particles, with at most half of the budget.
@@ -119,7 +120,7 @@ class Importance:
     first_batch: int = 1000
     rounds: int = 4
     max_samples: int = 1_000_000
-    guide: Guide | ProgramGuide | None = None
+    guide: Guide | ProgramGuide | Autoguide | None = None
     guides: tuple[str, ...] = CHEAP
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     give_up: float | None = None
@@ -147,7 +148,7 @@ class Importance:
         meter = Meter(event, budget)
         own = child_seed(seed, Stream.SAMPLE)
         guide = self.guide
-        if guide is not None and not isinstance(guide, ProgramGuide):
+        if guide is not None and not isinstance(guide, ProgramGuide | Autoguide):
             fitted = Fitted(guide, "given", None, 1)
             return Run.of(importance_sample(self, event, Memory(), None, budget=budget, seed=own, fitted=fitted))
         program = None if guide is None else Fitted(guide.bind(event), "program", None, 1)

@@ -24,6 +24,7 @@ __all__ = [
     "BaseSource",
     "Frontend",
     "Observed",
+    "Posterior",
     "Recording",
     "Run",
     "Site",
@@ -124,6 +125,17 @@ BaseSource = Callable[[str, tuple[int, ...]], Array]
 """``source(site name, base shape)`` gives the standard-normal coordinates of a site."""
 
 
+class Posterior(NamedTuple):
+    """The law of an autoguide, over one vector. places: by site, where its elements stand in it.
+
+    ``sample(n, seed)`` gives ``(n, d)``, ``log_prob(vectors)`` ``(n,)``, both of NumPy.
+    """
+
+    places: dict[str, np.ndarray]
+    sample: Callable[[int, int], np.ndarray]
+    log_prob: Callable[[np.ndarray], np.ndarray]
+
+
 class Recording(Protocol):
     """Open while the program runs; afterwards ``finish(value)`` gives the :class:`Run`."""
 
@@ -172,6 +184,9 @@ class Frontend(Protocol):
 
     def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
         """The program with ``prefix/`` before the names of its sites."""
+
+    def posterior(self, guide: Any, params: Mapping[str, Array]) -> Posterior:
+        """The law of an autoguide of the library over the sites that it draws."""
 
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         """The program with every latent site reparameterised; an ordinary program of the library."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
@@ -20,10 +21,22 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import Messenger
+from scipy.special import ndtr
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
+from probest.programs.base import (
+    BASE,
+    COARSENESS,
+    COMPONENT,
+    BaseSource,
+    Observed,
+    Posterior,
+    Run,
+    Site,
+    SiteError,
+    plates_of,
+)
 from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["NumPyroFrontend"]
@@ -83,6 +96,22 @@ class NumPyroFrontend:
     def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
         return handlers.scope(program, prefix=prefix)  # type: ignore[no-any-return]
 
+    def posterior(self, guide: Any, params: Mapping[str, Array]) -> Posterior:
+        if hasattr(guide, "get_posterior"):
+            law, size = guide.get_posterior(params), guide.latent_dim
+            places = {
+                name: np.asarray(at, dtype=np.intp) for name, at in guide._unpack_latent(jnp.arange(size)).items()
+            }
+        else:
+            ends = guide.quantiles(params, [0.5, ndtr(1.0)])
+            known = {name: at for name, at in ends.items() if name.endswith(BASE)}  # not what follows from them
+            law, places = _normals({name: (at[0], at[1] - at[0]) for name, at in known.items()})
+        return Posterior(
+            places,
+            lambda n, seed: self.backend.to_host(law.sample(jax.random.key(seed), (n,))),
+            lambda vectors: self.backend.to_host(law.log_prob(self.backend.from_host(vectors))),
+        )
+
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         config = _Gaussianize(self.backend, {})
         gaussianized: Callable[..., Any] = handlers.reparam(_ControlFlow(program, config=config), config=config)
@@ -118,6 +147,17 @@ class NumPyroRecording:
             law, value = self.trace[name]["fn"], self.trace[name]["value"]
             found[name] = jnp.sum(law.log_prob(value)), jnp.all(law.support(value))
         return found
+
+
+def _normals(found: Mapping[str, tuple[Array, Array]]) -> tuple[Any, dict[str, np.ndarray]]:
+    """Independent normal laws of sites as one over a vector, and where each site stands in it."""
+    ends = np.cumsum([0, *(int(np.size(mean)) for mean, _ in found.values())])
+    places = {
+        name: np.arange(a, b).reshape(np.shape(found[name][0]))
+        for name, a, b in zip(found, ends, ends[1:], strict=False)
+    }
+    mean, scale = (jnp.concatenate([jnp.ravel(pair[i]) for pair in found.values()]) for i in (0, 1))
+    return dist.Normal(mean, scale).to_event(1), places
 
 
 class _Trace(handlers.trace):

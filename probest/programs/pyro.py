@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,10 +18,22 @@ from pyro import poutine
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamMessenger
+from scipy.special import ndtr
 
 from probest.backends.base import Array, Backend, PyTree
 from probest.backends.load import load_backend
-from probest.programs.base import BASE, COARSENESS, COMPONENT, BaseSource, Observed, Run, Site, SiteError, plates_of
+from probest.programs.base import (
+    BASE,
+    COARSENESS,
+    COMPONENT,
+    BaseSource,
+    Observed,
+    Posterior,
+    Run,
+    Site,
+    SiteError,
+    plates_of,
+)
 from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
 
 __all__ = ["PyroFrontend"]
@@ -77,8 +90,41 @@ class PyroFrontend:
     def scoped(self, program: Callable[..., Any], prefix: str) -> Callable[..., Any]:
         return _Scope(prefix)(program)
 
+    def posterior(self, guide: Any, params: Mapping[str, Array]) -> Posterior:
+        with torch.no_grad():
+            if hasattr(guide, "get_posterior"):
+                law = guide.get_posterior()
+                size = int(law.event_shape[0])
+                unpacked = guide._unpack_latent(torch.arange(size))
+                places = {site["name"]: at.numpy() for site, at in unpacked}
+            else:
+                ends = {name: torch.stack(list(at)) for name, at in guide.quantiles([0.5, float(ndtr(1.0))]).items()}
+                law, places = _normals({name: (at[0], at[1] - at[0]) for name, at in ends.items()})
+
+        def sample(n: int, seed: int) -> np.ndarray:
+            with torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return self.backend.to_host(law.sample((n,)))
+
+        def log_prob(vectors: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return self.backend.to_host(law.log_prob(self.backend.from_host(vectors)))
+
+        return Posterior(places, sample, log_prob)
+
     def gaussianize(self, program: Callable[..., Any]) -> Callable[..., Any]:
         return poutine.reparam(program, config=_Gaussianize(self.backend, {}))
+
+
+def _normals(found: Mapping[str, tuple[Array, Array]]) -> tuple[Any, dict[str, np.ndarray]]:
+    """Independent normal laws of sites as one over a vector, and where each site stands in it."""
+    ends = np.cumsum([0, *(mean.numel() for mean, _ in found.values())])
+    places = {
+        name: np.arange(a, b).reshape(tuple(found[name][0].shape))
+        for name, a, b in zip(found, ends, ends[1:], strict=False)
+    }
+    mean, scale = (torch.cat([pair[i].reshape(-1) for pair in found.values()]) for i in (0, 1))
+    return dist.Normal(mean, scale).to_event(1), places
 
 
 class _Values(Messenger):
