@@ -416,6 +416,72 @@ def test_a_rare_value_cannot_hide(backend: str, family: str) -> None:
     check_run(Stratified().run(built.event, budget=20_000, seed=seed(2)), built.event, 20_000)
 
 
+def many_kinds(lib: Any, count: int = 5_000) -> tuple[Problem, float]:
+    """One of thousands of kinds is bad: more than strata usually are."""
+
+    def adversary() -> Any:
+        return lib.sample("k", lib.dist.Categorical(floats(lib, np.full(count, 1.0 / count)))), normals(lib, 3)
+
+    truth = math.log(stats.norm.sf(0.5) / count + (1.0 - 1.0 / count) * stats.norm.sf(6.5))
+    limit = lambda k: lib.xp.where(k == 4321, floats(lib, 0.5), floats(lib, 6.5))  # noqa: E731
+    return problem(adversary, lambda y: y[1][0] - limit(y[0])), truth
+
+
+def wide_count(lib: Any) -> tuple[Problem, float]:
+    """A count that takes thousands of values is nearly continuous, and held by no strata."""
+
+    def adversary() -> Any:
+        law = (
+            lib.dist.Geometric(floats(lib, 0.01)) if lib.name == "pyro" else lib.dist.GeometricProbs(floats(lib, 0.01))
+        )
+        return lib.sample("n", law), normals(lib, 3)
+
+    n = np.arange(6_000)
+    truth = special.logsumexp(stats.geom.logpmf(n + 1, 0.01) + stats.norm.logsf(9.0 - 0.01 * n))
+    return problem(adversary, lambda y: y[1][0] - 9.0 + 0.01 * y[0]), float(truth)
+
+
+def late_switch(lib: Any) -> tuple[Problem, float]:
+    """The checker draws the switch."""
+
+    def checker(x: Any, y: Any) -> Any:
+        del x
+        return y[0] - 6.5 + 6.0 * lib.sample("late", lib.dist.Bernoulli(floats(lib, 1e-4)))
+
+    truth = math.log(1e-4 * stats.norm.sf(0.5) + (1.0 - 1e-4) * stats.norm.sf(6.5))
+    return Problem(lambda: normals(lib, 3), lambda x: x, checker), truth
+
+
+@pytest.mark.parametrize("family", [many_kinds, wide_count, late_switch])
+def test_nothing_hides_where_strata_are_not_the_usual_ones(backend: str, family: Any) -> None:
+    built, truth = family(named(backend))
+    result = estimate(built, seed=0, **QUIET)
+    assert result.converged, result.advice
+    assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error
+
+
+def test_values_that_no_stratum_holds_are_looked_at_once(backend: str) -> None:
+    """Thirteen switches beside an observation: too many for strata, and no guide learns conditioned ones."""
+    lib = named(backend)
+    rates = np.append(np.full(12, 0.3), 1e-5)
+
+    def adversary() -> Any:
+        x = normals(lib, 3)
+        lib.sample("reading", lib.dist.Normal(x[1], 1.0), obs=floats(lib, 0.5))
+        return lib.sample("b", lib.dist.Bernoulli(floats(lib, rates)).to_event(1)), x
+
+    built = problem(adversary, lambda y: y[1][0] - 6.5 + 6.0 * y[0][12])
+    truth = math.log(1e-5 * stats.norm.sf(0.5) + (1.0 - 1e-5) * stats.norm.sf(6.5))
+    for i in range(2):
+        result = estimate(built, budget=20_000, seed=i, **QUIET)
+        right = abs(result.log_prob - truth) < 0.1 + 3.0 * result.std_error
+        assert right or not result.converged
+        assert result.lower <= truth <= result.upper
+        assert result.calls <= 20_000
+    few = estimate(built, budget=100, seed=0, **QUIET)
+    assert not few.converged
+
+
 def made(backend: str, family: str) -> tuple[Problem, float]:
     if family == "one_hot" and backend == "numpyro":
         pytest.skip("NumPyro has no OneHotCategorical")

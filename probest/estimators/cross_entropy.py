@@ -304,8 +304,8 @@ class _Campaign:
 
     def _usual(self, rng: np.random.Generator) -> Floats:
         """``(elements, K)`` how often each value comes up in draws of the program, which are not judged."""
-        z = rng.standard_normal((1000 if not self.event.composition.closed_loop else 1, self.event.dim))
-        if self.event.composition.closed_loop:
+        z = rng.standard_normal((1000 if not self.event.composition.interleaved else 1, self.event.dim))
+        if self.event.composition.interleaved:
             self.meter.charge(len(z))
         drawn = self.event.discrete_draws(z)
         chosen = np.concatenate(columns_of(self.event, self.sites))

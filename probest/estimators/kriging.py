@@ -124,7 +124,7 @@ class Kriging:
 
 def combinations(event: EventLike) -> int:
     """How many combinations of values a program of discrete sites alone has; 0 where they cannot be listed."""
-    if not isinstance(event, Event) or event.composition.closed_loop:
+    if not isinstance(event, Event) or event.composition.interleaved:
         return 0
     if not all(site.choices and site.complete for site in event.sites):
         return 0

@@ -66,7 +66,7 @@ def obstacle(event: EventLike, budget: int) -> str:
     """Why this event cannot be estimated so, with what to do instead; empty where it can."""
     from probest.adversaries.language import LanguageModelError, models_of
 
-    if not isinstance(event, Event) or not event.is_text or event.composition.closed_loop:
+    if not isinstance(event, Event) or not event.is_text or event.composition.interleaved:
         return (
             "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
             "arguments. Use Tempering, or Splitting"

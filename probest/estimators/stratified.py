@@ -40,6 +40,7 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_ndtr
@@ -52,8 +53,9 @@ from probest.estimators.cross_entropy import CrossEntropy, listed_sites
 from probest.estimators.kriging import Kriging, combinations
 from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Run
+from probest.programs.base import Site
 from probest.programs.event import Event
-from probest.programs.strata import MOST, Strata, StratumEvent, placed, strata_of
+from probest.programs.strata import MOST, Glance, Strata, StratumEvent, columns_of, glances, placed, strata_of
 from probest.seeds import child_seed, generator, number
 from probest.tuning import tuned
 from probest.verdict import agree, imprecise, settle, wanted_error
@@ -77,6 +79,7 @@ class Stream(IntEnum):
     BOUND = 7
     KRIGED = 8
     LIST = 9
+    GLANCE = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class StratifiedTuning:
     """How a budget is divided between strata. Set by hand on the families of benchmarks/programs.py."""
 
     listing: float = tuned(0.2, "of the budget, for probabilities in a closed loop that depend on draws", _PROGRAMS)
+    alone: float = tuned(0.125, "of the budget in calls, values of one site that is held alone, at most", _PROGRAMS)
+    glances: int = tuned(8, "draws at which every value of other sites is held once, at most", _PROGRAMS)
+    glance_share: float = tuned(0.2, "of the budget, at most, for that", _PROGRAMS)
+    matters: float = tuned(0.2, "share of P that such a value has to seem worth, to contradict", _PROGRAMS)
+    hardly: float = tuned(0.1, "of that share, below which catastrophes hardly have it", _PROGRAMS)
     looks: int = tuned(16, "draws of each stratum in the first look, at most", _PROGRAMS)
     far: float = tuned(4.0, "scale of a third of them, in standard deviations", _PROGRAMS)
     apart: float = tuned(0.2, "of the budget, for which all strata would be estimated apart", _PROGRAMS)
@@ -120,6 +128,14 @@ class StratifiedTuning:
     prior_particles: int = tuned(400, "of the conditioned adversary", "memory")
     prior_draws: int = tuned(32, "draws that each of them is chosen from", "acceptance.py")
     particles: int = tuned(4000, "that are kept over all strata", "memory")
+
+
+class _Looked(NamedTuple):
+    """Values that were held once. worth: log of what each seems to add to P."""
+
+    glances: list[Glance]
+    worth: Floats
+    calls: int
 
 
 @dataclass
@@ -209,21 +225,93 @@ class Stratified:
             left -= guided.calls
             if math.isfinite(guided.conclusion.log_prob) or left < 1:
                 return guided
-        if isinstance(event, Event) and (budget >= _LEAST or not event.composition.closed_loop):
+        if isinstance(event, Event) and (budget >= _LEAST or not event.composition.interleaved):
             before = event.model_calls
             own = number(child_seed(seed, Stream.LIST))
-            strata = strata_of(event, self.max_strata, own, calls=int(self.tuning.listing * budget))
+            strata = strata_of(
+                event,
+                self.max_strata,
+                own,
+                alone=int(self.tuning.alone * budget) if self.max_strata >= MOST else 0,
+                calls=int(self.tuning.listing * budget),
+            )
             left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
         if guided is None:
             guided = self._guided(event, strata, left, seed)
             left -= 0 if guided is None else guided.calls
             if guided is not None and (guided.conclusion.converged or left < 1):
                 return replace(guided, calls=budget - left)
+        unheld, looked = self._unheld(event, strata), None
+        if unheld and isinstance(event, Event):
+            looked = self._glance(event, unheld, left, seed)
+            left -= 0 if looked is None else looked.calls
         if strata is None or len(strata) < 2 or left < len(strata):
             run = self.inner.run(event, budget=left, seed=seed)
         else:
             run = _Campaign(self, strata, seed, left=left, budget=left).run()
-        return _with_guided(run, guided, budget - left)
+        run = _with_guided(run, guided, budget - left)
+        return self._with_glances(event, run, unheld, looked) if unheld and isinstance(event, Event) else run
+
+    def _unheld(self, event: EventLike, strata: Strata | None) -> tuple[Site, ...]:
+        """Sites that could be listed and that no stratum holds."""
+        if not isinstance(event, Event):
+            return ()
+        held = {site.name for site in strata.sites} if strata is not None and len(strata) > 1 else set()
+        return tuple(site for site in listed_sites(event) if site.name not in held)
+
+    def _glance(self, event: Event, sites: tuple[Site, ...], left: int, seed: np.random.SeedSequence) -> _Looked | None:
+        """Every value of these sites, held once at a few draws; None where that takes too much of the budget."""
+        tuning = self.tuning
+        count = sum(site.elements * len(site.choices) for site in sites)
+        draws = int(min(tuning.glances, tuning.glance_share * left / max(count, 1)))
+        if draws < 2:
+            return None
+        rng, before = generator(child_seed(seed, Stream.GLANCE)), event.model_calls
+        z = rng.standard_normal((draws, event.dim))
+        found = glances(event, sites, z, rng)
+        plain = event.evaluate(z)
+        at = event.evaluate(np.concatenate([one.z for one in found]))
+        usual = diagnostics.log_mean_exp(plain.log_weight)[0]
+        severity, log_weight = at.severity.reshape(-1, draws), at.log_weight.reshape(-1, draws)
+        with np.errstate(invalid="ignore"):
+            relative = np.nan_to_num(np.array([diagnostics.log_mean_exp(row)[0] for row in log_weight]) - usual)
+        worth = np.array([one.log_prob + _guess(row) for one, row in zip(found, severity, strict=True)])
+        return _Looked(found, worth + np.where(np.isfinite(relative), relative, 0.0), event.model_calls - before)
+
+    def _with_glances(self, event: Event, run: Run, sites: tuple[Site, ...], looked: _Looked | None) -> Run:
+        """The run, not converged where a value that was held once seems worth far more than its share of the answer."""
+        last = run.conclusion
+        if not last.converged:
+            return run
+        if looked is None:
+            names = ", ".join(repr(site.name) for site in sites)
+            sentence = f"the budget does not allow to look at every value of {names}, one may matter: raise it."
+            note = Note(Code.UNSEEN, sentence)
+        else:
+            contradicts = self._contradicts(event, last, looked)
+            if contradicts is None:
+                return run
+            name, code = contradicts.site.name, contradicts.code
+            sentence = f"{name} = {code} seems to matter, and hardly any catastrophe has it: raise the budget."
+            note = Note(Code.UNSEEN, sentence)
+        # what was not looked at is bounded by nothing but its probability, and that is not known here
+        last = replace(last, converged=False, interval=(last.interval[0], 0.0), notes=(*last.notes, note))
+        return replace(run, ledger=(*run.ledger[:-1], last))
+
+    def _contradicts(self, event: Event, last: Evidence, looked: _Looked) -> Glance | None:
+        """The value that seems worth most, beyond the share of catastrophes that have it; None where there is none."""
+        found = last.particles
+        codes = event.discrete_draws(found.z) if found is not None and len(found.z) else None
+        weight = None if found is None or codes is None else np.exp(found.log_weight - found.log_weight.max())
+        for i in np.argsort(-looked.worth):
+            one, share = looked.glances[int(i)], math.exp(min(float(looked.worth[i]) - last.log_prob, 0.0))
+            if share < self.tuning.matters:
+                return None
+            column = columns_of(event, (one.site,))[0][one.element]
+            have = 0.0 if codes is None or weight is None else weight[codes[:, column] == one.code].sum() / weight.sum()
+            if have < self.tuning.hardly * share:
+                return one
+        return None
 
     @property
     def _kriging(self) -> Kriging:

@@ -64,10 +64,10 @@ class ProgramGuide:
         """
         if not isinstance(event, Event):
             raise ProblemError("a program can only guide a problem that is a program: build it with Problem(...)")
-        if event.composition.closed_loop:
+        if event.composition.interleaved:
             raise ProblemError(
-                "guide: the adversary runs the model itself, so its density would cost model calls. Use the default "
-                "estimator, or draw all randomness in an adversary without arguments"
+                "guide: the adversary runs the model itself, or the model or the checker draws sites: densities would "
+                "cost model calls. Use the default estimator, or draw all sites in an adversary without arguments"
             )
         frontend = event.composition.frontend
         frontend.adopt(self.program)

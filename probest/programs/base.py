@@ -109,7 +109,8 @@ class Run(NamedTuple):
     value: what it returned. log_weight: scalar; observed sites, factors and held sites. sites: value of every latent
     and deterministic site. layout: the latent sites in order. params: value of every ``param`` site. observed:
     observed sites and factors. coarseness: of a rehearsal, of continuous sites: how far apart neighbouring floats are
-    where the site's law has its middle, in standard deviations.
+    where the site's law has its middle, in standard deviations. own: of a rehearsal, how many of the sites the
+    adversary drew; the others the model or the checker.
     """
 
     value: PyTree
@@ -119,6 +120,7 @@ class Run(NamedTuple):
     params: dict[str, Array]
     observed: dict[str, Observed]
     coarseness: dict[str, Array]
+    own: int = 0
 
 
 BaseSource = Callable[[str, tuple[int, ...]], Array]

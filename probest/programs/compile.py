@@ -66,7 +66,7 @@ def compile_event(
             parts = parts._replace(params=first.params)
         second = _rehearse(composition, parts, rng)
     sites = _ordered_sites(first, second)
-    composition = replace(composition, sites=sites)
+    composition = replace(composition, sites=sites, late=first.own < len(sites))
     severity = frontend.backend.as_array(first.value[2])
     boolean = severity.dtype == frontend.backend.special.xp.bool
     smooth = any(not site.discrete for site in sites)
@@ -210,7 +210,7 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
         for name, seen in kept[-1].observed.items()
     }
     coarse = {name: float(backend.to_host(apart)) for name, apart in coarseness.items()}
-    return Run(value, log_weight, sites, kept[-1].layout, params, observed, coarse)
+    return Run(value, log_weight, sites, kept[-1].layout, params, observed, coarse, kept[-1].own)
 
 
 def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generator) -> Run:
@@ -252,7 +252,7 @@ def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generato
             _check_severity(backend, f"checker {getattr(leaf, '__name__', type(leaf).__name__)!r}", part)
     else:
         _check_severity(backend, "checker", severity)
-    return recording.finish((observation, action, severity))
+    return recording.finish((observation, action, severity))._replace(own=drawn)
 
 
 def _ask(composition: Composition, *value: PyTree) -> np.ndarray:

@@ -66,6 +66,8 @@ def _rank(severity: float, z: Floats) -> tuple[bool, float]:
 class Composition:
     """Adversary, model and checker as one function of z. Equal compositions share compiled code.
 
+    late: whether the model or the checker draws sites too.
+
     Black boxes among the checkers cannot be part of it: they are asked on the host, by :class:`Event`, and the severity
     here is then 0.
     """
@@ -75,6 +77,12 @@ class Composition:
     closed_loop: bool
     batching: Batching
     sites: tuple[Site, ...]
+    late: bool = False
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether sites cannot be had without the model: a closed loop, or sites that the model or checker draws."""
+        return self.closed_loop or self.late
 
     @property
     def compiled(self) -> bool:
@@ -462,20 +470,20 @@ class Event:
 
     def discrete_values(self, z: Floats) -> Floats:
         """Codes of discrete sites' values at each row of z, ``(n, k)``, at no model call; k = 0 in a closed loop."""
-        if self.composition.closed_loop or not self.discrete_sites:
+        if self.composition.interleaved or not self.discrete_sites:
             return np.empty((len(z), 0))
         return self.discrete_draws(z)
 
     def discrete_draws(self, z: Floats) -> Floats:
-        """Codes of the discrete sites' values at each row of z, ``(n, k)``; a closed loop runs its model for them."""
-        if self.composition.closed_loop:
+        """Codes of the discrete sites' values at each row of z, ``(n, k)``; interleaved ones take a run each."""
+        if self.composition.interleaved:
             found = self.site_values(z, self.discrete_sites)
             return np.concatenate([site.coded(found[site.name]) for site in self.sites if site.discrete], axis=1)
         return self._of_adversary(_Discrete(self.composition), z, {})
 
     def log_density(self, z: Floats, held: Mapping[str, np.ndarray]) -> Floats:
-        """The log-weight with sites held ``(n, ...)``, ``(n,)``: at no model call, but in a closed loop."""
-        if self.composition.closed_loop:
+        """The log-weight with sites held ``(n, ...)``, ``(n,)``: at no model call, unless they are interleaved."""
+        if self.composition.interleaved:
             return self.evaluate(z, held=held).log_weight
         return self._of_adversary(_Weight(self.composition), z, held)
 

@@ -31,7 +31,18 @@ from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
 
-__all__ = ["MOST", "Strata", "StratumEvent", "columns_of", "free_of", "held_rows", "placed", "strata_of"]
+__all__ = [
+    "MOST",
+    "Glance",
+    "Strata",
+    "StratumEvent",
+    "columns_of",
+    "free_of",
+    "glances",
+    "held_rows",
+    "placed",
+    "strata_of",
+]
 
 MOST = 4096
 """Strata that are listed, at most, unless said otherwise."""
@@ -44,6 +55,7 @@ _MOST_DRAWS = 1_000_000  # over all strata
 _WORTH = 100.0  # equally weighted draws, that these have to be worth
 _FURTHEST, _HALVINGS = 12.0, 28  # of the bisection of a coordinate
 _TRIED = (4, 64)  # draws of an element's other coordinates
+_LONGEST, _NEVER = 160, -60.0  # values of a count without an end; nats below its likeliest where the list may end
 _EQUAL = 1e-4  # nats: float32 rounds the sum of the log-densities of some dozens of sites by less
 
 
@@ -169,22 +181,27 @@ def columns_of(event: Event, sites: tuple[Site, ...]) -> list[np.ndarray]:
     """Where the codes of each of these discrete sites stand in a row of :meth:`Event.discrete_draws`."""
     listed = [site for site in event.sites if site.discrete]
     starts = np.cumsum([0, *(site.elements for site in listed)])
-    return [starts[listed.index(site)] + np.arange(site.elements) for site in sites]
+    place = {site.name: start for site, start in zip(listed, starts, strict=False)}
+    return [place[site.name] + np.arange(site.elements) for site in sites]
 
 
-def strata_of(event: Event, most: int = MOST, seed: int = 0, *, calls: int = _CLOSED_CALLS) -> Strata | None:
-    """The strata of an event, or None where there is nothing to hold.
+def strata_of(
+    event: Event, most: int = MOST, seed: int = 0, *, alone: int = 0, calls: int = _CLOSED_CALLS
+) -> Strata | None:
+    """The strata of an event, or None where there is nothing to hold. A site ``alone`` may have so many values.
 
     That is: no discrete site with a list; observations that leave few draws of weight; counts without an end whose
     observations favour large ones. A closed loop runs its model for each probability; where these depend on other
     draws, it does so ``calls`` times, or 64 times for each stratum, if that is more.
     """
-    sites = _held(event.sites, min(most, _MOST_CLOSED) if event.composition.closed_loop else most)
+    rng = np.random.Generator(np.random.Philox(seed))
+    sites = tuple(_reaching(event, site, rng) for site in event.sites)
+    interleaved = event.composition.interleaved
+    sites = _held(sites, min(most, _MOST_CLOSED) if interleaved else most, 0 if interleaved else alone)
     if not sites:
         return None
     types = event.site_values(np.zeros((1, event.dim)), tuple(site.name for site in sites))
     values = _combinations(sites, types)
-    rng = np.random.Generator(np.random.Philox(seed))
     probes = _PROBES if len(free_of(event, sites)) else 1
     log_p = _log_density(event, values, rng.standard_normal((probes, event.dim)))
     varies = not bool(np.all((log_p.max(axis=1) == -math.inf) | (_spread(log_p) < _EQUAL)))
@@ -192,7 +209,7 @@ def strata_of(event: Event, most: int = MOST, seed: int = 0, *, calls: int = _CL
     with np.errstate(invalid="ignore"):
         error = np.finfo(np.float32).eps * (1.0 + np.abs(mean))
     if varies:
-        integrated = _integrated(event, values, rng, calls if event.composition.closed_loop else _MOST_DRAWS)
+        integrated = _integrated(event, values, rng, calls if event.composition.interleaved else _MOST_DRAWS)
         if integrated is None:
             return None
         mean, error = integrated
@@ -230,14 +247,39 @@ def _integrated(
     return np.array([mean for mean, _ in means]), np.array([error for _, error in means])
 
 
-def _held(sites: tuple[Site, ...], most: int) -> tuple[Site, ...]:
-    """The sites to hold: as many as make at most ``most`` combinations, those with the fewest first."""
+def _reaching(event: Event, site: Site, rng: np.random.Generator) -> Site:
+    """A count without an end, with a list as long as its law asks for; without one where ``_LONGEST`` are too few.
+
+    That is, up to where it is e^-60 times as likely as at its most likely, at a few draws of all else. A count that
+    takes more values is nearly continuous, and left random. What is interleaved with the model keeps its list.
+    """
+    if site.complete or not site.elements or event.composition.interleaved:
+        return site
+    grid = np.arange(_LONGEST)
+    dtype = event.site_values(np.zeros((1, event.dim)), (site.name,))[site.name].dtype
+    held = {site.name: site.decoded(np.repeat(grid[:, None], site.elements, axis=1), dtype)}
+    log_p = _log_density(event, held, rng.standard_normal((_PROBES, event.dim))) / site.elements
+    with np.errstate(invalid="ignore"):
+        below = np.nan_to_num(log_p - log_p.max(axis=0), nan=-np.inf).max(axis=1)
+    if below[-1] > _NEVER:
+        return site._replace(choices=())
+    needed = int(np.flatnonzero(below > _NEVER).max(initial=0)) + 2
+    return site._replace(choices=tuple(range(max(len(site.choices), needed))))
+
+
+def _held(sites: tuple[Site, ...], most: int, alone: int) -> tuple[Site, ...]:
+    """The sites to hold: as many as make at most ``most`` combinations, those with the fewest first.
+
+    Where there are none, the one with the fewest, if these are no more than ``alone``.
+    """
     sizes = {site.name: site.elements * math.log(len(site.choices)) for site in sites if site.choices}
     chosen, log_count = set(), 0.0
     for name in sorted(sizes, key=lambda name: sizes[name]):
         if log_count + sizes[name] <= math.log(most) + 1e-9:
             chosen.add(name)
             log_count += sizes[name]
+        elif not chosen and sizes[name] <= math.log(max(alone, 1)):
+            return tuple(site for site in sites if site.name == name)
     return tuple(site for site in sites if site.name in chosen)
 
 
@@ -299,8 +341,8 @@ def placed(
     after element.
     """
     z = z.copy()
-    starts = np.cumsum([0, *(site.size for site in event.sites)])
-    own = [starts[event.sites.index(site)] + np.arange(site.size).reshape(site.elements, -1) for site in sites]
+    slices = event.composition.slices
+    own = [np.arange(event.dim)[slices[site.name]].reshape(site.elements, -1) for site in sites]
     at = [row for rows in own for row in rows]
     columns = np.concatenate(columns_of(event, sites))
     wanted = np.concatenate([site.coded(held[site.name]) for site in sites], axis=1)
@@ -326,10 +368,10 @@ def _put(
     rng: np.random.Generator,
     *,
     varies: bool,
-) -> None:
+) -> Floats:
     """Put elements, in place, at coordinates where their codes ``(n, elements)`` are those wanted.
 
-    at: the coordinates of each element.
+    at: the coordinates of each element. Returns the logs of the probabilities of these values, ``(n, elements)``.
     """
     first, inverse = np.arange(len(z)), np.arange(len(z))
     if not varies:
@@ -356,6 +398,35 @@ def _put(
             mixed = np.logaddexp(ends[0, row, e] + np.log1p(-share[:, e]), ends[1, row, e] + np.log(share[:, e]))
         z[:, own[:-1]] = pool[row][:, own[:-1]]
         z[:, own[-1]] = side[row, e] * ndtri_exp(mixed)
+    return np.asarray(np.logaddexp.reduce(log_w, axis=1) - math.log(tries))
+
+
+class Glance(NamedTuple):
+    """One value of one element of a site: its code, the log of its probability, and points ``(n, dim)`` with it."""
+
+    site: Site
+    element: int
+    code: int
+    log_prob: float
+    z: Floats
+
+
+def glances(event: Event, sites: tuple[Site, ...], z: Floats, rng: np.random.Generator) -> list[Glance]:
+    """Every value of every element of these sites, at the same points ``(n, dim)`` otherwise. No model is run for it,
+    unless sites are interleaved with it. Values that no coordinate leads to are left out.
+    """
+    out, n = [], len(z)
+    for site, columns in zip(sites, columns_of(event, sites), strict=True):
+        own = np.arange(event.dim)[event.composition.slices[site.name]].reshape(site.elements, -1)
+        for e in range(site.elements):
+            codes = np.repeat(np.asarray(site.choices, dtype=np.float64), n)
+            at = np.tile(z, (len(site.choices), 1))
+            log_p = _put(event, at, [own[e]], columns[e : e + 1], codes[:, None], rng, varies=True)[:, 0]
+            for k, code in enumerate(site.choices):
+                rows = slice(k * n, (k + 1) * n)
+                if np.isfinite(log_p[rows]).any():
+                    out.append(Glance(site, e, code, log_mean_exp(log_p[rows])[0], at[rows]))
+    return out
 
 
 def _interval(event: Event, z: Floats, at: np.ndarray, column: np.ndarray, wanted: Floats) -> tuple[Floats, Floats]:
