@@ -231,7 +231,7 @@ def _softened_severity(problem: Any, temperature: float) -> float:
     guide = fit_guide(z, np.zeros(len(z)), rng).guide
     fresh = guide.sample(60_000, rng)
     severity = event.severity(fresh)
-    log_w = guide.log_ratio(fresh) + special.log_expit(severity / temperature)
+    log_w = guide.log_ratio(fresh) + special.log_ndtr(severity / temperature)
     weight = np.exp(log_w - log_w.max())
     return float(weight @ severity / weight.sum())
 
