@@ -193,6 +193,7 @@ def nuts(samples: int) -> list[dict[str, Any]]:
         ("pendulum", pendulum.problem(pendulum.train_model()), 0.05),
     ):
         program = problem.conditioned(temperature, gaussianized=True)
+        names = [site.name + "_base" for site in problem.event.sites]
         if name.startswith("digits"):
             pyro.set_rng_seed(0)
             mcmc = infer.MCMC(
@@ -204,14 +205,13 @@ def nuts(samples: int) -> list[dict[str, Any]]:
                 torch.manual_seed(i)
                 mcmc.run()
                 found = mcmc.get_samples()
-                chains.append(np.concatenate([v.reshape(samples, -1).numpy() for v in found.values()], axis=1))
+                chains.append(np.concatenate([found[n].reshape(samples, -1).numpy() for n in names], axis=1))
             z = np.stack(chains).astype(np.float64)
         else:
             sampler = MCMC(NUTS(program), num_warmup=samples, num_samples=samples, num_chains=2, progress_bar=False,
                            chain_method="sequential")  # fmt: skip
             sampler.run(jax.random.key(0))
             kept = sampler.get_samples(group_by_chain=True)
-            names = [site.name + "_base" for site in problem.event.sites]
             z = np.concatenate([np.asarray(kept[n]).reshape(2, samples, -1) for n in names], axis=2).astype(np.float64)
         severity = problem.event.severity(z.reshape(2 * samples, -1)).reshape(2, samples)
         rhat = float(numpyro.diagnostics.split_gelman_rubin(severity))

@@ -319,6 +319,10 @@ def test_autoguides_are_proposals(backend: str) -> None:
     other = Problem(adversary, lambda x: x, lambda _, y: y[0].sum() - 3.0)
     with pytest.raises(ProblemError, match="make it of"):
         _native(backend, other).bind(other.event)
+    if backend == "pyro":
+        import pyro
+
+        pyro.clear_param_store()
 
 
 def _native(backend: str, problem: Problem) -> Autoguide:

@@ -38,12 +38,14 @@ from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.autoguide import Autoguide
 from probest.guides.base import Guide
-from probest.guides.fit import CHEAP, KINDS, Fitted, fit_guide, refit_guide
+from probest.guides.fit import CHEAP, KINDS, VARIATIONAL, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
 from probest.guides.sample import Batch, above, clipped, draw, join, kept_weights, second_moment, seen
+from probest.guides.variational import GaussianGuide, climbed, informed
 from probest.seeds import child_seed, generator
+from probest.smc.softening import Noise
 from probest.tuning import tuned
 from probest.verdict import agree, imprecise, wanted_error
 
@@ -94,6 +96,13 @@ class ImportanceTuning:
     least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
     far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
     enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
+    climb_steps: int = tuned(60, "steps of a variational guide up its bound", "bounds.py --parts gradients")
+    climb_batch: int = tuned(32, "draws of each", "bounds.py --parts gradients")
+    climb_draws: int = tuned(8, "of them under one logarithm", "bounds.py --parts gradients")
+    climb_rank: int = tuned(8, "directions in which it has a width of its own", "bounds.py --parts gradients")
+    climb_widths: tuple[float, float] = tuned(
+        (1.0, 0.1), "of the softening, first and last, of what the severity changes over a deviation of z", "bounds.py"
+    )
     heavy: float = tuned(0.7, "Pareto shape of weights without a variance to speak of", "Vehtari et al. (2024)")
     few: float = tuned(50.0, "effective samples that are too few to conclude from", _EXACT)
     unseen: float = tuned(0.05, "mass of particles where the guide gave no sample, that refutes it", _EXACT)
@@ -110,7 +119,8 @@ class Importance:
     guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`) or autoguide,
         which is checked against particles; None finds particles by ``find`` and fits one.
     guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
-        ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
+        ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit. ``variational``:
+        beside these, a Gaussian guide that climbs its variational bound on the event, by gradients.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget
         is left after its trial; None samples regardless.
@@ -298,7 +308,8 @@ def _aim(
     fitted = given
     if fitted is None:
         known = memory.known()
-        fitted = fit_guide(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=method.guides)
+        kinds = tuple(kind for kind in method.guides if kind != VARIATIONAL) or CHEAP
+        fitted = fit_guide(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=kinds)
     looks = memory.population()
     most = max(method.first_batch // 2, int(method.tuning.trial_share * left))
     size = max(1, min(left, method.max_samples) if whole else min(most, left // 4))
@@ -307,6 +318,14 @@ def _aim(
     if given is not None:
         return best
     memory.keep(fitted.guide, batch)
+    other = _climbed(plan, memory, reserve, rng) if VARIATIONAL in method.guides and inside else None
+    if other is not None:
+        rival = draw(meter, other.guide, min(size, max(1, (meter.left - reserve) // 4)), rng, inside)
+        memory.keep(other.guide, rival)
+        cost = _cost(looks, other.guide, rival.log_w)
+        best = _Aim(other, rival, cost, False) if cost < best.cost else best._replace(fresh=False)
+        if best.fitted is other:
+            return best
     for _ in range(method.rounds):
         left = meter.left - reserve
         enough = best.cost <= math.log(method.tuning.good_enough) or (
@@ -327,6 +346,32 @@ def _aim(
         return best
     known = memory.known()  # the last trial too: better by more than what an untried guide risks
     return best._replace(fitted=refit_guide(best.fitted, known.z, known.log_w, rng, moments=known.rows is None))
+
+
+def _climbed(plan: _Plan, memory: Memory, reserve: int, rng: np.random.Generator) -> Fitted | None:
+    """A Gaussian guide that started where what is known lies and climbed its bound on the event, by gradients.
+
+    It competes with the fitted one by the second moment of its weights, as both trials and the particles show it. None
+    without gradients, or calls for them.
+    """
+    tuning, meter = plan.method.tuning, plan.meter
+    known = memory.known()
+    left = meter.left - reserve
+    if not meter.event.differentiable or left < 3 * tuning.climb_steps * tuning.climb_batch or not len(known.z):
+        return None
+    chosen = diagnostics.systematic_resample(known.log_w, tuning.climb_batch, rng)
+    slopes = meter.evaluate(known.z[chosen], gradient=True).severity_grad
+    if slopes is None or not np.isfinite(slopes).all():
+        return None
+    usual = float(np.median(np.linalg.norm(slopes, axis=1)))
+    if usual <= 0.0:
+        return None
+    weight = np.exp(known.log_w - diagnostics.log_sum_exp(known.log_w))
+    guide = GaussianGuide.standard(weight @ known.z, informed(slopes, tuning.climb_rank))
+    widths = usual * np.geomspace(*tuning.climb_widths, tuning.climb_steps)
+    softs = [Noise(1.0 / float(width)) for width in widths]
+    guide = climbed(meter, guide, softs, rng, batch=tuning.climb_batch, draws=tuning.climb_draws)
+    return Fitted(guide.defended(), VARIATIONAL, guide.basis, 1)
 
 
 def _hopeless(method: Importance, tried: Batch, left: int) -> bool:

@@ -23,10 +23,11 @@ from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
 from probest.guides.subspace import informed_basis
 
-__all__ = ["CHEAP", "KINDS", "Fitted", "fit_guide", "refit_guide"]
+__all__ = ["CHEAP", "KINDS", "VARIATIONAL", "Fitted", "fit_guide", "refit_guide"]
 
 CHEAP = ("mixture", "radial", "directional")
-KINDS = (*CHEAP, *FLOWS)
+VARIATIONAL = "variational"  # climbs its bound on the event itself (probest.estimators.importance)
+KINDS = (*CHEAP, *FLOWS, VARIATIONAL)
 
 _JUDGED = 400  # particles of each half that candidates are compared on
 
