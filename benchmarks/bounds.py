@@ -189,7 +189,7 @@ def nuts(samples: int) -> list[dict[str, Any]]:
 
     rows = []
     for name, problem, temperature in (
-        ("digits, class 2", digits.problem(held=2), 1.0),
+        ("digits, class 2", digits.problem(held=2), 2.0),
         ("pendulum", pendulum.problem(pendulum.train_model()), 0.05),
     ):
         program = problem.conditioned(temperature, gaussianized=True)

@@ -319,7 +319,7 @@ def long_chain(lib: Any, length: int = 9) -> tuple[Problem, float]:
 )
 def test_combinations_too_many_to_list_are_guided(backend: str, family: Any) -> None:
     built, truth = family(named(backend))
-    result = estimate(built, budget=30_000, seed=1, **QUIET)
+    result = estimate(built, seed=0, **QUIET)
     assert result.ledger[-1].method == "cross-entropy"
     assert result.converged, result.advice
     assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error

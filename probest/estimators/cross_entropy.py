@@ -46,7 +46,7 @@ from probest.programs.event import Event
 from probest.programs.strata import columns_of, free_of, placed
 from probest.seeds import child_seed, generator
 from probest.tuning import tuned
-from probest.verdict import with_room
+from probest.verdict import room_left, wanted_error, with_room
 
 __all__ = ["CrossEntropy", "listed_sites"]
 
@@ -91,6 +91,8 @@ class CrossEntropyTuning:
     largest: float = tuned(
         0.02, "share of one weight below which their shape, as of few distinct ones, tells nothing", _PROGRAMS
     )
+    searches: int = tuned(16, "from scratch, at most", _PROGRAMS)
+    much: float = tuned(0.1, "share of a search's catastrophes that are new, beyond which the next learns", _PROGRAMS)
     few: float = tuned(50.0, "effective draws that are too few to conclude from", _PROGRAMS)
 
 
@@ -214,16 +216,57 @@ class _Campaign:
         if found is None:
             note = Note(Code.BUDGET_SPENT, "the budget does not reach to explore the discrete sites: raise it.")
             return self._nothing(note)
-        again = None
-        if np.any(found.pool.severity >= 0.0):  # a search that starts afresh, for what the first one missed
-            rng = generator(child_seed(self.seed, Stream.AGAIN))
-            again = self._search(rng, 0.5 * (1.0 - self.method.tuning.share) * self.meter.budget)
-        both = found if again is None else found.plus(again)
-        if not np.any(both.pool.severity >= 0.0):
+        if not np.any(found.pool.severity >= 0.0):
             return self._nothing(Note(Code.NO_HITS, "no catastrophe was found: raise the budget."))
-        share = found.share if again is None else min(found.share, again.share)
-        evidence = self._weigh(both, self._learn(both)[0], share)
-        return evidence if again is None else self._second_look(evidence, found, again)
+        return self._concluded(found)
+
+    def _concluded(self, found: _Found) -> Evidence:
+        """More searches from scratch, for what the first one missed, and what all of them together come to.
+
+        Until so little is new that what may still be unknown is below the precision, or the budget allows no more.
+        Where the last one found little new, the next explores and learns nothing from it.
+        """
+        tuning, precision = self.method.tuning, self.method.precision
+        floor, wanted = 0.5 * (1.0 - tuning.share) * self.meter.budget, wanted_error(precision)
+        worth, new, share, searches = self._explored(found), 1.0, found.share, 1
+        while searches < tuning.searches:
+            before = self.meter.calls
+            rng = generator(child_seed(self.seed, Stream.AGAIN, searches - 1))
+            whole = searches == 1 or new > tuning.much
+            again = self._search(rng, floor) if whole else self._explore(rng)
+            if again is None:
+                break
+            searches += 1
+            new, share = self._new(found, again), min(share, again.share) if whole else share
+            worth += self._explored(again)
+            found = found.plus(again)
+            enough = math.hypot(precision or 0.0, room_left(worth, new * worth)) <= wanted
+            if enough or self.meter.left - (self.meter.calls - before) < floor:
+                break
+        evidence = self._weigh(found, self._learn(found)[0], share)
+        if searches == 1 or not math.isfinite(evidence.log_prob):
+            return evidence
+        roomy = with_room(evidence, worth, new * worth, precision)
+        figures = {"new": new, "looked": worth, "searches": float(searches)}
+        return replace(roomy, diagnostics={**roomy.diagnostics, **figures})
+
+    def _new(self, found: _Found, again: _Found) -> float:
+        """The share of a search's catastrophes that are new: where all draws of those before, as one mixture, have less
+        than ``seen`` times the density that it has among catastrophes.
+
+        Guides lead to what is known already, so that searches may go to the same part: what exploring came upon is all
+        that counts as independent of each other.
+        """
+        log_w = np.where(again.pool.severity >= 0.0, self._log_w(again), -np.inf)
+        hits = np.isfinite(log_w)
+        if not hits.any():
+            return 1.0
+        both = found.plus(again)
+        log_p = diagnostics.log_mean_exp(np.where(both.pool.severity >= 0.0, self._log_w(both), -np.inf))[0]
+        w = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
+        log_q = found.mixture.log_density(again.pool.v[hits], again.pool.u[hits])
+        unseen = log_q - (again.pool.log_p[hits] - log_p) < math.log(self.method.tuning.seen)
+        return float(w[unseen].sum())
 
     def _search(self, rng: np.random.Generator, floor: float) -> _Found | None:
         """Explore and learn, until that is enough or calls left are down to ``floor``; None where they are too few."""
@@ -246,30 +289,6 @@ class _Campaign:
             if reached and steady and share > self.method.tuning.good:
                 break
         return found._replace(share=share)
-
-    def _second_look(self, evidence: Evidence, found: _Found, again: _Found) -> Evidence:
-        """The estimate with room for what neither search saw.
-
-        A catastrophe of the second search is new where the first, all its rounds as one mixture, gives it less than
-        ``seen`` times the density that it has among catastrophes. Where there is nothing but discrete sites,
-        catastrophes may be a few combinations whose neighbours are none, and guides lead to those that are known
-        already: there only what exploring came upon counts as independent of each other.
-        """
-        if not math.isfinite(evidence.log_prob):
-            return evidence
-        log_w = np.where(again.pool.severity >= 0.0, self._log_w(again), -np.inf)
-        hits = np.isfinite(log_w)
-        share = 1.0
-        if hits.any():
-            w = np.exp(log_w[hits] - diagnostics.log_sum_exp(log_w[hits]))
-            log_q = found.mixture.log_density(again.pool.v[hits], again.pool.u[hits])
-            unseen = log_q - (again.pool.log_p[hits] - evidence.log_prob) < math.log(self.method.tuning.seen)
-            share = float(w[unseen].sum())
-        worth = diagnostics.effective_sample_size(log_w)
-        if not len(self.free):
-            worth = self._explored(found) + self._explored(again)
-        whole = with_room(evidence, worth, share * worth, self.method.precision)
-        return replace(whole, diagnostics={**whole.diagnostics, "new": share, "looked": worth})
 
     def _explored(self, found: _Found) -> float:
         """How many independent catastrophes exploring came upon, all groups as one mixture; 1 where it was none."""

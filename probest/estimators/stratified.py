@@ -58,7 +58,7 @@ from probest.programs.event import Event
 from probest.programs.strata import MOST, Glance, Strata, StratumEvent, columns_of, glances, placed, strata_of
 from probest.seeds import child_seed, generator, number
 from probest.tuning import tuned
-from probest.verdict import agree, imprecise, settle, wanted_error
+from probest.verdict import RULES, agree, imprecise, settle, wanted_error
 
 __all__ = ["Stratified", "StratifiedTuning"]
 
@@ -80,6 +80,7 @@ class Stream(IntEnum):
     KRIGED = 8
     LIST = 9
     GLANCE = 10
+    EVERY = 11
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class StratifiedTuning:
     alone: float = tuned(0.125, "of the budget in calls, values of one site that is held alone, at most", _PROGRAMS)
     glances: int = tuned(8, "draws at which every value of other sites is held once, at most", _PROGRAMS)
     glance_share: float = tuned(0.2, "of the budget, at most, for that", _PROGRAMS)
+    every: float = tuned(0.4, "of the budget, at most, for asking every combination once", _PROGRAMS)
+    seldom_seen: float = tuned(8.0, "catastrophes that a combination should have, to be missed", _PROGRAMS)
     matters: float = tuned(0.2, "share of P that such a value has to seem worth, to contradict", _PROGRAMS)
     hardly: float = tuned(0.1, "of that share, below which catastrophes hardly have it", _PROGRAMS)
     looks: int = tuned(16, "draws of each stratum in the first look, at most", _PROGRAMS)
@@ -123,7 +126,7 @@ class StratifiedTuning:
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
     rows: int = tuned(12, "strata with a row of their own in the ledger", "reading")
-    guided: float = tuned(0.7, "of the budget, for a guide over discrete sites that are too many to list", _PROGRAMS)
+    guided: float = tuned(0.9, "of the budget, for a guide over discrete sites that are too many to list", _PROGRAMS)
     least_guided: int = tuned(2000, "calls below which it is not tried", _PROGRAMS)
     prior_particles: int = tuned(400, "of the conditioned adversary", "memory")
     prior_draws: int = tuned(32, "draws that each of them is chosen from", "acceptance.py")
@@ -239,6 +242,10 @@ class Stratified:
         if guided is None:
             guided = self._guided(event, strata, left, seed)
             left -= 0 if guided is None else guided.calls
+            if guided is not None and guided.conclusion.converged and isinstance(event, Event):
+                before = event.model_calls
+                guided = self._checked(event, guided, left, seed)
+                left -= event.model_calls - before
             if guided is not None and (guided.conclusion.converged or left < 1):
                 return replace(guided, calls=budget - left)
         unheld, looked = self._unheld(event, strata), None
@@ -249,8 +256,56 @@ class Stratified:
             run = self.inner.run(event, budget=left, seed=seed)
         else:
             run = _Campaign(self, strata, seed, left=left, budget=left).run()
-        run = _with_guided(run, guided, budget - left)
+        run = _with_guided(run, guided, budget - left, unheld)
         return self._with_glances(event, run, unheld, looked) if unheld and isinstance(event, Event) else run
+
+    @property
+    def _around(self) -> int:
+        """Calls that say how far severities spread around their medians."""
+        return self.tuning.glances * self.tuning.looks
+
+    def _combinations(self, event: Event, budget: int) -> int | None:
+        """Of the values of all listed sites, where so many calls are to be had for asking each once; else None."""
+        logs = sum(site.elements * math.log(len(site.choices)) for site in listed_sites(event))
+        if event.composition.interleaved or logs > math.log(max(self.tuning.every * budget, 1.0)):
+            return None
+        return round(math.exp(logs))
+
+    def _checked(self, event: Event, guided: Run, left: int, seed: np.random.SeedSequence) -> Run:
+        """What a guide concluded, not converged where a combination of values that it does not know seems to matter.
+
+        Asked of every combination, where the budget that is left allows that: one that no other resembles leads no
+        search to itself. Each is asked once, where all else is at its median.
+        """
+        last, count = guided.conclusion, self._combinations(event, math.ceil(left / self.tuning.every))
+        strata = None if count is None else strata_of(event, count, number(child_seed(seed, Stream.EVERY)))
+        found = last.particles
+        if strata is None or len(strata) + self._around > left or found is None or not len(found.z):
+            return guided
+        members, middle = np.arange(len(strata)), np.zeros((1, len(strata.free)))
+        severity = event.evaluate(
+            np.repeat(strata.full(middle), len(members), axis=0), held=strata.held(members)
+        ).severity
+        rng = generator(child_seed(seed, Stream.EVERY, 1))
+        few = np.repeat(members[: self.tuning.glances], self.tuning.looks)
+        draws = strata.full(
+            np.tile(rng.standard_normal((self.tuning.looks, len(strata.free))), (self.tuning.glances, 1))
+        )
+        around = event.evaluate(draws[: len(few)], held=strata.held(few)).severity.reshape(-1, self.tuning.looks)
+        spread = float(np.median(around.std(axis=1)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = np.where(severity >= 0.0, np.inf, -np.inf) if spread == 0.0 else severity / spread
+        worth = strata.log_prob + log_ndtr(score) - last.log_prob
+        known = np.zeros(len(strata), dtype=np.bool_)
+        at = strata.index_of(found.z)
+        known[at[at >= 0]] = True
+        worth = np.where(known | (worth < math.log(self.tuning.seldom_seen / len(found.z))), -np.inf, worth)
+        if diagnostics.log_sum_exp(worth) < math.log(self.tuning.matters):
+            return guided
+        label = strata.label(int(np.argmax(worth)))
+        note = Note(Code.UNSEEN, f"{label} seems to matter, and no catastrophe has it: raise the budget.")
+        last = replace(last, converged=False, interval=(last.interval[0], 0.0), notes=(*last.notes, note))
+        return replace(guided, ledger=(*guided.ledger[:-1], last))
 
     def _unheld(self, event: EventLike, strata: Strata | None) -> tuple[Site, ...]:
         """Sites that could be listed and that no stratum holds."""
@@ -329,8 +384,10 @@ class Stratified:
             return None
         if set(listed_sites(event)) <= set(strata.sites if strata is not None else ()):
             return None
-        method = CrossEntropy(precision=self.precision)
-        return method.run(event, budget=int(self.tuning.guided * left), seed=child_seed(seed, Stream.GUIDED))
+        method, count = CrossEntropy(precision=self.precision), self._combinations(event, left)
+        reserve = 0 if count is None else count + self._around
+        budget = int(min(self.tuning.guided * left, left - reserve))
+        return method.run(event, budget=budget, seed=child_seed(seed, Stream.GUIDED))
 
 
 @dataclass
@@ -802,21 +859,28 @@ class _Campaign:
         return Particles(where[kept], log_weight - diagnostics.log_sum_exp(log_weight), np.concatenate(severity)[kept])
 
 
-def _with_guided(run: Run, guided: Run | None, before: int) -> Run:
+def _with_guided(run: Run, guided: Run | None, before: int, unheld: tuple[Site, ...]) -> Run:
     """A run after one of the cross-entropy method that did not converge. before: calls before the run.
 
-    That one errs low, seldom high: it does not conclude, but refutes a lower conclusion.
+    That one errs low, seldom high: it does not conclude, but refutes a lower conclusion. Nor does a run converge that
+    left sites random: it sees what they usually are.
     """
     if guided is None:
         return replace(run, calls=run.calls + before)
     calls = run.calls + before
     first, last = guided.conclusion, replace(run.conclusion, calls=calls)
+    if unheld:
+        names = ", ".join(repr(site.name) for site in unheld[:3]) + (", ..." if len(unheld) > 3 else "")
+        note = Note(Code.UNCHECKED, f"{names} stayed random, and the cross-entropy method did not converge.")
+        last = replace(last, converged=False, notes=(*last.notes, note))
+        if first.std_error <= RULES.vaguest:  # it sees all sites
+            top = max(first.interval[1], last.interval[1] if math.isfinite(last.log_prob) else -math.inf)
+            last = replace(first, interval=(first.interval[0], top))
     higher = math.isfinite(first.log_prob) and first.log_prob > last.log_prob and not agree(first, last)
     if higher:
         note = Note(Code.DISAGREE, "the cross-entropy method found more: raise the budget.")
         last = replace(last, converged=False, notes=(*last.notes, note))
-    last = settle(last, first)
-    last = replace(last, method=run.conclusion.method, calls=calls)
+    last = replace(settle(last, first), calls=calls)
     return replace(run, ledger=(*guided.ledger, *run.ledger[:-1], last), calls=calls)
 
 
