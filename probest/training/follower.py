@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from probest.evidence import Floats, Particles
+from probest.evidence import Evaluation, Floats, Particles
 from probest.programs.event import Event
 from probest.programs.strata import Strata
 
-__all__ = ["Cases", "Follower"]
+__all__ = ["Cases", "Follower", "averaged", "in_strata", "learn_spread", "spread_of"]
 
 
 class Cases(NamedTuple):
@@ -57,3 +58,32 @@ class Follower(Protocol):
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Raises ValueError if these are of another run."""
+
+
+def in_strata(
+    event: Event, strata: Strata | None, weighted: bool, z: Floats, group: np.ndarray, *, gradient: bool
+) -> Evaluation:
+    """The event with each row in its stratum; log-weights are 0 where the adversary is not conditioned."""
+    found = event.evaluate(z, gradient=gradient, held=None if strata is None else strata.held(group))
+    return found if weighted else Evaluation(found.severity, np.zeros(len(z)), found.severity_grad)
+
+
+def spread_of(spread: Floats, group: np.ndarray) -> Floats:
+    """g of the strata ``group`` ``(n,)``; the usual one where nothing is known yet."""
+    usual = float(np.nanmedian(spread)) if np.isfinite(spread).any() else 1.0
+    return np.asarray(np.where(np.isnan(spread), usual, spread)[group])
+
+
+def learn_spread(spread: Floats, slope: Floats, group: np.ndarray, keep: float) -> None:
+    """g of each stratum, in place: the median slope ``(n,)`` of its rows, averaged with what was known."""
+    for k in np.unique(group):
+        mine = slope[(group == k) & np.isfinite(slope) & (slope > 0.0)]
+        if mine.size:
+            spread[k] = averaged(spread[k], float(np.median(mine)), keep)
+        elif np.isnan(spread[k]):
+            spread[k] = 1.0
+
+
+def averaged(old: float, new: float, keep: float) -> float:
+    """A running mean, of which ``keep`` is what there was; the new value alone where there was nothing."""
+    return new if math.isnan(old) else keep * old + (1.0 - keep) * new

@@ -51,7 +51,7 @@ from probest.programs.event import Event
 from probest.programs.strata import Strata
 from probest.smc.moves import rewritten
 from probest.smc.softening import Noise
-from probest.training.follower import Cases
+from probest.training.follower import Cases, averaged, in_strata, learn_spread, spread_of
 from probest.tuning import tuned
 
 __all__ = ["Ladder", "LadderTuning"]
@@ -180,9 +180,7 @@ class Ladder:
 
     def noise_of(self, group: np.ndarray) -> Floats:
         """σ of the last rung in the strata ``group`` ``(n,)``; the usual one where no column has been."""
-        usual = float(np.nanmedian(self.spread)) if np.isfinite(self.spread).any() else 1.0
-        spread = np.where(np.isnan(self.spread), usual, self.spread)
-        return np.asarray(self.tuning.breadth * spread[group])
+        return self.tuning.breadth * spread_of(self.spread, group)
 
     def welcome(self, particles: Particles, rng: np.random.Generator) -> None:
         """Put catastrophes that another search found on the last rung, as many as there are columns at most."""
@@ -216,31 +214,20 @@ class Ladder:
     # Parts of a step --------------------------------------------------------------------------------------------------
 
     def _evaluate(self, event: Event, z: Floats, group: np.ndarray, *, gradient: bool) -> Evaluation:
-        """The event with each row in its stratum; log-weights are 0 where the adversary is not conditioned."""
-        held = None if self.strata is None else self.strata.held(group)
-        found = event.evaluate(z, gradient=gradient, held=held)
-        if self.weighted:
-            return found
-        return Evaluation(found.severity, np.zeros(len(z)), found.severity_grad)
+        return in_strata(event, self.strata, self.weighted, z, group, gradient=gradient)
 
     def _learn_spread(self, at: Evaluation) -> None:
         """g of each stratum that has columns: the median slope on the further half of the rungs."""
         columns, rungs, _ = self.z.shape
         assert at.severity_grad is not None
         slope = np.linalg.norm(at.severity_grad, axis=1).reshape(columns, rungs)[:, rungs // 2 :]
-        for k in np.unique(self.group):
-            mine = slope[self.group == k]
-            mine = mine[np.isfinite(mine) & (mine > 0.0)]
-            if mine.size:
-                self.spread[k] = self._averaged(self.spread[k], float(np.median(mine)))
-            elif np.isnan(self.spread[k]):
-                self.spread[k] = 1.0
+        learn_spread(self.spread, slope.ravel(), np.repeat(self.group, slope.shape[1]), self._keep)
 
     def _learn_usual(self, severity: Floats) -> None:
         """g, from severities of draws of the adversary: their standard deviation."""
         usual = severity[np.abs(severity) < 1e100]
         if usual.size > 1 and usual.std() > 0.0:
-            self.spread[:] = [self._averaged(old, float(usual.std())) for old in self.spread]
+            self.spread[:] = [averaged(old, float(usual.std()), self._keep) for old in self.spread]
         elif np.isnan(self.spread).any():
             self.spread[:] = 1.0
 
@@ -355,7 +342,9 @@ class Ladder:
         weight = np.exp(np.column_stack([first, np.where(np.isnan(ahead), -math.inf, ahead)]))
         for k in np.unique(self.group):
             new = weight[self.group == k].mean(axis=0)
-            self.ratio[k] = [self._averaged(old, float(value)) for old, value in zip(self.ratio[k], new, strict=True)]
+            self.ratio[k] = [
+                averaged(old, float(value), self._keep) for old, value in zip(self.ratio[k], new, strict=True)
+            ]
 
     def _exchange(self, width: Floats, rng: np.random.Generator) -> None:
         """Particles of neighbouring rungs change places, in sweeps over even and odd pairs; no call is spent."""
@@ -438,9 +427,10 @@ class Ladder:
             level = log_ndtr(-(distance @ onwards))
         return np.asarray(np.minimum(np.minimum(level, joint[:, -1] + math.log(2.0)), 0.0))
 
-    def _averaged(self, old: float, new: float) -> float:
-        keep = min(self.tuning.memory, self.steps / (self.steps + 1.0))
-        return new if math.isnan(old) else keep * old + (1.0 - keep) * new
+    @property
+    def _keep(self) -> float:
+        """Of yesterday's averages: all steps count alike at first."""
+        return min(self.tuning.memory, self.steps / (self.steps + 1.0))
 
 
 def _dot(a: Floats, b: Floats) -> Floats:

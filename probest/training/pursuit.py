@@ -33,7 +33,7 @@ from probest.guides.variational import Adam, GaussianGuide, gradient_at, informe
 from probest.programs.event import Event
 from probest.programs.strata import Strata
 from probest.smc.softening import Noise
-from probest.training.follower import Cases
+from probest.training.follower import Cases, averaged, in_strata, learn_spread, spread_of
 from probest.tuning import tuned
 
 __all__ = ["Pursuit", "PursuitTuning"]
@@ -158,7 +158,8 @@ class Pursuit:
             soft = Noise(1.0 / float(self.noise_of(self.group[m : m + 1])[0]))
             here = gradient_at(guide, noise[m], self.z[rows], own, soft, draws=tuning.draws)
             self.weight[rows] = here.weight
-            self.bound[m] = self._averaged(self.bound[m], here.value)
+            before = self.bound[m] if math.isfinite(self.bound[m]) else math.nan
+            self.bound[m] = averaged(before, here.value, tuning.memory)
             self.guides[m] = self.adams[m].step(guide, here.guide)
             if self.steps % tuning.turned_every == 0 and own.severity_grad is not None:
                 self.guides[m] = self.guides[m].turned(self._basis(own.severity_grad, guide))
@@ -170,9 +171,7 @@ class Pursuit:
 
     def noise_of(self, group: np.ndarray) -> Floats:
         """σ in the strata ``group`` ``(n,)``; the usual one where nothing is known yet."""
-        usual = float(np.nanmedian(self.spread)) if np.isfinite(self.spread).any() else 1.0
-        spread = np.where(np.isnan(self.spread), usual, self.spread)
-        return np.asarray(self.tuning.breadth * spread[group])
+        return self.tuning.breadth * spread_of(self.spread, group)
 
     def welcome(self, particles: Particles, rng: np.random.Generator) -> None:
         """Catastrophes that another search found become the means of the lower half of the guides of their strata."""
@@ -215,23 +214,13 @@ class Pursuit:
     # Parts of a step --------------------------------------------------------------------------------------------------
 
     def _evaluate(self, event: Event, z: Floats, group: np.ndarray, *, gradient: bool) -> Evaluation:
-        held = None if self.strata is None else self.strata.held(group)
-        found = event.evaluate(z, gradient=gradient, held=held)
-        if self.weighted:
-            return found
-        return Evaluation(found.severity, np.zeros(len(z)), found.severity_grad)
+        return in_strata(event, self.strata, self.weighted, z, group, gradient=gradient)
 
     def _learn_spread(self, found: Evaluation) -> None:
         """g of each stratum: the median slope at its guides' draws."""
         assert found.severity_grad is not None
         slope = np.linalg.norm(found.severity_grad, axis=1)
-        group = np.repeat(self.group, self.tuning.draws)
-        for k in np.unique(self.group):
-            mine = slope[(group == k) & np.isfinite(slope) & (slope > 0.0)]
-            if mine.size:
-                self.spread[k] = self._averaged(self.spread[k], float(np.median(mine)))
-            elif np.isnan(self.spread[k]):
-                self.spread[k] = 1.0
+        learn_spread(self.spread, slope, np.repeat(self.group, self.tuning.draws), self.tuning.memory)
 
     def _basis(self, slopes: Floats, guide: GaussianGuide) -> Floats:
         """Directions of the gradients at its draws, and of its mean."""
@@ -267,7 +256,3 @@ class Pursuit:
         return np.asarray(
             log_p[self.group] - np.log(counts[self.group]) + np.where(np.isnan(self.bound), -np.inf, self.bound)
         )
-
-    def _averaged(self, old: float, new: float) -> float:
-        keep = self.tuning.memory
-        return keep * old + (1.0 - keep) * new if math.isfinite(old) else new
