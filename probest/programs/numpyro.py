@@ -165,7 +165,8 @@ class _Trace(handlers.trace):
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] in {"sample", "deterministic"} and msg.get("name") in self.trace:
-            name = msg.get("infer", {}).get("probest_base", msg["name"])
+            infer = msg.get("infer", {})
+            name = infer.get("probest_base", infer.get(COARSENESS, msg["name"]))
             raise SiteError(f"site {name!r} is named twice; give every site of the program a name of its own")
         super().postprocess_message(msg)
 

@@ -139,7 +139,10 @@ def coarseness(fn: Any, s: Any) -> Array | None:
             where, spread = getattr(law, middle), getattr(law, width)
         except (AttributeError, NotImplementedError):
             continue
-        where = s.array(where, s.xp.zeros(())) if isinstance(where, float | int) else where
+        # parameters may be whole numbers, and numbers of Python
+        where, spread = (
+            (value if hasattr(value, "dtype") else s.array(value, s.xp.zeros(()))) * 1.0 for value in (where, spread)
+        )
         apart = s.xp.finfo(where.dtype).eps * s.xp.abs(where) / spread**power
         apart = s.xp.where(s.xp.isfinite(apart), apart, s.xp.nan)
         found = apart if found is None else s.xp.where(s.xp.isnan(found), apart, found)
