@@ -163,7 +163,7 @@ def rounded(one: Evidence, apart: Mapping[str, Floats], precision: float | None)
         return one
     error, wanted = math.hypot(one.std_error, 0.5 * most), wanted_error(precision)
     notes = one.notes
-    if error > wanted:
+    if error > wanted and (one.std_error <= wanted or 0.5 * most > one.std_error):  # it is rounding that matters
         worst = max(moved, key=lambda name: moved[name])
         sentence = (
             f"site {worst!r} lies so far from 0, by its own spread, that its values are rounded by up to "

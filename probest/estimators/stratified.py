@@ -239,16 +239,12 @@ class Stratified:
                 calls=int(self.tuning.listing * budget),
             )
             left -= event.model_calls - before  # a closed loop runs its model to list them, whatever comes of it
-        if guided is None:
-            guided = self._guided(event, strata, left, seed)
+        unheld, looked = self._unheld(event, strata), None
+        if guided is None and unheld and isinstance(event, Event):
+            guided = self._guided(event, left, seed)
             left -= 0 if guided is None else guided.calls
-            if guided is not None and guided.conclusion.converged and isinstance(event, Event):
-                before = event.model_calls
-                guided = self._checked(event, guided, left, seed)
-                left -= event.model_calls - before
             if guided is not None and (guided.conclusion.converged or left < 1):
                 return replace(guided, calls=budget - left)
-        unheld, looked = self._unheld(event, strata), None
         if unheld and isinstance(event, Event):
             looked = self._glance(event, unheld, left, seed)
             left -= 0 if looked is None else looked.calls
@@ -271,14 +267,13 @@ class Stratified:
             return None
         return round(math.exp(logs))
 
-    def _checked(self, event: Event, guided: Run, left: int, seed: np.random.SeedSequence) -> Run:
+    def _checked(self, event: Event, guided: Run, count: int, left: int, seed: np.random.SeedSequence) -> Run:
         """What a guide concluded, not converged where a combination of values that it does not know seems to matter.
 
-        Asked of every combination, where the budget that is left allows that: one that no other resembles leads no
-        search to itself. Each is asked once, where all else is at its median.
+        Asked of every one of the ``count`` combinations: one that no other resembles leads no search to itself. Each is
+        asked once, where all else is at its median.
         """
-        last, count = guided.conclusion, self._combinations(event, math.ceil(left / self.tuning.every))
-        strata = None if count is None else strata_of(event, count, number(child_seed(seed, Stream.EVERY)))
+        last, strata = guided.conclusion, strata_of(event, count, number(child_seed(seed, Stream.EVERY)))
         found = last.particles
         if strata is None or len(strata) + self._around > left or found is None or not len(found.z):
             return guided
@@ -303,15 +298,13 @@ class Stratified:
         if diagnostics.log_sum_exp(worth) < math.log(self.tuning.matters):
             return guided
         label = strata.label(int(np.argmax(worth)))
-        note = Note(Code.UNSEEN, f"{label} seems to matter, and no catastrophe has it: raise the budget.")
-        last = replace(last, converged=False, interval=(last.interval[0], 0.0), notes=(*last.notes, note))
-        return replace(guided, ledger=(*guided.ledger[:-1], last))
+        return _opened(guided, f"{label} seems to matter, and no catastrophe has it: raise the budget.")
 
     def _unheld(self, event: EventLike, strata: Strata | None) -> tuple[Site, ...]:
         """Sites that could be listed and that no stratum holds."""
         if not isinstance(event, Event):
             return ()
-        held = {site.name for site in strata.sites} if strata is not None and len(strata) > 1 else set()
+        held = {site.name for site in strata.sites} if strata is not None else set()
         return tuple(site for site in listed_sites(event) if site.name not in held)
 
     def _glance(self, event: Event, sites: tuple[Site, ...], left: int, seed: np.random.SeedSequence) -> _Looked | None:
@@ -340,18 +333,14 @@ class Stratified:
             return run
         if looked is None:
             names = ", ".join(repr(site.name) for site in sites)
-            sentence = f"the budget does not allow to look at every value of {names}, one may matter: raise it."
-            note = Note(Code.UNSEEN, sentence)
-        else:
-            contradicts = self._contradicts(event, last, looked)
-            if contradicts is None:
-                return run
-            name, code = contradicts.site.name, contradicts.code
-            sentence = f"{name} = {code} seems to matter, and hardly any catastrophe has it: raise the budget."
-            note = Note(Code.UNSEEN, sentence)
-        # what was not looked at is bounded by nothing but its probability, and that is not known here
-        last = replace(last, converged=False, interval=(last.interval[0], 0.0), notes=(*last.notes, note))
-        return replace(run, ledger=(*run.ledger[:-1], last))
+            return _opened(
+                run, f"the budget does not allow to look at every value of {names}, one may matter: raise it."
+            )
+        found = self._contradicts(event, last, looked)
+        if found is None:
+            return run
+        value = f"{found.site.name} = {found.code}"
+        return _opened(run, f"{value} seems to matter, and hardly any catastrophe has it: raise the budget.")
 
     def _contradicts(self, event: Event, last: Evidence, looked: _Looked) -> Glance | None:
         """The value that seems worth most, beyond the share of catastrophes that have it; None where there is none."""
@@ -378,16 +367,20 @@ class Stratified:
             return False
         return self.max_strata < combinations(event) <= self._kriging.most
 
-    def _guided(self, event: EventLike, strata: Strata | None, left: int, seed: np.random.SeedSequence) -> Run | None:
-        """The cross-entropy method, where there are more listed sites than strata hold; None where there are not."""
-        if not isinstance(event, Event) or event.weighted or left < self.tuning.least_guided:
+    def _guided(self, event: Event, left: int, seed: np.random.SeedSequence) -> Run | None:
+        """The cross-entropy method, and what every combination says of it; None where it does not apply."""
+        if event.weighted or left < self.tuning.least_guided:
             return None
-        if set(listed_sites(event)) <= set(strata.sites if strata is not None else ()):
-            return None
-        method, count = CrossEntropy(precision=self.precision), self._combinations(event, left)
+        count = self._combinations(event, left)
         reserve = 0 if count is None else count + self._around
         budget = int(min(self.tuning.guided * left, left - reserve))
-        return method.run(event, budget=budget, seed=child_seed(seed, Stream.GUIDED))
+        method = CrossEntropy(precision=self.precision)
+        run = method.run(event, budget=budget, seed=child_seed(seed, Stream.GUIDED))
+        if count is None or not run.conclusion.converged:
+            return run
+        before = event.model_calls
+        checked = self._checked(event, run, count, left - run.calls, seed)
+        return replace(checked, calls=run.calls + event.model_calls - before)
 
 
 @dataclass
@@ -857,6 +850,14 @@ class _Campaign:
         if not len(log_weight):
             return None
         return Particles(where[kept], log_weight - diagnostics.log_sum_exp(log_weight), np.concatenate(severity)[kept])
+
+
+def _opened(run: Run, sentence: str) -> Run:
+    """The run, not converged: what was not looked at is bounded by nothing but its probability, which is not known."""
+    last = run.conclusion
+    notes = (*last.notes, Note(Code.UNSEEN, sentence))
+    last = replace(last, converged=False, interval=(last.interval[0], 0.0), notes=notes)
+    return replace(run, ledger=(*run.ledger[:-1], last))
 
 
 def _with_guided(run: Run, guided: Run | None, before: int, unheld: tuple[Site, ...]) -> Run:

@@ -114,8 +114,7 @@ class GaussianGuide:
 
     def slope(self, noise: Floats) -> Floats:
         """∂ log q / ∂z ``(n, dim)`` at the z of ε."""
-        inner = noise @ self.basis
-        back = solve_triangular(self.factor, inner.T, lower=True, trans="T").T
+        inner, back = self._back(noise)
         return np.asarray(-noise - (back - inner) @ self.basis.T)
 
     def pulled(self, noise: Floats, along: Floats) -> GaussianGuide:
@@ -125,8 +124,7 @@ class GaussianGuide:
 
     def score(self, noise: Floats, weight: Floats) -> GaussianGuide:
         """Derivative of Σ weight · log q in the mean and the factor, at fixed z."""
-        inner = noise @ self.basis
-        back = solve_triangular(self.factor, inner.T, lower=True, trans="T").T
+        inner, back = self._back(noise)
         factor = np.tril((weight[:, None] * back).T @ inner) - weight.sum() * np.diag(1.0 / np.diag(self.factor))
         return replace(self, mean=-(weight @ self.slope(noise)), factor=factor)
 
@@ -136,6 +134,11 @@ class GaussianGuide:
         covariance = np.eye(basis.shape[1]) + inner @ (self.factor @ self.factor.T - np.eye(len(self.factor))) @ inner.T
         factor: Floats = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
         return GaussianGuide(self.mean, basis, factor)
+
+    def _back(self, noise: Floats) -> tuple[Floats, Floats]:
+        """Vᵀε, and what A⁻ᵀ makes of it."""
+        inner = noise @ self.basis
+        return inner, np.asarray(solve_triangular(self.factor, inner.T, lower=True, trans="T").T)
 
     def _solved(self, inner: Floats) -> Floats:
         return np.asarray(solve_triangular(self.factor, inner.T, lower=True).T)

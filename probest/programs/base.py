@@ -29,6 +29,7 @@ __all__ = [
     "Run",
     "Site",
     "SiteError",
+    "places_of",
     "plates_of",
 ]
 
@@ -136,6 +137,15 @@ class Posterior(NamedTuple):
     places: dict[str, np.ndarray]
     sample: Callable[[int, int], np.ndarray]
     log_prob: Callable[[np.ndarray], np.ndarray]
+
+
+def places_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Where the elements of each site stand in a vector of all of them, one site after the other."""
+    ends = np.cumsum([0, *(prod(shape) for shape in shapes.values())])
+    return {
+        name: np.arange(a, b).reshape(tuple(shape))
+        for (name, shape), a, b in zip(shapes.items(), ends, ends[1:], strict=False)
+    }
 
 
 class Recording(Protocol):

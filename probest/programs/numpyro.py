@@ -35,6 +35,7 @@ from probest.programs.base import (
     Run,
     Site,
     SiteError,
+    places_of,
     plates_of,
 )
 from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
@@ -151,13 +152,8 @@ class NumPyroRecording:
 
 def _normals(found: Mapping[str, tuple[Array, Array]]) -> tuple[Any, dict[str, np.ndarray]]:
     """Independent normal laws of sites as one over a vector, and where each site stands in it."""
-    ends = np.cumsum([0, *(int(np.size(mean)) for mean, _ in found.values())])
-    places = {
-        name: np.arange(a, b).reshape(np.shape(found[name][0]))
-        for name, a, b in zip(found, ends, ends[1:], strict=False)
-    }
     mean, scale = (jnp.concatenate([jnp.ravel(pair[i]) for pair in found.values()]) for i in (0, 1))
-    return dist.Normal(mean, scale).to_event(1), places
+    return dist.Normal(mean, scale).to_event(1), places_of({name: np.shape(pair[0]) for name, pair in found.items()})
 
 
 class _Trace(handlers.trace):

@@ -32,6 +32,7 @@ from probest.programs.base import (
     Run,
     Site,
     SiteError,
+    places_of,
     plates_of,
 )
 from probest.programs.maps import Listed, UnsupportedDistribution, choices, coarseness, gaussian_map, mixture_map
@@ -118,13 +119,8 @@ class PyroFrontend:
 
 def _normals(found: Mapping[str, tuple[Array, Array]]) -> tuple[Any, dict[str, np.ndarray]]:
     """Independent normal laws of sites as one over a vector, and where each site stands in it."""
-    ends = np.cumsum([0, *(mean.numel() for mean, _ in found.values())])
-    places = {
-        name: np.arange(a, b).reshape(tuple(found[name][0].shape))
-        for name, a, b in zip(found, ends, ends[1:], strict=False)
-    }
     mean, scale = (torch.cat([pair[i].reshape(-1) for pair in found.values()]) for i in (0, 1))
-    return dist.Normal(mean, scale).to_event(1), places
+    return dist.Normal(mean, scale).to_event(1), places_of({name: tuple(pair[0].shape) for name, pair in found.items()})
 
 
 class _Values(Messenger):

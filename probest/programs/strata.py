@@ -195,12 +195,15 @@ def strata_of(
     draws, it does so ``calls`` times, or 64 times for each stratum, if that is more.
     """
     rng = np.random.Generator(np.random.Philox(seed))
-    sites = tuple(_reaching(event, site, rng) for site in event.sites)
+    names = tuple(site.name for site in event.sites if site.choices)
+    if not names:
+        return None
+    types = event.site_values(np.zeros((1, event.dim)), names)
+    sites = tuple(_reaching(event, site, types, rng) for site in event.sites)
     interleaved = event.composition.interleaved
     sites = _held(sites, min(most, _MOST_CLOSED) if interleaved else most, 0 if interleaved else alone)
     if not sites:
         return None
-    types = event.site_values(np.zeros((1, event.dim)), tuple(site.name for site in sites))
     values = _combinations(sites, types)
     probes = _PROBES if len(free_of(event, sites)) else 1
     log_p = _log_density(event, values, rng.standard_normal((probes, event.dim)))
@@ -247,17 +250,16 @@ def _integrated(
     return np.array([mean for mean, _ in means]), np.array([error for _, error in means])
 
 
-def _reaching(event: Event, site: Site, rng: np.random.Generator) -> Site:
+def _reaching(event: Event, site: Site, types: Mapping[str, np.ndarray], rng: np.random.Generator) -> Site:
     """A count without an end, with a list as long as its law asks for; without one where ``_LONGEST`` are too few.
 
     That is, up to where it is e^-60 times as likely as at its most likely, at a few draws of all else. A count that
     takes more values is nearly continuous, and left random. What is interleaved with the model keeps its list.
     """
-    if site.complete or not site.elements or event.composition.interleaved:
+    if site.complete or not site.choices or not site.elements or event.composition.interleaved:
         return site
     grid = np.arange(_LONGEST)
-    dtype = event.site_values(np.zeros((1, event.dim)), (site.name,))[site.name].dtype
-    held = {site.name: site.decoded(np.repeat(grid[:, None], site.elements, axis=1), dtype)}
+    held = {site.name: site.decoded(np.repeat(grid[:, None], site.elements, axis=1), types[site.name].dtype)}
     log_p = _log_density(event, held, rng.standard_normal((_PROBES, event.dim))) / site.elements
     with np.errstate(invalid="ignore"):
         below = np.nan_to_num(log_p - log_p.max(axis=0), nan=-np.inf).max(axis=1)
