@@ -198,6 +198,6 @@ def test_constants_and_bad_functions(backend: str) -> None:
         with pytest.raises(ValueError, match="entry by entry"):
             expand(s, lambda x: x[:1], m, sd)
         with pytest.raises(ValueError, match="counted from 1"):
-            hermite(expand(s, relu(s), m, sd), 0)
+            hermite(s, expand(s, relu(s), m, sd), 0)
     with pytest.raises(ValueError, match="nodes=0"):
         Quadrature(nodes=0)

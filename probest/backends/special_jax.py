@@ -45,6 +45,24 @@ def with_diagonal(x: Array, values: Any) -> Array:
     return jnp.fill_diagonal(x, values, inplace=False)
 
 
+def nested(total: Array, left: Array, right: Array, factor: Array) -> Array:
+    """factor ∘ (total + left rightᵀ)."""
+    return factor * (total + left[:, None] * right[None, :])
+
+
+filled_diagonal = with_diagonal
+
+
+def in_units(x: Array, rows: Array, columns: Array) -> Array:
+    """rows_i x_ij columns_j within ±1."""
+    return jnp.clip(rows[:, None] * x * columns, -1.0, 1.0)
+
+
+def on_host(*arrays: Array) -> tuple[Any, tuple[Array, ...]]:
+    """The functions here, and the arrays as they are: `special_numpy` is used where no gradient is wanted."""
+    return _here, arrays
+
+
 def repeat(times: int, body: Callable[[Any], Any], state: Any) -> Any:
     """`body` applied `times` times."""
     return jax.lax.fori_loop(0, times, lambda _, state: body(state), state)

@@ -1,14 +1,28 @@
 """The functions of `special_jax` that moment propagation uses, for NumPy arrays on the host."""
 
+import sys
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-__all__ = ["array", "clip", "log_ndtr", "put", "stop_gradient", "with_diagonal", "xp"]
+__all__ = [
+    "array",
+    "clip",
+    "filled_diagonal",
+    "in_units",
+    "log_ndtr",
+    "nested",
+    "on_host",
+    "put",
+    "stop_gradient",
+    "with_diagonal",
+    "xp",
+]
 
 Array = Any
 xp = np
+_here = sys.modules[__name__]
 
 
 def array(values: Any, like: Array) -> Array:
@@ -26,6 +40,11 @@ def log_ndtr(x: Array) -> Array:
     return special.log_ndtr(x)
 
 
+def on_host(*arrays: Array) -> tuple[Any, tuple[Array, ...]]:
+    """The functions here, and the arrays as they are."""
+    return _here, arrays
+
+
 def put(x: Array, rows: Any, columns: Any, values: Array) -> Array:
     """The matrix x with `values` at the given places."""
     found = x.copy()
@@ -38,6 +57,29 @@ def with_diagonal(x: Array, values: Any) -> Array:
     found = x.copy()
     np.fill_diagonal(found, values)
     return found
+
+
+# What follows may write into its first argument
+
+
+def nested(total: Array, left: Array, right: Array, factor: Array) -> Array:
+    """factor ∘ (total + left rightᵀ)."""
+    total += left[:, None] * right[None, :]
+    total *= factor
+    return total
+
+
+def filled_diagonal(x: Array, values: Any) -> Array:
+    """`with_diagonal`."""
+    np.fill_diagonal(x, values)
+    return x
+
+
+def in_units(x: Array, rows: Array, columns: Array) -> Array:
+    """rows_i x_ij columns_j within ±1; x is left as it is."""
+    x = rows[:, None] * x
+    x *= columns
+    return np.clip(x, -1.0, 1.0, out=x)
 
 
 def stop_gradient(x: Array) -> Array:

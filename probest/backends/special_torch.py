@@ -7,7 +7,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import torch
 
-from probest.backends import special
+from probest.backends import special, special_numpy
 
 __all__ = ["digamma", "erfinv", "lgamma", "maximum", "xp"]
 
@@ -43,9 +43,47 @@ def with_diagonal(x: Array, values: Any) -> Array:
     return torch.diagonal_scatter(x, torch.as_tensor(values, dtype=x.dtype, device=x.device).expand(len(x)))
 
 
+# What follows may write into its first argument, where no gradient is wanted
+
+
+def _constant(*arrays: Any) -> bool:
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in arrays if torch.is_tensor(x)))
+
+
+def nested(total: Array, left: Array, right: Array, factor: Array) -> Array:
+    """factor ∘ (total + left rightᵀ)."""
+    if _constant(total, left, right, factor):
+        return total.addr_(left, right).mul_(factor)
+    return factor * torch.addr(total, left, right)
+
+
+def filled_diagonal(x: Array, values: Any) -> Array:
+    """`with_diagonal`."""
+    if not _constant(x, values):
+        return with_diagonal(x, values)
+    x.diagonal().copy_(torch.as_tensor(values))
+    return x
+
+
+def in_units(x: Array, rows: Array, columns: Array) -> Array:
+    """rows_i x_ij columns_j within ±1; x is left as it is."""
+    x = rows[:, None] * x
+    if _constant(x, columns):
+        return x.mul_(columns).clamp_(-1.0, 1.0)
+    return torch.clamp(x * columns, -1.0, 1.0)
+
+
 def stop_gradient(x: Array) -> Array:
     """x as a constant."""
     return x.detach()
+
+
+def on_host(*arrays: Array) -> tuple[Any, tuple[Array, ...]]:
+    """The arrays as NumPy's, and its functions; or as they are, and the functions here, where a gradient passes."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not _constant(*arrays) or any(x.device.type != "cpu" or wrapped(x) for x in arrays):
+        return _here, arrays
+    return special_numpy, tuple(x.detach().numpy() for x in arrays)
 
 
 def repeat(times: int, body: Callable[[Any], Any], state: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from probest.moments.gaussian import Gaussian, Joint, Origin
+from probest.moments.gaussian import Block, Gaussian, Joint, Origin
 from probest.moments.hermite import (
     QUADRATURE,
     Expansion,
@@ -54,6 +54,11 @@ class Library(Protocol):
 
     def derivative(self, call: Call, points: Sequence[Array]) -> Call:
         """``call``'s derivative at ``points``, a function of tangents of their shapes."""
+
+    def transposed(self, act: Call, sizes: Sequence[int]) -> Call | None:
+        """The transpose of a linear ``act``, from rows ``(N, n_k)`` of each of ``sizes`` to rows of its result: from
+        such rows to a list of rows of each. None where that is no cheaper than ``act`` itself.
+        """
 
 
 class Values:
@@ -105,6 +110,7 @@ class Values:
         native: bool = True,
         nonnegative: bool = False,
         tangent: Call | None = None,
+        adjoint: Call | None = None,
         shift: Array | None = None,
         extra: Array | None = None,
     ) -> Random:
@@ -112,10 +118,11 @@ class Values:
 
         native: whether ``call`` is an operation of the user's, on arrays of the operands' shapes; else it is written in
         ``xp`` and takes arrays with a further first axis, too. tangent: what acts on deviations, where it is not
-        ``call`` itself. shift: added to the mean, of the result's shape. extra ``(n, n)``: added to the result's own
-        covariance.
+        ``call`` itself. adjoint: its transpose, of a single operand, where it is known; then ``call`` is exact for
+        arrays of any first axis. shift: added to the mean, of the result's shape. extra ``(n, n)``: added to the
+        result's own covariance.
         """
-        if len(operands) == 1 and tangent is None and shift is None and extra is None:
+        if len(operands) == 1 and (tangent is None or adjoint is not None) and shift is None and extra is None:
             kept = self._kept_in_rows(call, operands[0], native, nonnegative)
             if kept is not None:
                 return kept
@@ -129,14 +136,9 @@ class Values:
             mean, many = call(*(x[None] for x in points))[0], single
         shape = tuple(mean.shape)
         others = self.joint.alive()
-        between = self.joint.between
         act = self._linear_part(many, [o.shape for o in operands], sources[0].mean)
-        acted = act([_stacked(self.xp, [between(v, g) for v in others]) for g in sources])
-        blocks, start = {}, 0
-        for v in others:
-            blocks[v] = acted[start : start + v.size].T
-            start += v.size
-        cov = act([blocks[g] for g in sources])
+        blocks = {v: self._acted(act, sources, v, shape, adjoint) for v in others}
+        cov = act([blocks[g].value for g in sources])
         if extra is not None:
             cov = cov + extra
         if shift is not None:
@@ -144,6 +146,42 @@ class Values:
         found = self.joint.add(mean.reshape(-1), cov, blocks, positive=nonnegative)
         self._made(found, sources, act)
         return self.random(found, shape)
+
+    def _acted(
+        self,
+        act: Callable[..., Array],
+        sources: Sequence[Gaussian],
+        other: Gaussian,
+        shape: tuple[int, ...],
+        adjoint: Call | None,
+    ) -> Block:
+        """The covariance ``(n, n_other)`` of what ``act`` makes of ``sources``, of ``shape``, with another vector.
+
+        Where that has fewer rows than columns, ``act`` is pulled back along them: what lies behind may then never be
+        computed as a whole.
+        """
+        inner = [self.joint.block(g, other) for g in sources]
+        sizes, columns, like, size = [g.size for g in sources], other.size, sources[0].mean, math.prod(shape)
+        if adjoint is not None:
+
+            def back(rows: Array) -> Sequence[Array]:
+                return [adjoint(rows.reshape((-1, *shape))).reshape((-1, *sizes))]
+
+            transposed: Call | None = back
+        else:
+            transposed = self.library.transposed(act, sizes)
+
+        def below(rows: Array) -> Array:
+            assert transposed is not None
+            return sum(b.below(pulled) for b, pulled in zip(inner, transposed(rows), strict=True))
+
+        def make() -> Array:
+            few = size + self.settings.backwards <= columns and not all(b.known for b in inner)
+            if few and transposed is not None:
+                return below(self.s.array(np.eye(size), like))
+            return act([b.transposed for b in inner]).T
+
+        return Block(make, None if transposed is None else below)
 
     def _made(self, new: Gaussian, sources: Sequence[Gaussian], act: Callable[[Sequence[Array]], Array]) -> None:
         """Told of every vector that is affine in others; ``act`` takes rows of deviations of each."""
@@ -431,15 +469,15 @@ class Values:
         ]
         finite = xp.isfinite(constant)
         known = xp.where(finite, constant, 0.0)
-        largest = float(xp.max(xp.abs(s.stop_gradient(known)))) if math.prod(constant.shape) else 0.0
-        scale = 2.0 ** max(math.ceil(math.log2(largest)), 0) if largest > 0 else 1.0
-        plain = largest == 0 and bool(xp.all(finite))
+        scale = _scale(xp, s.stop_gradient(known)) if math.prod(constant.shape) else 1.0
+        whole = bool(xp.all(finite))
+        plain = whole and not bool(xp.any(known))
 
         def act(rows: Sequence[Array]) -> Array:
             rows = rows if scale == 1 else [scale * r for r in rows]
             found = many(*(r.reshape((r.shape[0], *shape)) for r, shape in zip(rows, shapes, strict=True)))
             if not plain:
-                found = xp.where(finite, found - known, 0.0)
+                found = found - known if whole else xp.where(finite, found - known, 0.0)
             found = found.reshape((rows[0].shape[0], -1))
             return found if scale == 1 else found / scale
 
@@ -447,8 +485,8 @@ class Values:
 
     def _scaled(self, expression: Expression) -> Gaussian:
         factor, shift = self._line(expression)
-        source, between = expression.source, self.joint.between
-        blocks = {v: factor[:, None] * between(source, v) for v in self.joint.alive()}
+        source = expression.source
+        blocks = {v: self._times(factor, source, v) for v in self.joint.alive()}
         cov = factor[:, None] * source.cov * factor[None, :]
         mean = self.xp.where(factor == 0, shift, factor * source.mean + shift)
         found = self.joint.add(mean, cov, blocks, positive=expression.nonnegative)
@@ -461,7 +499,7 @@ class Values:
         def f(x: Array) -> Array:
             return numbers(self.s, expression, x)
 
-        expansion = expand(self.s, f, source.mean, self._std(source), expression.breaks, self.settings)
+        expansion = expand(self.s, f, source.mean, self._std(source), expression.breaks, self.settings, closed=True)
         if expansion.error > self.settings.refused:
             raise ValueError(
                 f"its moments did not settle (they moved by {expansion.error:.1g} when the nodes were doubled): it has "
@@ -469,11 +507,11 @@ class Values:
             )
         self.error = max(self.error, expansion.error)
         carried = slope(self.s, expansion)
-        blocks = {}
+        blocks: dict[Gaussian, Array | Block] = {}
         for v in self.joint.alive():
             other = None if v.origin is None else v.origin.source()
             if other is None or v.origin is None or v is source:
-                blocks[v] = carried[:, None] * self.joint.between(source, v)
+                blocks[v] = self._times(carried, source, v)
             else:
                 blocks[v] = self._series(expansion, v.origin.expansion, self.joint.between(source, other))
         cov = self._series(expansion, expansion, source.cov)
@@ -486,23 +524,33 @@ class Values:
             found, missing = covariance(self.s, left, right, correlation, self.settings)
             self.error = max(self.error, missing)
             return found
-        correlation = self.s.with_diagonal(correlation, 0.0)
+        correlation = self.s.filled_diagonal(correlation, 0.0)
         found, missing = covariance(self.s, left, left, correlation, self.settings)
         if missing > self.settings.covariance:
             found, done = with_close_pairs(self.s, left, correlation, found, self.settings)
             missing = self.settings.covariance if done else missing
         self.error = max(self.error, missing)
-        return self.s.with_diagonal(found, left.variance)
+        return self.s.filled_diagonal(found, left.variance)
 
     def _line(self, expression: Expression) -> tuple[Array, Array]:
         """Slope and shift ``(n,)`` of an affine expression."""
         mean = expression.source.mean
-        zero, one = (self.s.array(np.full((1, mean.shape[0]), value), mean) for value in (0.0, 1.0))
+        if expression.call is None:
+            return 0.0 * mean + 1.0, 0.0 * mean
 
-        def f(x: Array) -> Array:
-            return evaluate(expression, x).reshape(x.shape)
+        def f(value: float) -> Array:
+            return evaluate(expression, self.s.array(np.full((1, mean.shape[0]), value), mean)).reshape(-1)
 
-        return self._linear_part(f, [tuple(mean.shape)], mean)([one])[0], f(zero)[0]
+        shift = f(0.0)
+        finite = self.xp.isfinite(shift)
+        known = self.xp.where(finite, shift, 0.0)
+        scale = _scale(self.xp, self.s.stop_gradient(known))
+        return self.xp.where(finite, (f(scale) - known) / scale, 0.0), shift
+
+    def _times(self, factor: Array, source: Gaussian, other: Gaussian) -> Block:
+        """Cov(factor · source, other), factor ``(n,)``."""
+        inner = self.joint.block(source, other)
+        return Block(lambda: factor[:, None] * inner.value, lambda rows: inner.below(rows * factor))
 
     def _logarithm(self, source: Gaussian) -> Gaussian | None:
         """ℓ with exp ℓ of the same mean and covariances as ``source``; None where a mean is not above 0."""
@@ -574,8 +622,10 @@ class Values:
         return roots
 
 
-def _stacked(xp: Any, blocks: Sequence[Array]) -> Array:
-    return blocks[0] if len(blocks) == 1 else xp.concat(blocks)
+def _scale(xp: Any, shift: Array) -> float:
+    """A power of 2, at least 1 and the largest of ``shift``: at this scale a slope beside it keeps its digits."""
+    largest = float(xp.max(xp.abs(shift)))
+    return 2.0 ** max(math.ceil(math.log2(largest)), 0) if largest > 0 else 1.0
 
 
 def _distinct(s: Any, breaks: Sequence[Array]) -> list[Array]:

@@ -36,7 +36,9 @@ class TorchLibrary:
         return x
 
     def batched(self, call: Callable[..., Array], which: Sequence[bool]) -> Callable[..., Array]:
-        return torch.func.vmap(call, in_dims=tuple(0 if batched else None for batched in which))
+        mapped = torch.func.vmap(call, in_dims=tuple(0 if batched else None for batched in which))
+        # a transposed argument would make of one matrix product as many as there are rows
+        return lambda *args: mapped(*(a.contiguous() if batched else a for a, batched in zip(args, which, strict=True)))
 
     def derivative(self, fn: Callable[..., Array], points: Sequence[Array]) -> Callable[..., Array]:
         with warnings.catch_warnings():
@@ -44,6 +46,14 @@ class TorchLibrary:
             torch.func.jvp(torch.sin, (points[0],), (points[0],))  # loads what warns
         at = tuple(points)
         return lambda *tangents: torch.func.jvp(fn, at, tangents)[1]
+
+    def transposed(self, act: Callable[..., Array], sizes: Sequence[int]) -> Callable[[Array], Sequence[Array]]:
+        def back(rows: Array) -> Sequence[Array]:
+            zeros = [rows.new_zeros((rows.shape[0], size)) for size in sizes]
+            pulled: Sequence[Array] = torch.func.vjp(lambda *x: act(x), *zeros)[1](rows)
+            return pulled
+
+        return back
 
 
 def library(trace: Trace, *inputs: Any) -> TorchLibrary:
@@ -231,7 +241,8 @@ def _like(p: Propagation, value: Random) -> Array:
 @_rule("mm", "bmm", "mv", "dot", "matmul", "linear")
 def _matmul(p: Propagation, step: Step, a: Any, b: Any, *rest: Any) -> Any:
     if not (isinstance(a, Random) and isinstance(b, Random)):
-        return linear(p, step, (a, b, *rest), {})
+        found = None if rest else _by_constant(p, step.kind, a, b)
+        return linear(p, step, (a, b, *rest), {}) if found is None else found
     if rest or step.op.startswith(("aten.matmul", "aten.linear")):
         return NotImplemented
     name = step.kind
@@ -243,10 +254,25 @@ def _matmul(p: Propagation, step: Step, a: Any, b: Any, *rest: Any) -> Any:
     return p.reshaped(p.matmul(*wide), out)
 
 
+def _by_constant(p: Propagation, kind: str, a: Any, b: Any, bias: Any = 0.0) -> Random | None:
+    """A matrix product of which one side is constant, many at once without `vmap`, plus a constant; None for others."""
+    if kind in ("mm", "bmm", "mv") and isinstance(a, Random):
+        x, right = a, (lambda v: v.contiguous() @ b)
+        back = (lambda v: v[..., None] * b) if kind == "mv" else (lambda v: v @ b.mT)
+    elif kind == "mv":
+        x, right = b, (lambda v: v.contiguous() @ a.mT)
+        back = lambda v: v @ a  # noqa: E731
+    else:
+        return None
+    return p.affine(lambda v: right(v) + bias, x, native=False, tangent=right, adjoint=back)
+
+
 @_rule("addmm", "baddbmm", "addmv")
 def _add_matmul(p: Propagation, step: Step, bias: Any, a: Any, b: Any, **params: Any) -> Any:
     if not (isinstance(a, Random) and isinstance(b, Random)):
-        return linear(p, step, (bias, a, b), params)
+        plain = not params and not isinstance(bias, Random)
+        found = _by_constant(p, step.kind.removeprefix("add").removeprefix("b") if plain else "", a, b, bias)
+        return linear(p, step, (bias, a, b), params) if found is None else found
     if params:
         return NotImplemented
     name = {"aten.addmm": "mm", "aten.baddbmm": "bmm", "aten.addmv": "mv"}[step.op.rsplit(".", 1)[0]]

@@ -29,6 +29,8 @@ import numpy as np
 from scipy import special
 from scipy.stats import qmc
 
+from probest.moments.bent import Bends, bent, series
+
 __all__ = [
     "QUADRATURE",
     "Expansion",
@@ -67,6 +69,7 @@ class Quadrature:
         short: the same for sums over a row of a function applied entry by entry: norms.
         pairs: the most pairs of nearly collinear arguments whose covariance is integrated, and not left to the series.
         at_once: the most values of f that are computed at once for such pairs; bounds the memory.
+        backwards: a covariance with so many fewer rows than columns is found from its rows, by pulling them back.
         refused: the change of the moments, as above, from which on they are not used.
     """
 
@@ -84,6 +87,7 @@ class Quadrature:
     short: int = 16
     pairs: int = 2000
     at_once: int = 2_000_000
+    backwards: int = 64
 
     def __post_init__(self) -> None:
         positive = (
@@ -112,7 +116,8 @@ class Expansion(NamedTuple):
     mean, variance ``(n,)`` of f(x). nodes ``(Q, n)``: ε, in standard deviations from m. weights ``(Q, n)``: of the
     standard normal law. centred ``(Q, n)``: f − E f there. std ``(n,)``: √v. error: by how much half the nodes would
     have changed the moments, in units of f's standard deviation and |mean|. location ``(n,)``: m. function, breaks: f,
-    where it is still wanted, and where it may jump.
+    where it is still wanted, and where it may jump. bends: of a function that is affine in pieces, instead of nodes,
+    weights and values, which are None then.
     """
 
     mean: Array
@@ -125,6 +130,7 @@ class Expansion(NamedTuple):
     location: Array
     function: Callable[[Array], Array] | None
     breaks: Sequence[Array | float]
+    bends: Bends | None = None
 
 
 def expand(
@@ -134,6 +140,8 @@ def expand(
     std: Array,
     breaks: Sequence[Array | float] = (),
     settings: Quadrature = QUADRATURE,
+    *,
+    closed: bool = False,
 ) -> Expansion:
     """The expansion of ``f`` of N(mean, std²), entry by entry.
 
@@ -144,10 +152,16 @@ def expand(
         std: ``(n,)``, of x; ≥ 0.
         breaks: values of x, scalars or ``(n,)``, at which f or one of its first derivatives may jump.
         settings: how finely.
+        closed: where ``f`` is affine between breaks, by closed forms, without nodes.
 
     Raises:
         ValueError: ``f`` is not finite within reach, or does not return one value for each of x.
     """
+    if closed:
+        found = bent(s, f, mean, std, breaks, settings.reach)
+        if found is not None:
+            average, variance, bends = found
+            return Expansion(average, variance, None, None, None, std, 0.0, mean, f, breaks, bends)
     size, most = (settings.per_piece, settings.most_per_piece) if breaks else (settings.nodes, settings.most_nodes)
     coarse = at_nodes(s, f, mean, std, breaks, size // 2, settings.reach)
     while True:
@@ -171,30 +185,29 @@ def covariance(
     """
     xp = s.xp
     scale = number(s, xp.max(left.variance)) ** 0.5 * number(s, xp.max(right.variance)) ** 0.5
-    largest = min(number(s, xp.max(xp.abs(correlation))), 1.0)
+    largest = min(max(number(s, xp.max(correlation)), -number(s, xp.min(correlation))), 1.0)
     if scale == 0 or largest == 0:
         return 0.0 * correlation, 0.0
-    found = [coefficients(side, settings.orders) for side in ((left,) if right is left else (left, right))]
-    rest = [side.variance for side in (left, right)]
+    found = [coefficients(s, side, settings.orders) for side in ((left,) if right is left else (left, right))]
+    rest = [np.asarray(s.stop_gradient(side.variance)) for side in (left, right)]
     pairs, missing = [], math.inf
     for k, cs in enumerate(zip(*found, strict=True), start=1):
-        c, d = cs[0], cs[-1]
-        pairs.append((c, d))
-        rest = [rest[0] - c * c, rest[1] - d * d]
-        tails = [max(number(s, xp.max(tail)), 0.0) ** 0.5 for tail in rest]
+        pairs.append((cs[0], cs[-1]))
+        rest = [tail - np.asarray(s.stop_gradient(c)) ** 2 for tail, c in zip(rest, pairs[-1], strict=True)]
+        tails = [max(float(tail.max()), 0.0) ** 0.5 for tail in rest]
         missing = largest ** (k + 1) * tails[0] * tails[1] / scale
         if missing <= settings.covariance:
             break
-    total = None
-    for c, d in reversed(pairs):
-        term = c[:, None] * d[None, :]
-        total = correlation * (term if total is None else term + total)
+    (c, d), *lower = reversed(pairs)
+    total = s.nested(0.0 * correlation, c, d, correlation)
+    for c, d in lower:
+        total = s.nested(total, c, d, correlation)
     return total, missing
 
 
-def hermite(expansion: Expansion, order: int) -> Array:
+def hermite(s: Any, expansion: Expansion, order: int) -> Array:
     """c_order, ``(n,)``: the coefficient of the orthonormal Hermite polynomial of that order, from 1 on."""
-    for k, c in enumerate(coefficients(expansion, order), start=1):
+    for k, c in enumerate(coefficients(s, expansion, order), start=1):
         if k == order:
             return c
     raise ValueError(f"order={order!r}: Hermite coefficients are counted from 1 on")
@@ -203,18 +216,21 @@ def hermite(expansion: Expansion, order: int) -> Array:
 def slope(s: Any, expansion: Expansion) -> Array:
     """E f', ``(n,)``; 0 where x does not vary."""
     live = expansion.std > 0
-    return s.xp.where(live, hermite(expansion, 1) / s.xp.where(live, expansion.std, 1.0), 0.0)
+    return s.xp.where(live, hermite(s, expansion, 1) / s.xp.where(live, expansion.std, 1.0), 0.0)
 
 
 def correlations(s: Any, left: Expansion, right: Expansion, cov: Array) -> Array:
     """Of the arguments of two expansions, from their covariance ``(n, m)``; 0 where one does not vary."""
     xp = s.xp
     a, b = (xp.where(side.std > 0, 1 / xp.where(side.std > 0, side.std, 1.0), 0.0) for side in (left, right))
-    return s.clip(a[:, None] * cov * b[None, :], -1.0, 1.0)
+    return s.in_units(cov, a, b)
 
 
-def coefficients(expansion: Expansion, orders: int) -> Iterator[Array]:
+def coefficients(s: Any, expansion: Expansion, orders: int) -> Iterator[Array]:
     """c_1, ..., c_orders, each ``(n,)`` and computed when it is asked for."""
+    if expansion.bends is not None:
+        yield from (s.array(c, expansion.mean) for c in series(expansion.bends, orders))
+        return
     x, weighted = expansion.nodes, expansion.weights * expansion.centred
     below, polynomial = 1.0, x
     for k in range(1, orders + 1):
@@ -283,7 +299,7 @@ def _moved(s: Any, coarse: Expansion, fine: Expansion) -> float:
     xp = s.xp
     mean, variance = s.stop_gradient(fine.mean), s.stop_gradient(fine.variance)
     scale = xp.sqrt(variance) + xp.abs(mean) + float(xp.finfo(mean.dtype).tiny) ** 0.5
-    slopes = s.stop_gradient(hermite(fine, 1) - hermite(coarse, 1))
+    slopes = s.stop_gradient(hermite(s, fine, 1) - hermite(s, coarse, 1))
     moves = (
         xp.abs(s.stop_gradient(coarse.mean) - mean) / scale,
         xp.abs(slopes) / scale,

@@ -55,6 +55,9 @@ class JaxLibrary:
         found: Callable[..., Array] = jax.linearize(call, *points)[1]
         return found
 
+    def transposed(self, act: Callable[..., Array], sizes: Sequence[int]) -> None:
+        return None  # XLA would compile each for itself
+
 
 def _rounded(rows: int) -> int:
     """Up to a size with three leading bits: XLA compiles anew for every one, and few are met this way."""

@@ -31,7 +31,7 @@ def with_close_pairs(
     if expansion.function is None:
         return found, False
     rho = np.abs(np.asarray(s.stop_gradient(correlation)))
-    series = list(coefficients(expansion, settings.orders))
+    series = list(coefficients(s, expansion, settings.orders))
     scale = float(s.xp.max(s.stop_gradient(expansion.variance)))
     rest = expansion.variance - sum(c * c for c in series)
     tails = np.sqrt(np.maximum(np.asarray(s.stop_gradient(rest)), 0.0))

@@ -53,7 +53,7 @@ def statistics(s: Any, expansion: Expansion) -> Statistics:
 
     D, f2, f3 = (
         math.sqrt(math.factorial(k)) * xp.where(live, c, 0.0) / std**k
-        for k, c in enumerate(coefficients(expansion, 3), start=1)
+        for k, c in enumerate(coefficients(s, expansion, 3), start=1)
     )
     q, dv = mean_of(square * x) / (2 * std), mean_of(square * (x * x - 1)) / (2 * v)
     residual = f - D * std * x
