@@ -21,7 +21,7 @@ from probest.evidence import Evidence
 from probest.guides.autoguide import Autoguide
 from probest.guides.program import ProgramGuide
 from probest.moments.hermite import Quadrature
-from probest.moments.propagate import Moments, moments, register_rule
+from probest.moments.propagate import Moments, Traced, moments, register_rule, traced
 from probest.moments.steps import MomentError
 from probest.problem import Problem
 from probest.programs.base import SiteError
@@ -64,6 +64,7 @@ __all__ = [
     "Stratified",
     "Surrogate",
     "Tempering",
+    "Traced",
     "TrainingRun",
     "UnmetNeedError",
     "__version__",
@@ -74,6 +75,7 @@ __all__ = [
     "moments",
     "register_rule",
     "search",
+    "traced",
     "train",
 ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from probest.moments import MomentError, Quadrature, moments, register_rule
+from probest.moments import MomentError, Quadrature, moments, register_rule, traced
 
 RNG = np.random.default_rng(0)
 W, V, MEAN = RNG.normal(size=(5, 6)) / 2, RNG.normal(size=(3, 5)), RNG.normal(size=6)
@@ -301,6 +301,85 @@ def test_gradients_match_central_differences(library: Library) -> None:
     expected = (ends[0] - ends[1]) / (2 * step)
     found = sum(float((g * d).sum()) for g, d in zip(slopes, direction, strict=True))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["leaky", "two bends", "jump", "steps of steps"])
+def test_what_is_affine_in_pieces_is_as_by_quadrature(library: Library, case: str) -> None:
+    """Closed forms against nodes, which a term that is not affine brings on, and against a grid."""
+    slope, where = library.array(np.linspace(0.1, 2.0, 6)), library.where
+    one, zero = library.array(1.0), library.array(0.0)
+    fn = {
+        "leaky": lambda x: where(x > 0, x, slope * x),
+        "two bends": lambda x: library.maximum(library.relu(x + 1.0) - 0.5, 2.0 * x - 1.0),
+        "jump": lambda x: where(x > 0.3, 2.0 * x + 1.0, -x),
+        "steps of steps": lambda x: where(library.relu(x) - 0.5 > 0, one, zero) + where(x > 1.0, one, zero),
+    }[case]
+    mean, cov, cross = library.moments(fn)
+    curved = library.moments(lambda x: fn(x) + 1e-9 * library.tanh(x))
+    for found, by_nodes in zip((mean, cov, cross), curved, strict=True):
+        close(found, by_nodes, 3e-7)
+
+
+def test_covariances_found_backwards_are_the_same(library: Library) -> None:
+    """Of a short output with a wide input, and their gradient: by pulling rows back, and as a whole."""
+    rng = np.random.default_rng(3)
+    start = [rng.normal(size=(12, 90)) / 9, rng.normal(size=12), rng.normal(size=(2, 12)), rng.normal(size=(90, 2))]
+
+    def cross(arrays: Any, settings: Quadrature) -> Any:
+        first, shift, last, _ = arrays
+        fn = lambda x: last @ library.tanh(library.relu(first @ x + shift) + x[:12])  # noqa: E731
+        return moments(fn, 0.0 * first[0], settings=settings).cross
+
+    ways = [Quadrature(), Quadrature(backwards=1000)]
+    if library.name == "torch":
+        found, slopes = [], []
+        for settings in ways:
+            arrays = [library.array(x).requires_grad_() for x in start]
+            value = cross(arrays, settings)
+            (value * arrays[3]).sum().backward()
+            found.append(value.detach().numpy())
+            slopes.append(arrays[0].grad.numpy())
+        close(slopes[0], slopes[1], 1e-10)
+    else:
+        found = [np.asarray(cross([library.array(x) for x in start], settings)) for settings in ways]
+    close(found[0], found[1], 1e-12)
+
+
+def test_a_traced_function_is_read_again_without_tracing(library: Library) -> None:
+    calls = 0
+
+    def fn(x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return library.tanh(library.array(W) @ x)
+
+    once = traced(fn, library.array(MEAN))
+    seen = calls
+    for mean, cov in ((MEAN, COV), (2 * MEAN, 0.5 * COV)):
+        again, plain = (
+            library.moments(once, mean, cov),
+            library.moments(lambda x: library.tanh(library.array(W) @ x), mean, cov),
+        )
+        for found, expected in zip(again, plain, strict=True):
+            close(found, expected, 1e-12)
+    assert calls == seen
+    close(np.asarray(once(library.array(MEAN))), np.tanh(W @ MEAN))
+    with pytest.raises(ValueError, match=r"traced on \(6,\)"):
+        moments(once, library.array(MEAN[:5]))
+    with pytest.raises(TypeError, match="traced"):
+        traced(3.0, library.array(MEAN))  # type: ignore[arg-type]
+
+
+def test_a_traced_module_sees_what_is_written_into_its_parameters() -> None:
+    torch = pytest.importorskip("torch")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 2).double()
+    mean = torch.as_tensor(MEAN)
+    once = traced(net, mean)
+    with torch.no_grad():
+        net.weight.mul_(3.0)
+    close(moments(once, mean).mean.detach(), net(mean).detach())
 
 
 def test_the_libraries_agree_and_so_does_single_precision() -> None:

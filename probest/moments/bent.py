@@ -106,7 +106,8 @@ def series(bends: Bends, orders: int) -> Iterator[Array]:
 def _inside() -> np.ndarray:
     """Places within a piece, ``(_PER_PIECE, 1, 1)`` in (0, 1), at no regular distance."""
     k = np.arange(_PER_PIECE)
-    return ((k + 0.5) / _PER_PIECE + 0.02 * np.sin(7.0 * k))[:, None, None]
+    places: np.ndarray = (k + 0.5) / _PER_PIECE + 0.02 * np.sin(7.0 * k)
+    return places[:, None, None]
 
 
 def _density(xp: Any, x: Array) -> Array:

@@ -257,21 +257,33 @@ def _matmul(p: Propagation, step: Step, a: Any, b: Any, *rest: Any) -> Any:
 def _by_constant(p: Propagation, kind: str, a: Any, b: Any, bias: Any = 0.0) -> Random | None:
     """A matrix product of which one side is constant, many at once without `vmap`, plus a constant; None for others."""
     if kind in ("mm", "bmm", "mv") and isinstance(a, Random):
-        x, right = a, (lambda v: v.contiguous() @ b)
-        back = (lambda v: v[..., None] * b) if kind == "mv" else (lambda v: v @ b.mT)
+        x = a
+
+        def product(v: Array) -> Array:
+            return v.contiguous() @ b
+
+        def adjoint(v: Array) -> Array:
+            return v[..., None] * b if kind == "mv" else v @ b.mT
+
     elif kind == "mv":
-        x, right = b, (lambda v: v.contiguous() @ a.mT)
-        back = lambda v: v @ a  # noqa: E731
+        x = b
+
+        def product(v: Array) -> Array:
+            return v.contiguous() @ a.mT
+
+        def adjoint(v: Array) -> Array:
+            return v @ a
+
     else:
         return None
-    return p.affine(lambda v: right(v) + bias, x, native=False, tangent=right, adjoint=back)
+    return p.affine(lambda v: product(v) + bias, x, native=False, tangent=product, adjoint=adjoint)
 
 
 @_rule("addmm", "baddbmm", "addmv")
 def _add_matmul(p: Propagation, step: Step, bias: Any, a: Any, b: Any, **params: Any) -> Any:
     if not (isinstance(a, Random) and isinstance(b, Random)):
-        plain = not params and not isinstance(bias, Random)
-        found = _by_constant(p, step.kind.removeprefix("add").removeprefix("b") if plain else "", a, b, bias)
+        kind = step.kind.replace("add", "")
+        found = None if params or isinstance(bias, Random) else _by_constant(p, kind, a, b, bias)
         return linear(p, step, (bias, a, b), params) if found is None else found
     if params:
         return NotImplemented

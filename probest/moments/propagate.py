@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from probest.moments.gaussian import Gaussian
 from probest.moments.hermite import QUADRATURE, Quadrature
 from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
-from probest.moments.steps import MomentError, Unknown, linear, read
+from probest.moments.steps import MomentError, Trace, Unknown, linear, read
 
-__all__ = ["Moments", "interpret", "moments", "register_rule"]
+__all__ = ["Moments", "Traced", "interpret", "moments", "register_rule", "traced"]
 
 Array = Any
 
@@ -57,6 +57,46 @@ class Moments:
         return tuple(self.cross.shape[: self.cross.ndim - self.mean.ndim])
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A function that `traced` read once, to be passed to `moments` in its place.
+
+    Attributes:
+        function: the function; calling this calls it.
+        shape, dtype: of the array that it was traced on, and has to be asked about.
+    """
+
+    function: Callable[[Array], Array]
+    shape: tuple[int, ...]
+    dtype: Any
+    trace: Trace = field(repr=False)
+
+    def __call__(self, x: Array) -> Array:
+        return self.function(x)
+
+
+def traced(fn: Callable[[Array], Array], mean: Array) -> Traced:
+    """``fn`` as a list of operations, for many calls of `moments`: tracing a small network takes longer than the rest.
+
+    Parameters of a torch module stay what they are: values written into them count, gradients pass. Everything else
+    that ``fn`` looks up (arrays it closes over in JAX, settings, its training mode) is as it was when it was traced.
+
+    Args:
+        fn: as for `moments`.
+        mean: an array of the shape and type of the means it will be asked about; its values do not count.
+
+    Raises:
+        MomentError, TypeError, ValueError: as `moments`, of its function and mean.
+    """
+    if not callable(fn):
+        raise TypeError(f"traced(fn=...) has to be a function or module, not {type(fn).__name__}")
+    name = _library_of(mean)
+    backend = load_backend(name)
+    _check(backend, mean, None)
+    with backend.evaluating(fn):
+        return Traced(fn, tuple(mean.shape), mean.dtype, _trace(_front(name), fn, mean))
+
+
 def moments(
     fn: Callable[[Array], Array],
     mean: Array,
@@ -72,7 +112,8 @@ def moments(
     is neglected is that a layer's output is not Gaussian: an error of the order of 1 / width.
 
     Args:
-        fn: a torch module or function, or a JAX function; of one array, which may be a batch.
+        fn: a torch module or function, or a JAX function; of one array, which may be a batch. Or what `traced` made of
+            one.
         mean: of the input, ``(*S)``: a torch tensor or a JAX array.
         cov: its covariance: ``(n, n)`` or ``(*S, *S)`` with n the number of entries; or the variances alone, ``(*S)``;
             None for the identity.
@@ -117,22 +158,25 @@ def interpret(
     if not callable(fn):
         raise TypeError(f"moments(fn=...) has to be a function or module, not {type(fn).__name__}")
     name = _library_of(mean)
-    backend = load_backend(name)
-    front: Any
-    if name == "torch":
-        from probest.moments import fx as front
-    else:
-        from probest.moments import jaxpr as front
+    backend, front = load_backend(name), _front(name)
     shape = tuple(mean.shape)
     _check(backend, mean, cov)
-    with backend.evaluating(fn):
-        traced = _traced(front, fn, mean)
-    library = front.library(traced, mean, cov)
+    if isinstance(fn, Traced):
+        if (shape, mean.dtype) != (fn.shape, fn.dtype):
+            raise ValueError(
+                f"moments(mean=...) is of shape {shape} and type {mean.dtype}, fn was traced on {fn.shape} and "
+                f"{fn.dtype}: trace it on such an array"
+            )
+        trace = fn.trace
+    else:
+        with backend.evaluating(fn):
+            trace = _trace(front, fn, mean)
+    library = front.library(trace, mean, cov)
     p = rules(library, settings)
     flat = library.value(mean).reshape(-1)
     source = p.joint.add(flat, _matrix(p, flat, shape, library.value(cov)), {})
     p.begin(source)
-    found = read(traced, p, front.rule_for, p.random(source, shape), linearize=linearize)
+    found = read(trace, p, front.rule_for, p.random(source, shape), linearize=linearize)
     if isinstance(found, Unknown):
         raise MomentError(f"moments: the function returns a value that has no moments here ({found.place})")
     if isinstance(found, tuple | list) and len(found) == 1:
@@ -193,9 +237,21 @@ def _elementwise_rule(bends: tuple[float, ...]) -> Callable[..., Any]:
     return rule
 
 
-def _traced(front: Any, fn: Callable[[Array], Array], mean: Array) -> Any:
+def _front(name: str) -> Any:
+    """What traces functions of that library, and knows the rules of its operations."""
+    if name == "torch":
+        from probest.moments import fx
+
+        return fx
+    from probest.moments import jaxpr
+
+    return jaxpr
+
+
+def _trace(front: Any, fn: Callable[[Array], Array], mean: Array) -> Trace:
     try:
-        return front.trace(fn, mean)
+        found: Trace = front.trace(fn, mean)
+        return found
     except MomentError:
         raise
     except Exception as error:
