@@ -176,6 +176,13 @@ def test_flows_are_densities_and_guides(library: str) -> None:
             share = np.mean(((sample[:, 1] > 3.3) == above) & ((sample[:, 0] > 0.0) == right))
             assert abs(share - density[part].sum() * cell) < REACH * 0.5 / math.sqrt(3000) + 0.02
     assert stats.kstest(sample[:, 4], "norm").pvalue > FAILURE_RATE
+    # the density is that of the draws: what pushing standard normals does to an area, by central differences
+    noise, step = rng(12).standard_normal((50, 2)), 0.01 * np.eye(2)
+    columns = [(flow.density.push(noise + d) - flow.density.push(noise - d)) / 0.02 for d in step]
+    area = np.abs(columns[0][:, 0] * columns[1][:, 1] - columns[0][:, 1] * columns[1][:, 0])
+    expected_density = stats.norm.logpdf(noise).sum(axis=1) - np.log(area)
+    off = flow.density.log_density(flow.density.push(noise)) - expected_density
+    assert np.median(np.abs(off)) < 0.01
     np.testing.assert_array_equal(sample, flow.sample(3000, rng(11)))
     again = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
     np.testing.assert_array_equal(again.log_ratio(z), flow.log_ratio(z))

@@ -49,8 +49,9 @@ def _padded(fn: Any, flow: Any, x: np.ndarray) -> np.ndarray:
 def _untrained(rank: int) -> tuple[Any, Any]:
     """Arrays and structure of a flow before it is fitted: always the same objects, so that code is compiled once."""
     spline = RationalQuadraticSpline(knots=8, interval=5.0)
+    base = paramax.non_trainable(Normal(jnp.zeros(rank)))  # draws push standard normals: they have to stay it
     flow = masked_autoregressive_flow(
-        jax.random.key(0), base_dist=Normal(jnp.zeros(rank)), transformer=spline, flow_layers=2, nn_width=32, nn_depth=2
+        jax.random.key(0), base_dist=base, transformer=spline, flow_layers=2, nn_width=32, nn_depth=2
     )
     arrays, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=_frozen)
     return arrays, static
