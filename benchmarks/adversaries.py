@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 from models import digits  # noqa: E402
 from models._libraries import Backend, library  # noqa: E402
 from probest import Problem, estimate, search  # noqa: E402
-from probest.adversaries import Tilt  # noqa: E402
+from probest.adversaries import Flow, Tilt  # noqa: E402
 
 DIM = 20
 LIMITS = np.array([4.3, 4.2, 4.1, 4.0])
@@ -63,6 +63,9 @@ def normal_cases(backend: Backend) -> dict[str, Case]:
 
     half = Problem(adversary, lambda x: x.sum() / DIM**0.5, lambda _, y: y - 5.0)
     union = Problem(adversary, lambda x: signs * x[:4] - limits, lambda _, y: y.max())
+    bent = Problem(adversary, lambda x: x[1] + 0.3 * x[0] ** 2, lambda _, y: y - 6.0)
+    grid = np.linspace(-12.0, 12.0, 24_001)
+    exact_bent = math.log((stats.norm.pdf(grid) * stats.norm.sf(6.0 - 0.3 * grid**2)).sum() * (grid[1] - grid[0]))
     switch = Problem(switched, lambda c: c[1].sum() / DIM**0.5, lambda c, y: y - xp.where(c[0] == 1, 2.0, 7.0))
     each = stats.norm.sf(LIMITS)
     learnt = lib.bind(program, mean=np.zeros(DIM), log_scale=np.zeros(DIM))
@@ -81,6 +84,9 @@ def normal_cases(backend: Backend) -> dict[str, Case]:
             union, exact_union, Tilt(components=8, from_particles=False), each / each.sum(), exceeded
         ),
         "rare switch": Case(switch, exact_switch, Tilt(), one, alone),
+        "parabola, one Gaussian": Case(bent, exact_bent, Tilt(components=1), one, alone),
+        "parabola": Case(bent, exact_bent, Tilt(), one, alone),
+        "parabola, flow": Case(bent, exact_bent, Flow(), one, alone),
     }
 
 
@@ -114,13 +120,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--kl", type=float, nargs="+", default=[2.0, 5.0])
     parser.add_argument("--backends", nargs="+", choices=("pyro", "numpyro"), default=["pyro", "numpyro"])
+    parser.add_argument("--only", help="problems whose name contains this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     cases = {
         f"{name} ({backend})": case for backend in options.backends for name, case in normal_cases(backend).items()
     }
-    cases["digits (pyro)"] = digits_case()
+    if not options.only or options.only in "digits (pyro)":
+        cases["digits (pyro)"] = digits_case()
+    cases = {name: case for name, case in cases.items() if not options.only or options.only in name}
     table, records = Table("problem", "KL", "log P", "efficiency", "from", "modes kept", "calls", "seconds"), []
     for name, case in cases.items():
         budget = 200_000 if case.log_prob is None else 50_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -12,9 +13,10 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import Problem, ProblemError, Tempering, estimate, search
-from probest.adversaries import Learnable, Tilt
+from probest.adversaries import Flow, Learnable, Tilt
 from probest.adversaries.tilts import TiltLaw
 from probest.guides.mixture import Mixture
+from probest.search import ratio_of
 from probest.testing import FAILURE_RATE
 
 DIM = 6
@@ -155,6 +157,28 @@ def test_a_tilt_has_the_density_of_its_mixture(backend: str) -> None:
     assert min(tails) > FAILURE_RATE / len(tails)
 
 
+def test_a_flow_bends_where_one_gaussian_cannot(backend: str) -> None:
+    """A parabola, whose P is an integral in one dimension; draws and densities of the law belong together."""
+    if importlib.util.find_spec("zuko" if backend == "pyro" else "flowjax") is None:
+        pytest.skip("the library of flows is not installed")
+    _, adversary = normals(backend)
+    problem = Problem(adversary, lambda x: x[1] + 0.3 * x[0] ** 2, lambda _, y: y - 6.0)
+    grid = np.linspace(-10, 10, 20_001)
+    exact = math.log((stats.norm.pdf(grid) * stats.norm.sf(6.0 - 0.3 * grid**2)).sum() * (grid[1] - grid[0]))
+    base = estimate(problem, budget=20_000, progress=False)
+    found = search(problem, Flow(), **QUICK | {"kl": 3.0, "base": base})
+    check(found, exact, 3.0)
+    assert found.efficiency > 0.75  # one Gaussian: .47
+    # the density is that of the draws: what pushing standard normals does to a volume, by central differences
+    learnt, rank = found.parts.adversary, found.law.basis.shape[1]
+    noise = np.random.default_rng(1).standard_normal((200, rank))
+    slopes = [(learnt.push(noise + d) - learnt.push(noise - d)) / 0.02 for d in 0.01 * np.eye(rank)]
+    volume = np.abs(np.linalg.det(np.stack(slopes, axis=-1)))
+    u = learnt.push(noise)
+    log_q = ratio_of(problem.event.backend, found.law, found.parts, {"u": u}) + stats.norm.logpdf(u).sum(axis=1)
+    assert np.median(np.abs(log_q - stats.norm.logpdf(noise).sum(axis=1) + np.log(volume))) < 0.01
+
+
 def test_a_closed_loop(backend: str) -> None:
     _, normal = normals(backend)
     problem = Problem(
@@ -179,6 +203,13 @@ def test_what_cannot_be_searched(backend: str) -> None:
         search(problem, "worse", kl=1.0, progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="components="):
         Tilt(components=0)
+    with pytest.raises(ValueError, match="rank="):
+        Flow(rank=0)
+    switched = Problem(
+        lambda: (lib.sample("on", lib.dist.Bernoulli(0.1)), normal()), lambda c: c[1].sum(), lambda c, y: y + c[0] - 9.0
+    )
+    with pytest.raises(ProblemError, match=r"discrete ones \(on\)"):
+        search(switched, Flow(), kl=1.0, progress=False)
     base = estimate(problem, budget=5_000, progress=False)
     with pytest.raises(ProblemError, match="no parameters"):
         search(problem, normal, kl=1.0, base=base, progress=False)

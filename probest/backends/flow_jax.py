@@ -17,7 +17,7 @@ from flowjax.bijections import RationalQuadraticSpline
 from flowjax.distributions import Normal
 from flowjax.flows import masked_autoregressive_flow
 
-__all__ = ["JaxFlow", "fit_flow"]
+__all__ = ["JaxFlow", "LearnableFlow", "fit_flow", "learnable"]
 
 _BLOCK = 4096
 
@@ -33,6 +33,40 @@ class JaxFlow:
 
     def log_density(self, v: np.ndarray) -> np.ndarray:
         return _padded(_log_density, self.flow, v)
+
+
+class LearnableFlow(eqx.Module):
+    """log q − log N(0, I) at points ``(n, r)``, with u = centre + factor v and v by the flow, which can be trained."""
+
+    flow: Any
+    frame: Any  # centre and factor, not trained
+
+    def __call__(self, u: Any) -> Any:
+        return _log_ratio(self, u)
+
+    def pushed(self, x: Any) -> Any:
+        """One standard-normal point ``(r,)`` as a draw."""
+        centre, factor = paramax.unwrap(self.frame)
+        return centre + factor @ paramax.unwrap(self.flow).bijection.transform(x)
+
+    def push(self, x: np.ndarray) -> np.ndarray:
+        """Standard-normal points ``(n, r)`` as draws."""
+        centre, factor = (np.asarray(part, np.float64) for part in paramax.unwrap(self.frame))
+        return np.asarray(centre + _padded(_push, self.flow, x) @ factor.T)
+
+
+@eqx.filter_jit
+def _log_ratio(learnt: LearnableFlow, u: Any) -> Any:
+    centre, factor = paramax.unwrap(learnt.frame)
+    v = jax.scipy.linalg.solve_triangular(factor, (u - centre).T, lower=True).T
+    density = paramax.unwrap(learnt.flow).log_prob(v) - jnp.log(jnp.diagonal(factor)).sum()
+    return density + 0.5 * (u * u).sum(-1) + 0.5 * math.log(2.0 * math.pi) * u.shape[-1]
+
+
+def learnable(density: JaxFlow, centre: np.ndarray, factor: np.ndarray) -> LearnableFlow:
+    """A fitted flow, to be trained on."""
+    frame = tuple(jnp.asarray(part, jnp.result_type(float)) for part in (centre, factor))
+    return LearnableFlow(density.flow, paramax.non_trainable(frame))
 
 
 def _padded(fn: Any, flow: Any, x: np.ndarray) -> np.ndarray:

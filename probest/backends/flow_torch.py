@@ -15,7 +15,7 @@ import zuko  # noqa: E402 - its import turns validation off for all distribution
 
 Distribution.set_default_validate_args(_validates)
 
-__all__ = ["TorchFlow", "fit_flow"]
+__all__ = ["LearnableFlow", "TorchFlow", "fit_flow", "learnable"]
 
 _LOG2PI = math.log(2.0 * math.pi)
 
@@ -40,6 +40,42 @@ def _log_density(flow: Any, v: torch.Tensor) -> torch.Tensor:
     x, log_jacobian = flow().transform.call_and_ladj(v)
     density: torch.Tensor = log_jacobian - 0.5 * (x * x).sum(-1) - 0.5 * _LOG2PI * v.shape[-1]
     return density
+
+
+class LearnableFlow(torch.nn.Module):
+    """log q − log N(0, I) at points ``(n, r)``, with u = centre + factor v and v by the flow, which can be trained."""
+
+    flow: Any
+    centre: torch.Tensor
+    factor: torch.Tensor
+
+    def __init__(self, flow: Any, centre: np.ndarray, factor: np.ndarray) -> None:
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("centre", torch.from_numpy(centre))
+        self.register_buffer("factor", torch.from_numpy(factor))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        given, u = u, u.to(self.centre.dtype)
+        v = torch.linalg.solve_triangular(self.factor, (u - self.centre).T, upper=False).T
+        density = _log_density(self.flow, v) - self.factor.diagonal().log().sum()
+        ratio = density + 0.5 * (u * u).sum(-1) + 0.5 * _LOG2PI * u.shape[-1]
+        return ratio.to(given.dtype)
+
+    def pushed(self, x: torch.Tensor) -> torch.Tensor:
+        """One standard-normal point ``(r,)`` as a draw."""
+        v: torch.Tensor = self.flow().transform.inv(x.to(self.centre.dtype))
+        return (self.centre + self.factor @ v).to(x.dtype)
+
+    def push(self, x: np.ndarray) -> np.ndarray:
+        """Standard-normal points ``(n, r)`` as draws."""
+        v = TorchFlow(self.flow).push(x)
+        return np.asarray(self.centre.numpy() + v @ self.factor.numpy().T)
+
+
+def learnable(density: TorchFlow, centre: np.ndarray, factor: np.ndarray) -> LearnableFlow:
+    """A fitted flow, to be trained on."""
+    return LearnableFlow(density.flow.requires_grad_(True), centre, factor)
 
 
 def fit_flow(
