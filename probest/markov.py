@@ -1,4 +1,4 @@
-r"""Lower bounds of log P at a stated confidence, from nothing but the means of estimates.
+r"""Bounds of log P at a stated confidence, from nothing but the means of estimates.
 
 For an estimate :math:`\hat P \ge 0` of mean P, :math:`\Pr(\hat P \ge P / \delta) \le \delta` (Markov), so that
 :math:`\log \hat P + \log \delta` is below log P with probability 1 − δ, however heavy the tail of :math:`\hat P` and
@@ -9,6 +9,8 @@ draws of a number fixed beforehand have the bound of Clopper and Pearson. The i-
 
 Means of a growing sample are a reverse martingale, for whose supremum the same inequality holds (Doob): looking at a
 sample and then going on with it does not spoil the bound.
+
+From above only plain draws say something, by Clopper and Pearson: what has the mean P may have missed all that matters.
 
 References: Clopper & Pearson (1934); Doob (1953), Stochastic processes; Gomes, Hoffmann, Sabharwal & Selman (2007),
 From sampling to model counting (the least of several estimates).
@@ -24,7 +26,7 @@ from scipy import special
 
 from probest.evidence import Evidence
 
-__all__ = ["lower_bound"]
+__all__ = ["lower_bound", "upper_bound"]
 
 _MEANS = ("unbiased", "consistent")
 
@@ -43,11 +45,31 @@ def lower_bound(ledger: Sequence[Evidence], level: float) -> float:
     return min(0.0, max(bounds, default=-math.inf))
 
 
-def _of(line: Evidence, share: float) -> float:
-    """The best bound that one estimate gives, wrong with a probability of at most ``share``."""
+def upper_bound(ledger: Sequence[Evidence], level: float) -> float:
+    """What log P is below with probability ``level``, by all plain draws of a number fixed beforehand; 0 for none."""
+    draws = [line for line in ledger if line.stratum is None and _plain(line) is not None]
+    bounds = [0.0]
+    for i, line in enumerate(draws, start=1):
+        hits, size = _plain(line) or (0.0, 0.0)
+        share = (1.0 - level) / (i * (i + 1.0))
+        if hits < size:
+            bounds.append(math.log(float(special.betainccinv(hits + 1.0, size - hits, share))))
+    return min(bounds)
+
+
+def _plain(line: Evidence) -> tuple[float, float] | None:
+    """Hits and draws of an estimate that is plain draws of a number fixed beforehand."""
     figures = line.diagnostics
     if line.method == "monte carlo" and line.claim == "unbiased" and {"hits", "samples"} <= set(figures):
-        hits, draws = figures["hits"], figures["samples"]
+        return figures["hits"], figures["samples"]
+    return None
+
+
+def _of(line: Evidence, share: float) -> float:
+    """The best bound that one estimate gives, wrong with a probability of at most ``share``."""
+    plain = _plain(line)
+    if plain is not None:
+        hits, draws = plain
         return math.log(float(special.betaincinv(hits, draws - hits + 1.0, share)))
     count = len(line.batches)
     if count < 2:

@@ -12,7 +12,7 @@ from scipy import optimize
 from scipy.special import ndtri
 
 from probest.evidence import Evidence, Floats
-from probest.markov import lower_bound
+from probest.markov import lower_bound, upper_bound
 
 if TYPE_CHECKING:
     import os
@@ -103,6 +103,17 @@ class Result:
         if self.observed or any(line.log_evidence for line in self.ledger):
             return -math.inf
         return lower_bound(self.ledger, level)
+
+    def upper_bound(self, level: float = 0.95) -> float:
+        """What log P is below with probability ``level`` in (0, 1), whatever estimates missed: by plain draws alone.
+
+        0 where there were none of a number fixed beforehand, for a conditioned adversary, or with a recogniser.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+        if self.observed or any(line.log_evidence for line in self.ledger):
+            return 0.0
+        return upper_bound(self.ledger, level)
 
     def worst_case(self, kl: float, *, level: float = 0.95) -> WorstCase:
         """The largest probability of a catastrophe under any adversary q with KL(q ‖ D) ≤ ``kl`` nats.

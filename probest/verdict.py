@@ -16,7 +16,7 @@ from scipy import stats
 
 from probest import diagnostics
 from probest.evidence import Code, Evidence, Floats, Note
-from probest.markov import lower_bound
+from probest.markov import lower_bound, upper_bound
 from probest.tuning import tuned
 
 __all__ = [
@@ -132,18 +132,24 @@ def with_room(one: Evidence, independent: float, new: float, precision: float | 
 
 
 def bounded(one: Evidence, ledger: Sequence[Evidence]) -> Evidence:
-    """The conclusion, refuted where it is below a lower bound that samples in the ledger give almost surely.
+    """The conclusion, refuted where it is beyond a bound that samples in the ledger give almost surely.
 
-    Samples of a guide and plain draws alone: lines may claim what is not there, and tempering's mean is only nearly P.
+    From below by samples of a guide and plain draws alone: lines may claim what is not there, and tempering's mean is
+    only nearly P. From above by plain draws.
     """
-    sampled = [line for line in ledger if line.batches or "samples" in line.diagnostics]
-    least = lower_bound(sampled, RULES.sure)
-    if not (math.isfinite(one.log_prob) and one.log_prob < least):
+    if not math.isfinite(one.log_prob):
         return one
-    sentence = f"samples show that log P is at least {least:.4g}, almost surely: raise the budget."
-    upper = max(one.interval[1], *(line.interval[1] for line in sampled))
-    note = Note(Code.DISAGREE, sentence)
-    return replace(one, converged=False, interval=(one.interval[0], upper), notes=(*one.notes, note))
+    sampled = [line for line in ledger if line.batches or "samples" in line.diagnostics]
+    least, most = lower_bound(sampled, RULES.sure), upper_bound(sampled, RULES.sure)
+    if one.log_prob < least:
+        sentence = f"samples show that log P is at least {least:.4g}, almost surely: raise the budget."
+        interval = (one.interval[0], max(one.interval[1], *(line.interval[1] for line in sampled)))
+    elif one.log_prob > most:
+        sentence = f"plain draws show that log P is at most {most:.4g}, almost surely: raise the budget."
+        interval = (min(one.interval[0], *(line.interval[0] for line in sampled)), one.interval[1])
+    else:
+        return one
+    return replace(one, converged=False, interval=interval, notes=(*one.notes, Note(Code.DISAGREE, sentence)))
 
 
 def rounded(one: Evidence, apart: Mapping[str, Floats], precision: float | None) -> Evidence:

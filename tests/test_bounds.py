@@ -15,7 +15,7 @@ from probest import Autoguide, Bounds, Importance, MonteCarlo, Problem, ProgramG
 from probest.estimators import UnmetNeedError
 from probest.estimators.bounds import renyi_bound
 from probest.evidence import Code, Evidence, Note
-from probest.markov import lower_bound
+from probest.markov import lower_bound, upper_bound
 from probest.problem import ProblemError
 from probest.testing import check_run
 from probest.testing.events import ExactEvent, half_space, sphere, union
@@ -122,6 +122,9 @@ def test_what_one_estimate_bounds() -> None:
     assert lower_bound([evidence(-9.0, floor=-9.01)], 0.999) == -9.01
     draws = evidence(math.log(0.1), method="monte carlo", diagnostics={"hits": 10.0, "samples": 100.0})
     assert stats.binom.sf(9, 100, math.exp(lower_bound([draws], 0.9))) == pytest.approx(0.05)
+    assert stats.binom.cdf(10, 100, math.exp(upper_bound([draws], 0.9))) == pytest.approx(0.05)
+    assert upper_bound([draws, evidence(-9.0, batches=(-9.0,) * 16)], 0.9) == upper_bound([draws], 0.9)
+    assert upper_bound([evidence(-9.0)], 0.9) == 0.0
     close = evidence(-9.0, batches=(-9.0,) * 16)
     assert -9.5 < lower_bound([close], 0.99) < -9.0
 
@@ -149,6 +152,7 @@ def test_every_estimate_has_a_lower_bound() -> None:
         bounds = [result.lower_bound(level) for level in (0.5, 0.95, 0.999)]
         assert bounds == sorted(bounds, reverse=True)
         assert truth - room < result.lower_bound(0.99) < truth
+        assert truth < result.upper_bound(0.999)
     with pytest.raises(ValueError, match="level=1"):
         result.lower_bound(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_a_conclusion_below_what_samples_show_is_refuted() -> None:
     assert low.interval[1] >= -8.9
     assert bounded(line(-20.0), [few]).converged  # no sample: lines, say
     assert bounded(line(-INF, INF), [many]).log_prob == -INF
+
+
+def test_a_conclusion_above_what_plain_draws_show_is_refuted() -> None:
+    draws = line(-INF, INF, claim="unbiased", diagnostics={"hits": 0.0, "samples": 10_000.0})
+    draws = replace(draws, method="monte carlo")
+    assert bounded(line(-9.0), [draws]) == line(-9.0)
+    high = bounded(line(-5.0), [draws])
+    assert not high.converged
+    assert high.codes == {Code.DISAGREE}
+    assert high.interval[0] == -INF
 
 
 def test_rounding_moves_log_p_by_the_mean_of_its_catastrophes() -> None:
