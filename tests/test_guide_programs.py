@@ -70,6 +70,37 @@ def test_a_conjugate_problem(backend: str) -> None:
     assert abs(result.conclusion.log_evidence - evidence) < 0.2
 
 
+def test_an_amortised_guide_serves_every_observation(backend: str) -> None:
+    """One encoder of what was seen, trained by maximum likelihood on simulated catastrophes: here in closed form, the
+    least squares of x given x > 2 on what was seen and its square.
+    """
+    lib, rng = library(backend), np.random.default_rng(0)
+    x = stats.norm.isf(rng.random(20_000) * stats.norm.sf(2.0))
+    seen = x + 0.5 * rng.standard_normal(len(x))
+    design = np.stack([np.ones_like(seen), seen, seen**2], axis=1)
+    weights, rest, *_ = np.linalg.lstsq(design, x, rcond=None)
+    width = 1.5 * math.sqrt(float(rest[0]) / len(x))
+
+    def encoded(params: Any, at: float) -> Any:
+        return params["w"] @ lib.array([1.0, at, at**2]), lib.array(width)
+
+    encoder = lib.module(encoded, {"w": weights})
+    for at in (0.5, 1.5, 2.5):
+
+        def adversary(at: float = at) -> Any:
+            x = lib.sample("x", lib.dist.Normal(0.0, 1.0))
+            lib.sample("seen", lib.dist.Normal(x, 0.5), obs=lib.array(at))
+            return x
+
+        def guide(at: float = at) -> Any:
+            lib.sample("x", lib.dist.Normal(*encoder(at)))
+
+        result = estimate(Problem(adversary, lambda x: x, lambda x, y: y - 2.0), guide=guide, budget=20_000, **QUIET)
+        truth = float(special.log_ndtr(-(2.0 - 0.8 * at) * math.sqrt(5.0)))
+        assert result.converged, result.advice
+        assert abs(result.log_prob - truth) < REACH * result.std_error
+
+
 def test_sites_of_several_kinds(backend: str) -> None:
     # independent sites; the guide draws them in another order
     lib = library(backend)

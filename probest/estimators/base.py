@@ -60,7 +60,9 @@ def check_needs(method: Estimator, event: EventLike) -> None:
         )
     lacking = [_LACKING[need] for need in given if need in needs and not given[need]]
     if lacking:
-        raise UnmetNeedError(f"{method.name} needs {', and '.join(lacking)}; this event has none. Use Tempering")
+        raise UnmetNeedError(
+            f"{method.name} needs {', and '.join(lacking)}, which this problem has not. Use Tempering()"
+        )
 
 
 def check_precision(precision: float | None) -> None:
