@@ -15,6 +15,8 @@ task's own data are free to all. Methods:
   radius ``PGD_RADIUS`` in standard-normal coordinates, then the right answers.
 - trades: as TRADES (Zhang et al. 2019) does, answers at the ends of such walks are held to those at their beginnings.
 - train, teacher: ``train()`` without and with a teacher, to the end of the calls: no target.
+- pool: ``train()`` that also plays against adversaries within 3 nats, searched for five times on the way; what searches
+  cost is taken off the steps.
 
 Every result is judged by the same: for each stratum of D, ``--judges`` estimates from fresh seeds (``--judge`` calls
 each), of which the largest counts, since they err low and seldom high. The sum over strata is the best known lower
@@ -45,15 +47,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from models import digits, pendulum  # noqa: E402
-from probest import Problem, estimate, train  # noqa: E402
+from probest import Pool, Problem, estimate, train  # noqa: E402
 from probest.diagnostics import log_sum_exp  # noqa: E402
 
 MODELS: dict[str, ModuleType] = {"digits": digits, "pendulum": pendulum}
-METHODS = ("ordinary", "sampled", "severity", "pgd", "trades", "train", "teacher")
+METHODS = ("ordinary", "sampled", "severity", "pgd", "trades", "train", "teacher", "pool")
 DRAWN, KEPT = 1024, 128
 PGD_STEPS, PGD_RADIUS = 10, 4.0
 PENDULUM_WEIGHT = 0.1  # of hard cases beside recorded weather, as in its baseline
 STEP_CALLS = 1_408  # of one step of train() with 128 particles: two gradients and the model's own, and 256 draws
+POOL_CALLS = 64 * 4  # more with opponents: their draws, and gradients there
+SEARCHES, SEARCH_CALLS = 5, 25_000
 LESSON_CALLS = 32 * 4  # more with a teacher: replayed cases and their severities
 
 
@@ -155,11 +159,12 @@ def trained(name: str, method: str, ordinary: Any, calls: int, seed: int, *, onl
         "digits": lambda image: digits.reader_log_beliefs(image).argmax(),
         "pendulum": lambda weather: weather,
     }
-    taught = method == "teacher"
-    steps = calls // (STEP_CALLS + taught * LESSON_CALLS)
+    taught, pooled = method == "teacher", method == "pool"
+    each = STEP_CALLS + taught * LESSON_CALLS + pooled * POOL_CALLS
+    steps = (calls - pooled * SEARCHES * SEARCH_CALLS) // each
     options = module.TRAINING | {
-        "until_log_prob": -1e6, "steps": steps, "check_every": steps, "check_budget": 1_000, "budget": 1_000,
-        "audit_rounds": 0,
+        "until_log_prob": -1e6, "steps": steps, "check_every": steps, "check_budget": 20_000 if pooled else 1_000,
+        "budget": 1_000, "audit_rounds": 0, "adversaries": Pool(every=steps // (SEARCHES + 1)) if pooled else None,
     }  # fmt: skip
     run = train(
         module.problem(ordinary), task=module.task_loss, data=module.load_data()[0],
@@ -173,7 +178,7 @@ def result_of(name: str, method: str, ordinary: Any, calls: int, seed: int) -> A
         return ordinary
     if method == "sampled":
         return MODELS[name].adversarial_baseline(ordinary, calls, seed)
-    if method in ("train", "teacher"):
+    if method in ("train", "teacher", "pool"):
         return trained(name, method, ordinary, calls, seed)
     return {"digits": digits_peer, "pendulum": pendulum_peer}[name](method, ordinary, calls, seed)
 

@@ -27,6 +27,7 @@ from probest.training.ladder import Ladder
 from probest.training.memory import Memory
 from probest.training.opponents import Opponents, Pool
 from probest.training.pursuit import Pursuit
+from probest.training.reader import Reader
 from probest.training.teacher import Teacher
 from probest.verdict import agree
 
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Costs", "Pool", "Step", "TrainingRun", "train"]
 
-FOLLOWERS: dict[str, Callable[..., Follower]] = {"log_prob": Ladder.built, "lower_bound": Pursuit.built}
+FOLLOWERS: dict[str, Callable[..., Follower]] = {
+    "log_prob": Ladder.built,
+    "lower_bound": Pursuit.built,
+    "reading": lambda event, _, particles, rng, **__: Reader.built(event, particles, rng),
+}
 
 UNMOVED = 0.3
 """Nats: by less than this, training has changed nothing that is worth its name."""
@@ -148,7 +153,7 @@ def train(
     audit: Estimator | Sequence[Estimator] | None = None,
     audit_rounds: int = 1,
     adversaries: Pool | None = None,
-    objective: Literal["log_prob", "lower_bound"] = "log_prob",
+    objective: Literal["log_prob", "lower_bound", "reading"] = "log_prob",
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -197,7 +202,9 @@ def train(
         adversaries: adversaries to search for during training and to play against beside the given one; None for none.
         objective: ``"log_prob"``: the ladder. ``"lower_bound"``: what the model steps down is a variational lower bound
             of log P, smoothed, that a few Gaussian guides give which climb it meanwhile
-            (:mod:`probest.training.pursuit`): for problems with few modes.
+            (:mod:`probest.training.pursuit`): for problems with few modes. ``"reading"``: log P as it is read from the
+            weights (:class:`probest.MomentPropagation`), without a case drawn for it: for wide networks. In JAX its
+            gradient is not compiled, and takes seconds a step.
         callbacks: told of each step, look and checkpoint; see :class:`probest.training.callbacks.Callback`.
         seed: the same seed gives the same run.
         checkpoint: a file to write every ``check_every`` steps, and to resume from if it exists.
@@ -233,7 +240,7 @@ def train(
     if teacher is not None and not callable(teacher):
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
     if objective not in FOLLOWERS:
-        raise ValueError(f"objective={objective!r}: expected {' or '.join(map(repr, FOLLOWERS))}")
+        raise ValueError(f"objective={objective!r}: expected one of {', '.join(map(repr, FOLLOWERS))}")
     audits = panel(audit, 4 * budget)
     event = problem.event
     if not event.trainable:
@@ -248,12 +255,16 @@ def train(
             "adversaries: the problem's own is conditioned on observations, so none can be searched for within nats of "
             "it. Leave them out"
         )
+    if objective == "reading" and adversaries is not None:
+        raise ValueError("adversaries: a reading is of the problem's own adversary alone; use objective='log_prob'")
     backend = event.backend
     if not backend.parameters(problem.model):
         raise ValueError(
             "model has no parameters to train: pass a torch nn.Module, an equinox or nnx module, or "
             "jax.tree_util.Partial(fn, params)"
         )
+    if objective == "reading":
+        Reader.built(event, particles, generator(np.random.SeedSequence(seed)))  # or it says why not
     rows = _count_rows(backend, data)
     data = backend.tree_map(lambda leaf: leaf if backend.owns(leaf) else backend.from_host(np.asarray(leaf)), data)
     taught = None if teacher is None else Teacher(teacher, event, data)

@@ -11,7 +11,7 @@ import pytest
 from library import library, parameters
 from scipy.special import log_ndtr
 
-from probest import Problem, estimate, train
+from probest import Pool, Problem, estimate, train
 from probest.backends.base import Losses
 from probest.training.descent import Descent
 from probest.verdict import agree
@@ -88,8 +88,56 @@ def test_a_lower_bound_is_loss_enough(backend: str) -> None:
     assert exact(**after) < run.before.log_prob - 10.0
     assert run.audit.estimate.log_prob == pytest.approx(exact(**after), abs=5.0 * run.audit.estimate.std_error + 0.05)
     assert after["gain"] == pytest.approx(TRUE, abs=0.15)
-    with pytest.raises(ValueError, match="objective='likelihood': expected 'log_prob' or 'lower_bound'"):
+    with pytest.raises(ValueError, match="objective='likelihood': expected one of 'log_prob', 'lower_bound'"):
         train(problem, **data, **(OPTIONS | {"objective": "likelihood"}))
+
+
+def test_a_reading_is_loss_enough(backend: str) -> None:
+    """A wide network, whose log P is read from its weights at each step; the audit samples."""
+    lib, rng, width = library(backend), np.random.default_rng(1), 64
+    start = {
+        "first": rng.standard_normal((DIM, width)) * math.sqrt(2.0 / DIM),
+        "shift": 0.1 * rng.standard_normal(width),
+        "last": rng.standard_normal(width) / math.sqrt(width),
+    }
+
+    def model(weights: Any, x: Any) -> Any:
+        return (lib.xp.maximum(x @ weights["first"] + weights["shift"], 0.0 * weights["shift"])) @ weights["last"]
+
+    inputs = rng.standard_normal((1_000, DIM))
+    answers = np.maximum(inputs @ start["first"] + start["shift"], 0.0) @ start["last"]
+    limit = float(answers.mean() + 3.0 * answers.std())
+    _, data = regression(backend)
+    problem = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(DIM), 1.0).to_event(1)),
+        lib.module(model, start),
+        lambda x, y: y - limit,
+    )
+    options: dict[str, Any] = {
+        "steps": 16, "check_every": 16, "learning_rate": 4e-3, "budget": 20_000, "check_budget": 5_000,
+        "objective": "reading", "max_pressure": 0.5, "until_log_prob": -60.0, "audit_rounds": 0, "progress": False,
+    }  # fmt: skip
+    if backend == "numpyro":  # its gradient is not compiled: only that it is the same
+        options |= {"steps": 1, "budget": 2_000, "check_budget": 500}
+    data |= {"data": (inputs, answers)}
+    run = train(problem, **data, **options)
+    read = run.history[0]
+    assert read.pressure == pytest.approx(read.log_prob, abs=0.02)
+    if backend == "numpyro":
+        return
+    assert abs(run.before.log_prob - read.log_prob) < 0.3
+    assert run.audit is not None
+    assert run.audit.estimate.log_prob < run.before.log_prob - 10.0
+    with pytest.raises(ValueError, match="adversaries: a reading"):
+        train(problem, **data, **(options | {"adversaries": Pool()}))
+
+    def seen() -> Any:
+        x = problem.adversary()
+        lib.sample("seen", lib.dist.Normal(x[0], 1.0), obs=lib.array(1.0))
+        return x
+
+    with pytest.raises(ValueError, match="objective='reading': .* needs an adversary without observed sites"):
+        train(Problem(seen, problem.model, problem.checker), **data, **options)
 
 
 @pytest.mark.parametrize("objective", ["log_prob", "lower_bound"])

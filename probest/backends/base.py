@@ -148,7 +148,7 @@ class Backend(Protocol):
 
 class Losses(NamedTuple):
     """What a training step saw: the loss on the task's own batch, on hard cases with a teacher's answers, and the mean
-    of log Φ(severity / noise) over the particles; NaN where there were none.
+    of log Φ(severity / noise) over the particles, or what stood for it; NaN where there were none.
     """
 
     task: float
@@ -197,8 +197,11 @@ class Trainer(Protocol):
     def shuffled_loss(self, batch: PyTree, rng: np.random.Generator) -> float:
         """The task's loss with the entries of each array of weights in random order; a single one changes its sign."""
 
-    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
-        """One step down ``task(batch) + lesson · task(taught) + pressure · mean log Φ(severity / noise)``.
+    def step(
+        self, batch: PyTree, taught: PyTree | None, hard: Hard | Callable[[Parts], Array] | None, by: Pull
+    ) -> Losses:
+        """One step down ``task(batch) + lesson · task(taught) + pressure · mean log Φ(severity / noise)``, or a
+        differentiable function of the parameters in place of that mean.
 
         A step with a loss or gradient that is not finite is left out.
         """

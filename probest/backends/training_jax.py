@@ -49,9 +49,13 @@ class JaxTrainer:
             pressed = jnp.sum(hard.share * backend.special.log_ndtr(severity / hard.noise))
             return by * pressed, pressed
 
+        def of_reading(weights: PyTree, hard: Callable[[Parts], Array]) -> Array:
+            return hard(parts._replace(model=eqx.combine(weights, self.fixed)))
+
         def step(
-            weights: PyTree, state: Any, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Array
-        ) -> Any:
+            weights: PyTree, state: Any, batch: PyTree, taught: PyTree | None, hard: Hard | None, read: PyTree | None,
+            by: Array,
+        ) -> Any:  # fmt: skip
             lesson, pressure, rate, most, most_pressure = by
             grads, loss = jax.grad(of_task, has_aux=True)(weights, batch, 1.0)
             grads, losses = _clipped(grads, most), [loss]
@@ -61,11 +65,16 @@ class JaxTrainer:
                     steeper, found = jax.grad(part, has_aux=True)(weights, hardest, weight)
                     grads = jax.tree.map(jnp.add, grads, _clipped(steeper, most_pressure))
                 losses.append(found)
+            if read is not None:
+                steeper, losses[-1] = read
+                steeper = jax.tree.map(lambda grad: pressure * grad, steeper)
+                grads = jax.tree.map(jnp.add, grads, _clipped(steeper, most_pressure))
             updates, state = self.optimizer.update(grads, state, weights)
             updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
             return optax.apply_updates(weights, updates), state, jnp.stack(losses)
 
         self._step = jax.jit(step)
+        self._reading = jax.value_and_grad(of_reading)
         self._loss = jax.jit(lambda weights, batch: of_task(weights, batch, 1.0)[1])
 
     @property
@@ -82,10 +91,18 @@ class JaxTrainer:
 
         return float(self._loss(jax.tree.map(shuffled, self.weights), batch))
 
-    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
-        if hard is not None:
+    def step(
+        self, batch: PyTree, taught: PyTree | None, hard: Hard | Callable[[Parts], Array] | None, by: Pull
+    ) -> Losses:
+        read = None
+        if isinstance(hard, Hard):
             hard = jax.tree.map(self.backend.from_host, hard)
-        self.weights, self.state, losses = self._step(self.weights, self.state, batch, taught, hard, jnp.asarray(by))
+        elif hard is not None:  # it decides by values on the way, so it is not compiled
+            value, slope = self._reading(self.weights, hard)
+            hard, read = None, (slope, value)
+        self.weights, self.state, losses = self._step(
+            self.weights, self.state, batch, taught, hard, read, jnp.asarray(by)
+        )
         return Losses(*(float(loss) for loss in losses))
 
     def arrays(self) -> dict[str, np.ndarray]:

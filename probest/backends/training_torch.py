@@ -53,7 +53,9 @@ class TorchTrainer:
                 weight.copy_(value)
         return loss
 
-    def step(self, batch: PyTree, taught: PyTree | None, hard: Hard | None, by: Pull) -> Losses:
+    def step(
+        self, batch: PyTree, taught: PyTree | None, hard: Hard | Callable[[Parts], Tensor] | None, by: Pull
+    ) -> Losses:
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * by.rate
         task = self.task(self.model, batch)
@@ -71,7 +73,10 @@ class TorchTrainer:
             self.optimizer.zero_grad()
         return losses
 
-    def _pressure(self, hard: Hard) -> Tensor:
+    def _pressure(self, hard: Hard | Callable[[Parts], Tensor]) -> Tensor:
+        if not isinstance(hard, Hard):
+            with self.backend.evaluating(*self.parts[:2]):
+                return hard(self.parts)
         held = {name: torch.as_tensor(value) for name, value in hard.held.items()}
         with self.backend.evaluating(*self.parts[:2]):
             severity, _ = self.scores(self.parts, self.backend.from_host(hard.z), held)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probest.backends.base import Backend, Hard, Losses, Pull, PyTree, Trainer
+from probest.backends.base import Backend, Losses, Pull, PyTree, Trainer
 from probest.estimate import Estimate, estimate
 from probest.problem import Problem
 from probest.programs.event import Event, SeverityError
@@ -168,7 +168,7 @@ class Descent:
             cases = joined(cases, self.opponents.cases(event, self.ladder, count, rng))
         need = self._need()
         taught = None if self.teacher is None else self._taught(event, self.teacher, cases)
-        hard = Hard(cases.z, cases.held, cases.noise, cases.share) if options.weight else None
+        hard = self.ladder.pressure(event, cases) if options.weight else None
         shuffle = generator(child_seed(self.root, Stream.BATCH, state.step))
         chosen = shuffle.choice(options.rows, min(options.batch_size, options.rows), replace=False)
         by = Pull(need * options.teacher_weight, need * options.weight, self._rate(), *options.limits)

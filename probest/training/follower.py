@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from probest.backends.base import Array, Hard, Parts
 from probest.evidence import Evaluation, Floats, Particles
 from probest.programs.event import Event
 from probest.programs.strata import Strata
 
-__all__ = ["Cases", "Follower", "averaged", "in_strata", "learn_spread", "spread_of"]
+__all__ = ["Cases", "Follower", "averaged", "hard", "in_strata", "learn_spread", "spread_of"]
 
 
 class Cases(NamedTuple):
@@ -30,9 +32,13 @@ class Cases(NamedTuple):
 
 
 class Follower(Protocol):
-    """The ladder (:mod:`probest.training.ladder`), or guides (:mod:`probest.training.pursuit`)."""
+    """The ladder (:mod:`probest.training.ladder`), guides (:mod:`probest.training.pursuit`), or a reading of the model
+    (:mod:`probest.training.reader`).
+    """
 
-    strata: Strata | None
+    @property
+    def strata(self) -> Strata | None:
+        """Whose index ``group`` is."""
 
     @property
     def log_prob(self) -> float:
@@ -40,6 +46,9 @@ class Follower(Protocol):
 
     def cases(self) -> Cases:
         """The cases of its last step, with what training on them takes."""
+
+    def pressure(self, event: Event, cases: Cases) -> Hard | Callable[[Parts], Array] | None:
+        """What the model steps down: particles among ``cases``, or a function of the parameters; None for nothing."""
 
     def advance(self, event: Event, rng: np.random.Generator) -> None:
         """Follow the event as it is now."""
@@ -58,6 +67,11 @@ class Follower(Protocol):
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Raises ValueError if these are of another run."""
+
+
+def hard(cases: Cases) -> Hard:
+    """The cases as particles whose probability of catastrophe is stepped down."""
+    return Hard(cases.z, cases.held, cases.noise, cases.share)
 
 
 def in_strata(

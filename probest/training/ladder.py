@@ -45,13 +45,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 
+from probest.backends.base import Hard
 from probest.diagnostics import log_sum_exp, systematic_resample
 from probest.evidence import Evaluation, Floats, Particles
 from probest.programs.event import Event
 from probest.programs.strata import Strata
 from probest.smc.moves import rewritten
 from probest.smc.softening import Noise
-from probest.training.follower import Cases, averaged, in_strata, learn_spread, spread_of
+from probest.training.follower import Cases, averaged, hard, in_strata, learn_spread, spread_of
 from probest.tuning import tuned
 
 __all__ = ["Ladder", "LadderTuning"]
@@ -155,6 +156,10 @@ class Ladder:
             np.repeat(self.share, rungs) / rungs,
             group,
         )
+
+    def pressure(self, event: Event, cases: Cases) -> Hard:
+        """All of them."""
+        return hard(cases)
 
     def advance(self, event: Event, rng: np.random.Generator) -> None:
         """Move every particle on the event as it is now, and let fresh draws in."""

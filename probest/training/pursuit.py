@@ -27,13 +27,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 
+from probest.backends.base import Hard
 from probest.diagnostics import log_sum_exp, systematic_resample
 from probest.evidence import Evaluation, Floats, Particles
 from probest.guides.variational import Adam, GaussianGuide, gradient_at, informed
 from probest.programs.event import Event
 from probest.programs.strata import Strata
 from probest.smc.softening import Noise
-from probest.training.follower import Cases, averaged, in_strata, learn_spread, spread_of
+from probest.training.follower import Cases, averaged, hard, in_strata, learn_spread, spread_of
 from probest.tuning import tuned
 
 __all__ = ["Pursuit", "PursuitTuning"]
@@ -141,6 +142,10 @@ class Pursuit:
         held = {} if self.strata is None else self.strata.held(group)
         weight = np.repeat(share, draws) * self.weight
         return Cases(self.z.copy(), held, self.severity.copy(), self.noise_of(group), weight, group)
+
+    def pressure(self, event: Event, cases: Cases) -> Hard:
+        """All of them."""
+        return hard(cases)
 
     def advance(self, event: Event, rng: np.random.Generator) -> None:
         """Every guide draws on the event as it is now, and steps up its bound."""
