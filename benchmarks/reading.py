@@ -15,6 +15,9 @@ refined values beside them, where --reference says where they lie. Lines, a fami
 
 then the share of errors that the stated one covers (two standard errors of the truth allowed), how many were
 converged, and the largest error of those, in nats.
+
+--training: `train(objective="reading")` instead, on the output of random networks at 3.2 of its standard deviations, 30
+steps: log P by the default estimate before and after, as it was read last, and the audit, which reads nothing.
 """
 
 from __future__ import annotations
@@ -188,13 +191,59 @@ def measured(case: Case) -> list[dict[str, Any]]:
     return found
 
 
+KINDS, DIM = (("ReLU", 64, 2), ("ReLU", 256, 3), ("tanh", 128, 2)), 50
+
+
+def training(seeds: int, console: Console) -> None:
+    """Down log P as it is read. The task: to be the network that it was."""
+    import pyro
+    import pyro.distributions as dist
+
+    from probest import Problem, train
+
+    table = Table("network", "before", "read last", "after", "audit", "task loss / variance", "seconds")
+    for (kind, width, depth), seed in itertools.product(KINDS, range(seeds)):
+        rng = np.random.default_rng([seed, 9])
+        net = network(kind, DIM, width, depth, 1, rng).float()
+        x = torch.as_tensor(rng.standard_normal((4_000, DIM)), dtype=torch.float32)
+        with torch.no_grad():
+            y = net(x).squeeze(-1)
+        limit = float(y.mean() + 3.2 * y.std())
+
+        def adversary() -> Any:
+            return pyro.sample("x", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+
+        def task(model: Any, batch: Any) -> Any:
+            return ((model(batch[0]).squeeze(-1) - batch[1]) ** 2).mean()
+
+        run = train(
+            Problem(adversary, net.requires_grad_(True), lambda _, y, limit=limit: y[0] - limit), task=task,
+            data=(x[:1000], y[:1000]), objective="reading", steps=30, until_log_prob=-30.0, learning_rate=2e-3,
+            check_every=30, budget=20_000, check_budget=5_000, audit_rounds=0, max_pressure=0.3, seed=seed,
+            progress=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            fit = float(((run.model(x[1000:]).squeeze(-1) - y[1000:]) ** 2).mean() / y.var())
+        assert run.audit is not None
+        table.add_row(
+            f"{kind} {width}/{depth}", f"{run.before.log_prob:.2f}", f"{run.history[-1].log_prob:.2f}",
+            f"{run.after.log_prob:.2f}", f"{run.audit.estimate.log_prob:.2f}", f"{fit:.3f}",
+            f"{run.costs.steps.seconds:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2_000_000, help="draws behind each true value")
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind")
     parser.add_argument("--reference", type=Path, help="a folder with reference/ and prototypes/")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--training", action="store_true")
     args = parser.parse_args()
+    if args.training:
+        training(args.seeds, Console(width=120))
+        return
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in cases(args):
         results.setdefault((case.family, case.name), []).extend(measured(case))

@@ -136,7 +136,7 @@ def test_a_reading_is_loss_enough(backend: str) -> None:
         lib.sample("seen", lib.dist.Normal(x[0], 1.0), obs=lib.array(1.0))
         return x
 
-    with pytest.raises(ValueError, match="objective='reading': .* needs an adversary without observed sites"):
+    with pytest.raises(ValueError, match=r"objective='reading': .* needs an adversary without observed sites"):
         train(Problem(seen, problem.model, problem.checker), **data, **options)
 
 

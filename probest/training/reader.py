@@ -38,7 +38,7 @@ class Reader:
     particles: int
     dim: int
     log_prob: float = math.nan
-    method: MomentPropagation = field(default_factory=lambda: MomentPropagation(look=0, starts=1))
+    method: MomentPropagation = field(default_factory=lambda: MomentPropagation(look=0))
     weigher: Reading | StratifiedReading | None = None
     last: Cases | None = None
 
@@ -96,7 +96,7 @@ class Reader:
 
     def _read(self, event: Event, rng: np.random.Generator) -> None:
         seed = np.random.SeedSequence(int(rng.integers(2**63)))
-        line = self.method.run(event, budget=1, seed=seed).conclusion
+        line = self.method.run(event, budget=self.method.max_strata, seed=seed).conclusion  # which spends none of it
         known = math.isfinite(line.log_prob) and line.weigher is not None
         self.log_prob, self.weigher = (line.log_prob, line.weigher) if known else (math.nan, None)
 
