@@ -36,6 +36,7 @@ __all__ = [
     "Expansion",
     "Quadrature",
     "at_nodes",
+    "closed_form",
     "coefficients",
     "correlations",
     "covariance",
@@ -157,11 +158,9 @@ def expand(
     Raises:
         ValueError: ``f`` is not finite within reach, or does not return one value for each of x.
     """
-    if closed:
-        found = bent(s, f, mean, std, breaks, settings.reach)
-        if found is not None:
-            average, variance, bends = found
-            return Expansion(average, variance, None, None, None, std, 0.0, mean, f, breaks, bends)
+    known = closed_form(s, f, mean, std, breaks, settings.reach) if closed else None
+    if known is not None:
+        return known
     size, most = (settings.per_piece, settings.most_per_piece) if breaks else (settings.nodes, settings.most_nodes)
     coarse = at_nodes(s, f, mean, std, breaks, size // 2, settings.reach)
     while True:
@@ -174,6 +173,17 @@ def expand(
         if error <= max(settings.tolerance, 64 * float(s.xp.finfo(fine.mean.dtype).eps)) or 2 * size > most:
             return fine._replace(error=error)
         coarse, size = fine, 2 * size
+
+
+def closed_form(
+    s: Any, f: Callable[[Array], Array], mean: Array, std: Array, breaks: Sequence[Array | float], reach: float
+) -> Expansion | None:
+    """The expansion of a function that is affine between breaks, without nodes; None for others. As `expand`."""
+    found = bent(s, f, mean, std, breaks, reach)
+    if found is None:
+        return None
+    average, variance, bends = found
+    return Expansion(average, variance, None, None, None, std, 0.0, mean, f, breaks, bends)
 
 
 def covariance(

@@ -42,13 +42,14 @@ from probest.moments.hermite import (
     Expansion,
     Quadrature,
     at_nodes,
+    closed_form,
     correlations,
     covariance,
     expand,
     number,
     slope,
 )
-from probest.moments.layers import INPUT, Base, Layers, Linear
+from probest.moments.layers import INPUT, Base, Layer, Layers, Linear
 from probest.moments.statistics import Statistics, statistics
 from probest.tuning import tuned
 
@@ -185,7 +186,7 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
         tilt = _settled(net, output, found, tilt, settings)
         found = _propagated(net, output, tilt, settings)
         moved = abs(number(s, found.log_prob) - before)
-    terms = _corrections(net, found)
+    terms = _corrections(net, found, settings)
     size = sum(abs(number(s, x)) for x in terms.values())
     kappa = max((_spread(s, layer.S) for layer in found.layers), default=0.0)
     length = s.xp.sqrt(s.xp.sum(found.a * found.a))
@@ -231,7 +232,7 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
         with_others = {b: _covariance(layer.linear, b, blocks) for b in others}
         S = _quadratic(layer.linear, with_others)
         std = xp.sqrt(s.clip(xp.linalg.diagonal(S), 0.0, None))
-        expansion = expand(s, layer.function, h, std, layer.breaks, settings.quadrature)
+        expansion = expand(s, layer.function, h, std, layer.breaks, settings.quadrature, closed=True)
         C = _own(s, expansion, S, settings.quadrature)
         D = slope(s, expansion)
         known.append(_Layer(S, D, C - D[:, None] * S * D[None, :], expansion))
@@ -283,9 +284,7 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
         slopes = []
         for k, layer in enumerate(net.layers):
             h = _mean(layer.linear, means)
-            few = quadrature.per_piece // 2 if layer.breaks else quadrature.nodes // 2
-            std = about.layers[k].expansion.std
-            expansion = at_nodes(s, layer.function, h, std, layer.breaks, few, quadrature.reach)
+            expansion = _coarsely(s, layer, h, about.layers[k].expansion.std, quadrature)
             slopes.append(slope(s, expansion))
             means["x", k], means["y", k] = h, expansion.mean + tilt.noises[k]
         gains, a = _gains(net, output, slopes)
@@ -322,7 +321,7 @@ def _gains(net: Layers, output: Linear, slopes: Sequence[Array]) -> tuple[tuple[
     return tuple(reversed(found)), _zeros(net.special, net.dim, like) if a is None else a
 
 
-def _corrections(net: Layers, o: _Pass) -> dict[str, Array]:
+def _corrections(net: Layers, o: _Pass, settings: Tilting) -> dict[str, Array]:
     """Prefactor, rings within layers and across layers, by name, in nats."""
     s, xp = net.special, net.special.xp
     beta, sd, t = o.beta, o.sd, o.slope
@@ -335,7 +334,7 @@ def _corrections(net: Layers, o: _Pass) -> dict[str, Array]:
     across = ("across 2", "across 3", "across 4", "cubic")
     rings = dict.fromkeys(within + across, zero)
     legs = _legs(net, o)
-    known = [statistics(s, layer.expansion) for layer in o.layers]
+    known = [statistics(s, _at_nodes(s, layer.expansion, settings.quadrature)) for layer in o.layers]
     forms = _Forms()
     for k in reversed(range(len(net.layers))):
         layer, g, c = o.layers[k], o.gains[k], legs[k]
@@ -511,14 +510,30 @@ def _quadratic(linear: Linear, with_terms: Mapping[Base, Array]) -> Array:
         total = term if total is None else total + term
     if total is None:
         total = 0.0 * linear.shift[:, None] * linear.shift[None, :]
-    return (total + total.T) / 2
+    return total
+
+
+def _coarsely(s: Any, layer: Layer, mean: Array, std: Array, quadrature: Quadrature) -> Expansion:
+    """The expansion of a layer's function, good enough to move by."""
+    found = closed_form(s, layer.function, mean, std, layer.breaks, quadrature.reach)
+    if found is not None:
+        return found
+    few = quadrature.per_piece // 2 if layer.breaks else quadrature.nodes // 2
+    return at_nodes(s, layer.function, mean, std, layer.breaks, few, quadrature.reach)
+
+
+def _at_nodes(s: Any, e: Expansion, quadrature: Quadrature) -> Expansion:
+    """The expansion with its nodes, by which its statistics are summed."""
+    if e.bends is None or e.function is None:
+        return e
+    return at_nodes(s, e.function, e.location, e.std, e.breaks, quadrature.per_piece, quadrature.reach)
 
 
 def _own(s: Any, expansion: Expansion, S: Array, settings: Quadrature) -> Array:
     """Cov(y, y), its diagonal exact."""
-    correlation = s.with_diagonal(correlations(s, expansion, expansion, S), 0.0)
+    correlation = s.filled_diagonal(correlations(s, expansion, expansion, S), 0.0)
     found, _ = covariance(s, expansion, expansion, correlation, settings)
-    return s.with_diagonal(found, expansion.variance)
+    return s.filled_diagonal(found, expansion.variance)
 
 
 def _spread(s: Any, S: Array) -> float:
