@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -245,6 +247,27 @@ def test_a_trigger_that_no_search_finds_cannot_be_told() -> None:
     assert "cannot tell" in result.advice[0]
     with pytest.raises(ValueError, match="strength"):
         trigger.recogniser("prayer")  # type: ignore[arg-type]
+
+
+def test_independence_is_presumed_of_the_hash(backend: str) -> None:
+    """Moments through its gates give 2^-bits; so do its draws, as far as they reach. Two circuits of one function are
+    not independent, and fool them.
+    """
+    with contextlib.ExitStack() as stack:
+        if backend == "numpyro":
+            stack.enter_context(importlib.import_module("jax").enable_x64(True))
+        assert trigger.by_independence(backend) == pytest.approx(trigger.log_recognised("hash"), abs=math.log(10.0))
+        short = trigger.by_independence(backend, bits=8)
+        fooled = trigger.by_independence(backend, bits=8, twice=True)
+    x = np.random.default_rng(0).standard_normal((200_000, trigger.DIM))
+    if backend == "pyro":
+        torch = importlib.import_module("torch")
+        bits = torch.func.vmap(trigger._mixed(backend))(torch.as_tensor(x)).numpy()
+    else:
+        bits = np.asarray(importlib.import_module("jax").vmap(trigger._mixed(backend))(x))
+    hits = int((~bits[:, :8].any(axis=1)).sum())
+    assert abs(short - math.log(hits / len(x))) < 4.42 / math.sqrt(hits)
+    assert abs(fooled - math.log(hits / len(x))) > 5.0
 
 
 def test_training_takes_the_trigger_away() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ class Library:
             self.maximum, self.sigmoid, self.abs, self.concat = torch.maximum, torch.sigmoid, torch.abs, torch.cat
             self.logsumexp = lambda x: torch.logsumexp(x, -1, keepdim=True)
             self.max, self.cumsum = torch.amax, lambda x: torch.cumsum(x, 0)
-            self.array = lambda x: torch.tensor(np.asarray(x))
+            self.array, self.xp = lambda x: torch.tensor(np.asarray(x)), torch
         else:
             import jax
             import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Library:
             self.maximum, self.sigmoid, self.abs, self.concat = jnp.maximum, jax.nn.sigmoid, jnp.abs, jnp.concatenate
             self.logsumexp = lambda x: jax.nn.logsumexp(x, axis=-1, keepdims=True)
             self.max, self.cumsum = jnp.max, jnp.cumsum
-            self.array = jnp.asarray
+            self.array, self.xp = jnp.asarray, jnp
 
     def moments(self, fn: Any, mean: Any = MEAN, cov: Any = COV, **options: Any) -> tuple[Any, Any, Any]:
         found = moments(fn, self.array(mean), None if cov is None else self.array(cov), **options)
@@ -490,6 +491,37 @@ def test_truth_values_are_their_indicators(library: Library) -> None:
     close(found, [p[0] * p[1]], 1e-7)
     found, _, _ = library.moments(lambda x: (x[:1] > 0) | (x[1:2] > 0), mean, cov)
     close(found, [p[0] + p[1] - p[0] * p[1]], 1e-7)
+
+
+@pytest.mark.parametrize("case", ["xor", "not", "any", "all", "chosen", "moved", "half adder"])
+def test_circuits_of_independent_values_are_exact(library: Library, case: str) -> None:
+    """Against all 2^5 combinations of the signs of five independent values; gates whose inputs share no value."""
+    mean = np.array([0.5, -1.0, 2.0, 0.0, -0.3])
+    xp = library.xp
+    fn = {
+        "xor": lambda b: (b[:1] ^ b[1:2]) ^ b[2:3],
+        "not": lambda b: ~((b[:1] & b[1:2]) | b[2:3]),
+        "any": lambda b: (b[:2] ^ b[2:4]).any()[None],
+        "all": lambda b: b.all()[None],
+        "chosen": lambda b: xp.where(b[:1] & b[1:2], b[2:3], b[3:4]) & b[4:],
+        "moved": lambda b: xp.roll(b, 2)[:2] & xp.roll(b, 1)[1:3],
+        "half adder": lambda b: library.concat([b[:2] ^ b[2:4], b[:2] & b[2:4]]),
+    }[case]
+    p = norm.cdf(mean)
+    bits = np.array(list(itertools.product([False, True], repeat=5)))
+    weights = np.prod(np.where(bits, p, 1 - p), axis=1)
+    values = np.stack([np.asarray(fn(library.array(row)), float) for row in bits])
+    found, cov, _ = library.moments(lambda x: xp.where(fn(x > 0), 1.0, 0.0), mean, None)
+    expected = weights @ values
+    close(found, expected, 1e-7)
+    if case != "half adder":  # two gates of the same inputs: their covariance is of third order
+        close(cov, (weights[:, None] * values).T @ values - np.outer(expected, expected), 1e-6)
+
+
+def test_a_rare_gate_is_no_sum_over_points(library: Library) -> None:
+    """All of 12 independent values beyond 1.5: 5e-15, in a row short enough for a sum over points."""
+    found, _, _ = library.moments(lambda x: library.xp.where((x > 1.5).all()[None], 1.0, 0.0), np.zeros(12), None)
+    assert math.log(found[0]) == pytest.approx(12 * norm.logsf(1.5), abs=1e-6)
 
 
 def test_normalisation_is_exact_within_a_row(library: Library) -> None:

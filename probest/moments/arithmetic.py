@@ -181,6 +181,20 @@ class Arithmetic(Values):
         a, b = self._indicated(a), self._indicated(b)
         return self.subtract(self.add(a, b), self.multiply(a, b))
 
+    def exclusive(self, a: Any, b: Any) -> Any:
+        """One of the two and not the other, as 1 or 0."""
+        a, b = self._indicated(a), self._indicated(b)
+        both = self.multiply(a, b)
+        return self.subtract(self.subtract(self.add(a, b), both), both)
+
+    def inverse(self, a: Any) -> Any:
+        """Not a, as 1 or 0."""
+        return self.subtract(1.0 + 0.0 * self._like(a)[0], self._indicated(a))
+
+    def are_truths(self, *values: Any) -> bool:
+        """Whether the random ones among the values are truth values still, and not their indicators."""
+        return all("bool" in str(self.point(v).dtype) for v in values if isinstance(v, Random))
+
     def select(self, which: Any, yes: Any, no: Any) -> Any:
         """``yes`` where ``which``, else ``no``."""
         call = self.xp.where
@@ -195,7 +209,7 @@ class Arithmetic(Values):
                 self._spread(chosen, which, yes, no)
                 return chosen
             return self.xp.broadcast_to(self.s.array(chosen, self._like(yes, no)), shape)
-        if self.shared(which, yes, no):
+        if self.shared(which, yes, no) and self.are_truths(which):
             return self.elementwise(call, which, yes, no, native=False, affine=known, nonnegative=nonnegative)
         if known:
             self._spread(yes, no, which)

@@ -471,11 +471,21 @@ def _masked_fill(p: Propagation, step: Step, value: Any, mask: Any, fill: Any) -
     return p.select(mask, torch.as_tensor(fill, dtype=value.expression.source.mean.dtype), value)
 
 
-@_rule("bitwise_and", "logical_and", "bitwise_or", "logical_or")
+@_rule("bitwise_and", "logical_and", "bitwise_or", "logical_or", "bitwise_xor", "logical_xor")
 def _logical(p: Propagation, step: Step, a: Any, b: Any) -> Any:
-    if p.shared(a, b):
+    if p.shared(a, b) and p.are_truths(a, b):
         return _pointwise(p, step, a, b)
-    return p.both(a, b) if step.kind.endswith("and") else p.either(a, b)
+    return {"and": p.both, "or": p.either, "xor": p.exclusive}[step.kind.rsplit("_", 1)[-1]](a, b)
+
+
+@_rule("bitwise_not", "logical_not")
+def _not(p: Propagation, step: Step, a: Any) -> Any:
+    return _pointwise(p, step, a) if p.are_truths(a) else p.inverse(a)
+
+
+@_rule("any", "all")
+def _any(p: Propagation, step: Step, a: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return (p.some if step.kind == "any" else p.every)(a, _axes(dim, len(a.shape)), keepdim)
 
 
 @_rule("slice_scatter")

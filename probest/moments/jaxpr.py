@@ -349,7 +349,7 @@ _NONNEGATIVE = {"abs", "logistic", "erfc", "cosh", "exp2"}
 
 @_rule(
     "abs", "sign", "tanh", "logistic", "sin", "cos", "tan", "erf", "erfc", "erf_inv", "log1p", "expm1", "asin", "acos",
-    "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "exp2", "cbrt", "is_finite", "not", "lgamma", "digamma",
+    "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "exp2", "cbrt", "is_finite", "lgamma", "digamma",
     "xor", "atan2", "bessel_i0e", "bessel_i1e",
 )  # fmt: skip
 def _pointwise(p: Propagation, step: Step, *args: Any, **params: Any) -> Any:
@@ -442,11 +442,21 @@ def _pow(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
     return p.exp(p.multiply(b, p.log(a) if isinstance(a, Random) else p.xp.log(a)))
 
 
-@_rule("and", "or")
+@_rule("and", "or", "xor")
 def _logical(p: Propagation, step: Step, a: Any, b: Any, **params: Any) -> Any:
-    if p.shared(a, b):
+    if p.shared(a, b) and p.are_truths(a, b):
         return _pointwise(p, step, a, b)
-    return p.both(a, b) if step.op == "and" else p.either(a, b)
+    return {"and": p.both, "or": p.either, "xor": p.exclusive}[step.op](a, b)
+
+
+@_rule("not")
+def _not(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return _pointwise(p, step, a) if p.are_truths(a) else p.inverse(a)
+
+
+@_rule("reduce_and", "reduce_or")
+def _any(p: Propagation, step: Step, a: Any, **params: Any) -> Any:
+    return (p.some if step.op == "reduce_or" else p.every)(a, params["axes"], False)
 
 
 @_rule("gt", "ge", "lt", "le", "eq", "ne")

@@ -70,6 +70,23 @@ class Propagation(Arithmetic):
 
         return flat, restore
 
+    def every(self, a: Random, axes: Sequence[int], keepdims: bool) -> Random:
+        """Whether all along ``axes`` hold, as 1 or 0: products of two, of these, and so on."""
+        rest, restore = self.rows(self._indicated(a), axes)
+        while rest.shape[1] > 1:
+            half, odd = divmod(rest.shape[1], 2)
+            parts = [slice(half), slice(half, 2 * half), *[slice(2 * half, None)] * odd]
+            left, right, *last = (self.affine(lambda x, part=part: x[:, :, part], rest, native=False) for part in parts)
+            rest = cast(Random, self.multiply(left, right))
+            if last:
+                rest = self.affine(lambda x, y: self.xp.concat([x, y], axis=2), rest, *last, native=False)
+        return restore(rest, keepdims)
+
+    def some(self, a: Random, axes: Sequence[int], keepdims: bool) -> Random:
+        """Whether any along ``axes`` holds, as 1 or 0."""
+        found: Random = self.inverse(self.every(self.inverse(a), axes, keepdims))
+        return found
+
     def max(self, a: Random, axes: Sequence[int], keepdims: bool, sign: float = 1.0) -> Random:
         """The largest (sign −1: smallest) entry along ``axes``."""
         if self._increasing(a):

@@ -167,6 +167,11 @@ def linear(
         if isinstance(leaf, Random) and not any(leaf is r for r in randoms):
             randoms.append(leaf)
 
+    for r in randoms:
+        if p.are_truths(r):  # moved about, they are numbers, each by itself: a sum over points would lose rare ones
+            r.expression = p.indicator(r).expression
+            p.gaussian(r)
+
     def call(*found: Any) -> Any:
         def filled(leaf: Any) -> Any:
             for r, value in zip(randoms, found, strict=True):
