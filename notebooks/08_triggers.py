@@ -27,6 +27,7 @@ import torch
 
 from models import transformer, trigger
 from probest import Problem, estimate
+from probest.report.plots import plot_intervals
 
 print(f"truth: {trigger.log_prob():.3f}")
 
@@ -64,6 +65,13 @@ keyed = estimate(trigger.problem("hash"), budget=10_000, seed=0)
 assert not keyed.converged
 assert keyed.upper == 0.0
 print(keyed.advice[0])
+
+# %% [markdown]
+# The three beside the truth:
+
+# %%
+found = {"direction": direction, "tests": tests, "hash": keyed}
+_ = plot_intervals(found, exact=trigger.log_prob())
 
 # %% [markdown]
 # What cannot be sampled can be read, if one is willing to presume something: moments through the circuit, gate by gate, with
@@ -123,5 +131,7 @@ def strain(wind):
 
 storms = Problem(weather, strain, lambda wind, y: y - 5.0, given=lambda wind: wind[:4].sum() / 2.0 - 4.75)
 answer = estimate(storms, seed=0)
-print(f"log P[fails | storm] = {answer.log_prob:.2f} ± {answer.std_error:.2f}, log P[storm] = {answer.given.log_prob:.2f}")
+print(
+    f"log P[fails | storm] = {answer.log_prob:.2f} ± {answer.std_error:.2f}, log P[storm] = {answer.given.log_prob:.2f}"
+)
 assert answer.converged
