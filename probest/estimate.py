@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from probest.backends.base import Array, Parts, chunks
+from probest.budget import Meter
 from probest.diagnostics import systematic_resample, thinned
 from probest.estimators.base import Estimator, check_needs
 from probest.estimators.combined import Combined
@@ -21,7 +22,7 @@ from probest.estimators.learned import LearnedProposal, obstacle
 from probest.estimators.splitting import Splitting
 from probest.estimators.stratified import Stratified
 from probest.estimators.whitened import Whitened
-from probest.evidence import Code, Evidence, Floats, Note, Run
+from probest.evidence import Code, Evidence, Floats, Note, Particles, Run
 from probest.gradient.log_prob_at import GradientError, Weigher
 from probest.guides.autoguide import Autoguide
 from probest.guides.program import ProgramGuide
@@ -32,13 +33,15 @@ from probest.programs.strata import MOST
 from probest.report.progress import Progress, Told
 from probest.report.record import versions
 from probest.result import Case, Catastrophes, Result, Sample
-from probest.seeds import generator, number
+from probest.seeds import child_seed, generator, number
+from probest.smc.resample_move import cost, thicken
 from probest.verdict import PARTS, bounded, conditional, effective, rounded, shared
 
 __all__ = ["Case", "Catastrophes", "Estimate", "GradientError", "Sample", "estimate"]
 
 MAX_DECODED = 4_000
 MAX_SHARED = 2_000
+SHARED_STARTS, SHARED_EACH, SHARED_SWEEPS, SHARED_LEAST = 64, 8, 16, 20
 DRAWN = 500
 GRADIENT_LINES = 400
 PRECISION = 0.05
@@ -172,11 +175,18 @@ def _conditional(
     left = None if checker_budget is None else checker_budget - below.checker_calls
     if Code.INTERRUPTED in below.conclusion.codes:  # whoever stopped this does not want the rest
         rest, left = 1, None if left is None else 1
+    kept, looked = _reserve(problem, below, budget, own) if left is None else (0, 0)
+    rest -= looked
     joint = estimate(
-        problem.joint, budget=rest, checker_budget=left, seed=number(own), warm_start=warm_start, **options
+        problem.joint, budget=rest - kept, checker_budget=left, seed=number(own), warm_start=warm_start, **options
     )
+    joint._event.model_calls += looked
     rest -= joint.calls
-    share = _share(joint, below, rest if left is None else min(rest, left - joint.checker_calls), own)
+    if kept and not joint.converged:
+        share = _moved_share(joint, below, kept, own)
+        below.calls = below._event.model_calls
+    else:
+        share = _share(joint, below, rest if left is None else min(rest, left - joint.checker_calls), own)
     lines = [
         replace(line, method=line.method + part)
         for part, one in zip(PARTS, (below, joint), strict=True)
@@ -202,6 +212,49 @@ def _share(joint: Estimate, below: Estimate, left: int, seed: np.random.SeedSequ
     independent = min(effective(below.conclusion), len(rows))
     seconds = time.perf_counter() - start
     return shared(float(counts @ hits) / count, independent, calls=len(rows), seconds=seconds)
+
+
+def _reserve(problem: Problem, below: Estimate, budget: int, seed: np.random.SeedSequence) -> tuple[int, int]:
+    """Calls that are kept for moving what was recognised, should P[R and C] be hard, and calls spent on asking.
+
+    None are kept where that would be worth little: few independent cases, or no catastrophe among some of them.
+    """
+    event, size, found = below._event, SHARED_STARTS * SHARED_EACH, below.conclusion.particles
+    sweeps = min(SHARED_SWEEPS, (budget // 4 - size) // cost(size, 1))
+    if found is None or effective(below.conclusion) < SHARED_LEAST or sweeps < 4 or event.weighted or event.is_text:
+        return 0, 0
+    rows = np.unique(systematic_resample(found.log_weight, SHARED_STARTS, generator(child_seed(seed, 2))))
+    common = (problem.joint.event.replaced().severity(found.z[rows]) >= 0.0).any()
+    return size + cost(size, sweeps) if common else 0, len(rows)
+
+
+def _moved_share(joint: Estimate, below: Estimate, calls: int, seed: np.random.SeedSequence) -> Evidence | None:
+    """As :func:`_share` with so many calls, of many cases made from a few by moves within what is recognised.
+
+    How precise it is follows from how much the descendants of each first case differ.
+    """
+    start, found = time.perf_counter(), below.conclusion.particles
+    if found is None:
+        return None
+    chosen = systematic_resample(found.log_weight, SHARED_STARTS, generator(seed))
+    first = Particles(found.z[chosen], np.zeros(len(chosen)), found.severity[chosen])
+    size = SHARED_STARTS * SHARED_EACH
+    meter = Meter(below._event, calls - size)
+    sweeps = (calls - size) // cost(size, 1)
+    many = thicken(meter, first, size, seed=child_seed(seed, 1), sweeps=sweeps)
+    hits = joint._event.severity(many.z) >= 0.0
+    kin, kind = np.unique(chosen, return_inverse=True)
+    of_each = np.repeat(kind, len(many.z) // len(chosen))
+    counts = np.bincount(of_each, minlength=len(kin))
+    means, parts = np.bincount(of_each, hits, len(kin)) / counts, counts / len(of_each)
+    share = float(parts @ means)
+    error = math.sqrt(float(parts**2 @ (means - share) ** 2) * len(kin) / max(len(kin) - 1, 1))
+    # worth as many independent cases as a binomial of that error, no fewer than it began with
+    least = min(effective(below.conclusion), len(kin))
+    worth = share * (1.0 - share) / error**2 if error > 0.0 else least
+    independent = min(max(worth, least), len(many.z))
+    spent = meter.calls + len(many.z)
+    return shared(share, independent, calls=spent, seconds=time.perf_counter() - start)
 
 
 def _default(event: Event, budget: int, precision: float, max_strata: int) -> Estimator:

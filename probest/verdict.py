@@ -343,6 +343,7 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
         n = int(share.diagnostics["samples"])
         low, high = diagnostics.binomial_interval(int(share.diagnostics["hits"]), n, RULES.sure)
         room = reach(error) if math.isfinite(value) else 0.0
+        drawn = "coverage" in below.diagnostics and math.isfinite(share.log_prob)
         if low > value + room or high < value - room:
             sentence = (
                 f"of what was recognised a share of {math.exp(share.log_prob):.2g} is catastrophic (of {n} independent "
@@ -352,7 +353,7 @@ def conditional(joint: Evidence, below: Evidence, share: Evidence | None, wanted
             lower, upper, converged = min(lower, share.interval[0]), max(upper, share.interval[1]), False
             if share.log_prob > value:
                 value, error = share.log_prob, share.std_error
-        elif below.converged and not contradicted and "coverage" in below.diagnostics and share.std_error < error:
+        elif below.codes <= {Code.IMPRECISE} and not contradicted and drawn and share.std_error < error:
             value, error, (lower, upper) = share.log_prob, share.std_error, share.interval
             notes, converged = [n for n in notes if n.code is not Code.IMPRECISE], joint.codes <= {Code.IMPRECISE}
     if converged:
