@@ -242,7 +242,8 @@ def _moved_share(joint: Estimate, below: Estimate, calls: int, seed: np.random.S
     meter = Meter(below._event, calls - size)
     sweeps = (calls - size) // cost(size, 1)
     many = thicken(meter, first, size, seed=child_seed(seed, 1), sweeps=sweeps)
-    hits = joint._event.severity(many.z) >= 0.0
+    severity = joint._event.severity(many.z)
+    hits = severity >= 0.0
     kin, kind = np.unique(chosen, return_inverse=True)
     of_each = np.repeat(kind, len(many.z) // len(chosen))
     counts = np.bincount(of_each, minlength=len(kin))
@@ -254,7 +255,8 @@ def _moved_share(joint: Estimate, below: Estimate, calls: int, seed: np.random.S
     worth = share * (1.0 - share) / error**2 if error > 0.0 else least
     independent = min(max(worth, least), len(many.z))
     spent = meter.calls + len(many.z)
-    return shared(share, independent, calls=spent, seconds=time.perf_counter() - start)
+    found = Particles(many.z[hits], np.zeros(int(hits.sum())), severity[hits]) if hits.any() else None
+    return shared(share, independent, calls=spent, seconds=time.perf_counter() - start, particles=found)
 
 
 def _default(event: Event, budget: int, precision: float, max_strata: int) -> Estimator:

@@ -296,7 +296,7 @@ def train(
             target=until_log_prob, weight=weight, teacher_weight=teacher_weight,
             limits=(max_norm * unit, max_pressure * unit), batch_size=batch_size,
             replay=replay if memory else 0, check_every=check_every, check_budget=check_budget, schedule=schedule,
-            rows=rows, path=None if checkpoint is None else Path(checkpoint),
+            rows=rows, path=None if checkpoint is None else Path(checkpoint), recognised=_recognised(before),
         )  # fmt: skip
         state = TrainingState(last=steps, costs=costs)
         opponents = None if adversaries is None else Opponents(event, adversaries.most)
@@ -340,6 +340,12 @@ def train(
         costs=state.costs,
         adversaries=() if opponents is None else tuple(law.program(law.parts, 1.0) for law in opponents.laws),
     )
+
+
+def _recognised(before: Estimate) -> float:
+    """log P[R], where there is a recogniser and something was recognised; else 0."""
+    found = 0.0 if before.given is None else before.given.log_prob
+    return found if math.isfinite(found) else 0.0
 
 
 def _timed(cost: Cost, problem: Problem, **options: Any) -> Estimate:

@@ -15,13 +15,14 @@ import numpy as np
 from scipy import stats
 
 from probest import diagnostics
-from probest.evidence import Code, Evidence, Floats, Note
+from probest.evidence import Code, Evidence, Floats, Note, Particles
 from probest.markov import lower_bound, upper_bound
 from probest.tuning import tuned
 
 __all__ = [
     "PARTS",
     "RULES",
+    "SHARE",
     "agree",
     "bounded",
     "conditional",
@@ -59,6 +60,9 @@ class Rules:
 
 
 RULES = Rules()
+
+SHARE = "share of the recognised"
+"""The method of the line that says which share of what was recognised is catastrophic."""
 
 PARTS = (", P[R]", ", P[R, C]")
 """What the names of lines end in that are of one part of a conditional probability."""
@@ -284,12 +288,17 @@ def effective(one: Evidence) -> float:
     return min(apart, one.diagnostics.get("island_ess", math.inf))
 
 
-def shared(share: float, independent: float, *, calls: int, seconds: float) -> Evidence:
-    """Of so many independent recognised cases the share that is catastrophic, as evidence of log P[C | R]."""
+def shared(
+    share: float, independent: float, *, calls: int, seconds: float, particles: Particles | None = None
+) -> Evidence:
+    """Of so many independent recognised cases the share that is catastrophic, as evidence of log P[C | R].
+
+    particles: those that are.
+    """
     n = max(1, int(independent))
     hits = min(n, round(share * n))
     return Evidence(
-        method="share of the recognised",
+        method=SHARE,
         log_prob=math.log(share) if share > 0.0 else -math.inf,
         std_error=math.sqrt((1.0 - share) / (share * n)) if share > 0.0 else math.inf,
         interval=diagnostics.binomial_interval(hits, n),
@@ -297,6 +306,7 @@ def shared(share: float, independent: float, *, calls: int, seconds: float) -> E
         calls=calls,
         seconds=seconds,
         converged=False,
+        particles=particles,
         diagnostics={"hits": float(hits), "samples": float(n)},
         notes=(Note(Code.TRIAL, "a look at what the difference of the two estimates should come to."),),
     )

@@ -25,6 +25,7 @@ from probest.training.memory import Memory
 from probest.training.opponents import QUICK, Opponents, Pool
 from probest.training.teacher import Teacher, as_batch
 from probest.tuning import tuned
+from probest.verdict import SHARE
 
 __all__ = ["Descent", "DescentTuning", "Options", "Stream", "batch_of", "worth"]
 
@@ -63,6 +64,7 @@ class Options:
 
     target: log P below which there is no more pressure. limits: norms that gradients are clipped to. schedule: share of
     the learning rate at each step, or None for a cosine. rows: of the data. path: of the checkpoint, or None.
+    recognised: log P[R] of a problem with a recogniser, 0 of others: what the ladder follows is P[R and C].
     """
 
     target: float
@@ -76,6 +78,7 @@ class Options:
     schedule: Callable[[int], float] | None
     rows: int
     path: Path | None
+    recognised: float = 0.0
     tuning: DescentTuning = field(default_factory=DescentTuning)
 
 
@@ -155,6 +158,11 @@ class Descent:
         state = self.state
         state.round, state.began, state.last, state.reached = state.round + 1, state.step, state.step + steps, None
 
+    @property
+    def _followed(self) -> float:
+        """log P, or log P[C | R], as it is followed; NaN before the first step."""
+        return min(self.ladder.log_prob - self.options.recognised, 0.0)
+
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _step(self) -> Losses:
@@ -203,7 +211,7 @@ class Descent:
 
     def _need(self) -> float:
         """Share of the pressure: nothing from ``slack`` nats below the target on."""
-        followed, look = self.ladder.log_prob, self.state.look
+        followed, look = self._followed, self.state.look
         worst = max((p for p in (followed, look) if p is not None and not math.isnan(p)), default=0.0)
         if worst == -math.inf:
             return 0.0
@@ -236,7 +244,7 @@ class Descent:
     def _record(self, losses: Losses, look: float | None) -> None:
         steps, looks = self.state.costs.steps, self.state.costs.looks
         step = Step(
-            step=self.state.step, task_loss=losses.task, taught_loss=losses.taught, log_prob=self.ladder.log_prob,
+            step=self.state.step, task_loss=losses.task, taught_loss=losses.taught, log_prob=self._followed,
             pressure=losses.pressure, look=look, calls=steps.calls + looks.calls, seconds=steps.seconds + looks.seconds,
         )  # fmt: skip
         self.state.history.append(step)
@@ -262,7 +270,7 @@ class Descent:
         if state.step % options.check_every:
             return False
         spent = state.costs
-        near = self.ladder.log_prob <= options.target
+        near = self._followed <= options.target
         return near or spent.looks.calls + options.check_budget <= options.tuning.look_share * spent.steps.calls
 
     def _look(self) -> float:
@@ -277,7 +285,7 @@ class Descent:
         )
         state.costs.looks.add(look.calls, time.perf_counter() - began)
         state.look = look.log_prob
-        if max(look.log_prob, self.ladder.log_prob) >= self.options.target:
+        if max(look.log_prob, self._followed) >= self.options.target:
             state.reached = None
         elif state.reached is None:
             state.reached = state.step
@@ -306,8 +314,9 @@ class Descent:
         state.costs.looks.add(calls, time.perf_counter() - began)
 
     def welcome(self, found: Estimate, *key: int) -> None:
-        """Let the catastrophes of an estimate onto the ladder."""
-        particles = found.conclusion.particles
+        """Let the catastrophes of an estimate onto the ladder: where what was recognised was moved, those among it."""
+        moved = [line.particles for line in found.ledger if line.method == SHARE and line.particles is not None]
+        particles = moved[-1] if moved else found.conclusion.particles
         if particles is not None and len(particles.z) and math.isfinite(found.log_prob):
             self.ladder.welcome(particles, generator(child_seed(self.root, Stream.WALK, *key)))
 
