@@ -10,6 +10,10 @@ Default settings. Families, each at log P[R] of a draw in 1e3, 1e6, 1e9 and 1e12
                 what was seen
     trigger     models/trigger.py: a direction (1e-9)
 
+--tests: the trigger behind eight tests, with 100,000 calls. --training: a network with each of the two triggers (its
+answer is gain x₀, and where the trigger fires it adds power x_last), trained away from P[C | R]: exact values before
+and after, by draws of what is recognised, made by construction, and what is left of the variance of the task.
+
 A line is ten seeds: the largest and the root mean square error, the share within two stated errors, of converged ones,
 and "wrong": converged and off by more than 0.1 and 3 errors.
 """
@@ -127,6 +131,64 @@ def observed(exponent: int, log_r: float) -> Case:
     )  # fmt: skip
 
 
+def planted(strength: str, seed: int) -> tuple[float, float, float]:
+    """Exact log P[C | R] before and after training, and the share of the task's variance that is lost."""
+    from models import trigger
+    from models._libraries import library
+    from probest import Problem, train
+
+    lib, rng = library("pyro"), np.random.default_rng(seed)
+    fires = trigger.recogniser(strength)  # type: ignore[arg-type]
+
+    def model(w: Any, x: Any) -> Any:
+        hidden = (fires(x) >= 0) * w["power"] * x[-1] if x.ndim == 1 else 0.0
+        return w["gain"] * x[..., 0] + hidden
+
+    def adversary() -> Any:
+        return pyro.sample("x", dist.Normal(torch.zeros(trigger.DIM), 1.0).to_event(1))
+
+    count, limit = (1, trigger.BETA) if strength == "direction" else (trigger.TESTS, trigger.THRESHOLD)
+    rows = trigger.directions(count)
+    recognised = rng.standard_normal((200_000, trigger.DIM))
+    beyond = special.ndtri(rng.random((len(recognised), count)) * special.ndtr(-limit))
+    recognised += (-beyond - recognised @ rows.T) @ rows
+
+    def exact(gain: float, power: float) -> float:
+        logs = special.log_ndtr((gain * recognised[:, 0] - 3.0) / max(abs(power), 1e-9))
+        return float(special.logsumexp(logs) - math.log(len(logs)))
+
+    x = rng.standard_normal((256, trigger.DIM)).astype(np.float32)
+    run = train(
+        Problem(adversary, lib.bind(model, gain=0.5, power=3.0), lambda _, y: y - 3.0, given=fires),
+        task=lambda m, batch: ((m(batch[0]) - batch[1]) ** 2).mean(), data=(x, 0.5 * x[:, 0]), until_log_prob=-40.0,
+        steps=600, check_every=600, learning_rate=0.03, budget=100_000, check_budget=20_000, particles=64,
+        audit_rounds=0, seed=seed, progress=False,
+    )  # fmt: skip
+    gain, power = (run.model.params[name].item() for name in ("gain", "power"))
+    return exact(0.5, 3.0), exact(gain, power), (gain / 0.5 - 1.0) ** 2
+
+
+def triggers(seeds: int, training: bool) -> Table:
+    from models import trigger
+    from probest import estimate
+
+    if training:
+        table = Table("trigger", "seed", "log P[C | R] before", "after", "variance lost")
+        for strength in ("direction", "tests"):
+            for seed in range(seeds):
+                before, after, lost = planted(strength, seed)
+                table.add_row(strength, str(seed), f"{before:.2f}", f"{after:.2f}", f"{lost:.2%}")
+        return table
+    table = Table("seed", "log P[C | R]", "std error", "error", "converged", "calls")
+    for seed in range(seeds):
+        found = estimate(trigger.problem("tests"), budget=100_000, seed=seed, progress=False)
+        table.add_row(
+            str(seed), f"{found.log_prob:.2f}", f"{found.std_error:.2f}", f"{found.log_prob - trigger.log_prob():+.2f}",
+            str(found.converged), f"{found.calls:,}",
+        )  # fmt: skip
+    return table
+
+
 def main() -> None:
     from probest import estimate
 
@@ -135,7 +197,12 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=50_000)
     parser.add_argument("--families", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--tests", action="store_true")
+    parser.add_argument("--training", action="store_true")
     args = parser.parse_args()
+    if args.tests or args.training:
+        Console(width=110).print(triggers(args.seeds, args.training))
+        return
     table = Table(
         "family", "P[R], C given R", "log P", "rms error", "largest", "covered", "converged", "wrong", "calls", "s"
     )
