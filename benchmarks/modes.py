@@ -6,8 +6,8 @@
 Families, each with members drawn at random: corners (several limits at once), bowls (squared distances, from the origin
 and from elsewhere), waves (sums of sines, with many modes), unions of 30 to 100 half-spaces, heavy tails (sums and
 maxima of Cauchy, Student, Pareto and lognormal variables), and shy ones (the likeliest mode is one that few gradient
-walks reach). The truth is a product, a chi-square or Cauchy law, or a
-quadrature. The columns are those of reliability.py.
+walks reach), and bumps (functions of two directions, some of which no gradient leads to). The truth is a product, a
+chi-square or Cauchy law, or a quadrature. The columns are those of reliability.py.
 """
 
 from __future__ import annotations
@@ -215,6 +215,66 @@ def shy(rng: np.random.Generator) -> ExactEvent:
     return ExactEvent(f"shy{faces}_d{dim}", dim, log_prob, severity, gradient)
 
 
+def _step(t: Floats, at: float) -> Floats:
+    return np.asarray((t > at) * 1.0)
+
+
+CURVES: dict[str, tuple[Batch, Batch]] = {  # of one variable, with their derivatives
+    "line": (lambda t: t, np.ones_like),
+    "ripple": (lambda t: t + 1.5 * np.sin(2 * t), lambda t: 1 + 3 * np.cos(2 * t)),
+    "cube": (lambda t: 0.1 * t**3, lambda t: 0.3 * t**2),
+    "vee": (lambda t: np.abs(t) - 0.5, np.sign),
+    "tanh": (lambda t: 3 * np.tanh(t), lambda t: 3 / np.cosh(t) ** 2),
+    "exp": (lambda t: 0.2 * np.exp(0.8 * t), lambda t: 0.16 * np.exp(0.8 * t)),
+    "hill": (lambda t: -0.3 * (t - 2.5) ** 2, lambda t: -0.6 * (t - 2.5)),
+    "wave": (lambda t: 2 * np.cos(3 * t) + 0.3 * t, lambda t: 0.3 - 6 * np.sin(3 * t)),
+    "bump": (
+        lambda t: 4 * np.exp(-8 * (t - 2.8) ** 2) + 0.5 * t,
+        lambda t: 0.5 - 64 * (t - 2.8) * np.exp(-8 * (t - 2.8) ** 2),
+    ),
+    "roof": (lambda t: np.minimum(t, 4 - t), lambda t: 1 - 2 * _step(t, 2.0)),
+    "clip": (lambda t: np.clip(t, -1.0, 2.5), lambda t: _step(t, -1.0) * (1 - _step(t, 2.5))),
+}
+
+
+def bump(rng: np.random.Generator) -> ExactEvent:
+    """Two functions of one direction each, added, or the larger or the product of the two; by a sum over both."""
+    grid = np.linspace(-9.0, 9.0, 3001)
+    weight = stats.norm.pdf(grid) * (grid[1] - grid[0])
+    weights = np.multiply.outer(weight, weight).ravel()
+    while True:
+        dim = int(rng.choice([2, 3, 8, 20, 60]))
+        names, how = rng.choice(list(CURVES), 2), str(rng.choice(["sum", "larger", "product"]))
+        (f, df), (g, dg) = (CURVES[str(name)] for name in names)
+        scale, axes = rng.uniform(0.5, 1.5), frame(rng, dim, 2)
+
+        def joined(a: Floats, b: Floats, how: str = how) -> Floats:
+            return np.asarray(a + b if how == "sum" else np.maximum(a, b) if how == "larger" else a * b)
+
+        values = joined(f(grid)[:, None], scale * g(grid)[None, :]).ravel()
+        order = np.argsort(-values)
+        rank = int(np.searchsorted(np.cumsum(weights[order]), 10.0 ** -rng.uniform(2.0, 9.0)))
+        limit = float(values[order[min(rank, len(order) - 1)]])
+        log_prob, below = (math.log(weights[values >= limit - slack].sum()) for slack in (0.0, 1e-3))
+        if 300 < rank < len(order) and below - log_prob < 0.02:  # no step at the limit, and enough points beyond
+            break
+
+    def severity(z: Floats) -> Floats:
+        u = z @ axes
+        return joined(f(u[:, 0]), scale * g(u[:, 1])) - limit
+
+    def gradient(z: Floats) -> Floats:
+        u = z @ axes
+        a, b, da, db = f(u[:, 0]), scale * g(u[:, 1]), df(u[:, 0]), scale * dg(u[:, 1])
+        if how == "product":
+            da, db = da * b, db * a
+        elif how == "larger":
+            da, db = da * (a >= b), db * (a < b)
+        return np.asarray(np.stack([da, db], axis=1) @ axes.T)
+
+    return ExactEvent(f"{names[0]}_{how}_{names[1]}_d{dim}", dim, log_prob, severity, gradient)
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator], ExactEvent]] = {
     "corners": corner,
     "bowls": bowl,
@@ -222,6 +282,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator], ExactEvent]] = {
     "unions": union,
     "heavy": heavy,
     "shy": shy,
+    "bumps": bump,
 }
 
 

@@ -131,8 +131,12 @@ class _Campaign:
         if not search.run(self.rng, starts, self.method.tuning.most_starts):
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
         points = self._look_around(search)
-        ledger = [self._heuristic("design points (FORM)", points.log_form)]
         around = points.origin >= 0.0 or _endless(points, self.method.tuning)
+        share = int(self.method.tuning.explored_share * self.meter.left)
+        if not around and search.explore(self.rng.spawn(1)[0], min(self.method.tuning.explored, share)):
+            points = self._look_around(search)
+            around = points.origin >= 0.0 or _endless(points, self.method.tuning)
+        ledger = [self._heuristic("design points (FORM)", points.log_form)]
         if not around:
             points = self._explore(search, points)
             around = _endless(points, self.method.tuning)
@@ -205,7 +209,8 @@ class _Campaign:
 
         To measure known modes precisely is worth no more than to know that there are no others.
         """
-        owed = int(self.method.tuning.searched * (self.meter.calls - search.spent)) - search.spent
+        lines = self.meter.calls - search.spent - search.explored
+        owed = int(self.method.tuning.searched * lines) - search.spent
         return owed > 0 and search.go_on(self.rng, min(owed, self.meter.left // 2))
 
     def _surround(self, points: DesignPoints) -> None:
@@ -423,6 +428,11 @@ class _Campaign:
         if search.lost > 0.6 * search.begun:
             sentence = "most gradient walks found no boundary: modes may have been missed; use tempering."
             notes.append(Note(Code.STRAYED, sentence))
+        if search.summits > self.method.tuning.most_summits * search.climbs:
+            sentence = (
+                "climbing from severe draws mostly ends below the limit: modes may have been missed; use tempering."
+            )
+            notes.append(Note(Code.UNSEEN, sentence))
         learnt = [self.modes.values(k, learning=True)[0] for k in range(len(self.modes))]
         first = sum(float(np.mean(values)) for values in learnt)
         spread = math.sqrt(sum(float(np.var(values)) / max(len(values) - 1, 1) for values in learnt))

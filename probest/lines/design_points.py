@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy
+from scipy import optimize
 from scipy.special import log_ndtr, ndtri
 
 from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
@@ -234,7 +235,8 @@ class Search:
     """A search that can be resumed with more starts, once other evidence suggests where a mode may be.
 
     each: starts for each mode, where there are several. suspects: where catastrophes that no known mode explained at
-    the time enter the event. slopes: unit gradients where walks began. spent: model calls so far.
+    the time enter the event. slopes: unit gradients where walks began. spent: model calls so far. climbs, summits:
+    climbs from plain draws, and those that ended below the limit. explored: calls for these, which are not in spent.
     """
 
     meter: Meter
@@ -247,6 +249,9 @@ class Search:
     suspects: list[Floats] = field(default_factory=list)
     slopes: list[Floats] = field(default_factory=list)
     spent: int = 0
+    climbs: int = 0
+    summits: int = 0
+    explored: int = 0
     tuning: LineTuning = field(default_factory=LineTuning, repr=False)
 
     def __post_init__(self) -> None:
@@ -349,6 +354,77 @@ class Search:
         ended = [walk for walk in map(self._within, entries) if walk is not None]
         self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
         return len(self.arrived) > before
+
+    def explore(self, rng: np.random.Generator, draws: int) -> bool:
+        """Walks from the most severe of plain draws, and from those that are more severe than known modes have it.
+
+        What a bump hides from gradients elsewhere, some draws may have met. True if a mode turned up.
+        """
+        draws = min(draws, self.meter.left - self.floor - GRADIENT_CALLS * 2 * self.tuning.severest)
+        if draws < 4 * self.tuning.severest or not self.arrived:
+            return False
+        spent = self.spent
+        z = rng.standard_normal((draws, self.meter.event.dim))
+        severity = self._evaluate(z).severity
+        foreseen = np.full(draws, -np.inf)
+        for walk in self.arrived:
+            normal, offset = _normal(walk)
+            foreseen = np.maximum(foreseen, float(np.linalg.norm(walk.grad)) * (z @ normal - offset))
+        with np.errstate(invalid="ignore"):
+            excess = np.nan_to_num(severity - foreseen, nan=-np.inf)
+        half = self.tuning.severest // 2
+        rows = np.unique(np.concatenate([np.argsort(-severity)[:half], np.argsort(-excess)[:half]]))
+        known, before = list(self.arrived), len(self.arrived)
+        with contextlib.suppress(UndefinedError):
+            self.start_from(z[rows])
+            aside = self._aside_of_modes(self._climbed(z[rows]))
+            self.suspects.extend(aside)
+            ended = [walk for walk in map(self._within, aside) if walk is not None]
+            self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
+        # how often random starts meet a mode says how many they miss; these were sent
+        self.arrived = [w if w.weight > 1 or any(w is k for k in known) else replace(w, weight=2) for w in self.arrived]
+        self.explored, self.spent = self.explored + self.spent - spent, spent
+        return len(self.arrived) > before
+
+    def _aside_of_modes(self, z: Floats) -> Floats:
+        """Of these catastrophes those that no known mode explains, at most a few, the nearest first."""
+        if not len(z):
+            return z
+        sides = [_normal(walk) for walk in self.arrived]
+        beyond = np.max([z @ normal - offset for normal, offset in sides], axis=0)
+        aside = z[beyond < -0.1]
+        order = np.argsort(np.linalg.norm(aside, axis=1), kind="stable")
+        return np.asarray(aside[order[: 2 * self.tuning.suspects]])
+
+    def _climbed(self, z: Floats) -> Floats:
+        """Where climbing the severity from the rows of z leads to a catastrophe (L-BFGS: ridges are narrow)."""
+        caught: list[Floats] = []
+
+        def climb(start: Floats) -> None:
+            def fallen(u: Floats) -> tuple[float, Floats]:
+                if not self._room(1):
+                    raise StopIteration
+                found = self._evaluate(u[None], gradient=True)
+                assert found.severity_grad is not None
+                severity, grad = float(found.severity[0]), found.severity_grad[0]
+                if severity >= 0.0:
+                    caught.append(np.array(u))
+                    raise StopIteration
+                return (-severity, -grad) if _telling(severity, grad) else (math.inf, np.zeros_like(u))
+
+            far = self.tuning.far_out
+            with contextlib.suppress(StopIteration):
+                ended = optimize.minimize(
+                    fallen, np.clip(start, -far, far), jac=True, method="L-BFGS-B", bounds=[(-far, far)] * len(start),
+                    options={"maxfun": self.tuning.climb_steps},
+                )  # fmt: skip
+                self.summits += ended.status != 1  # 1: it was stopped on the way
+                self.climbs += ended.status != 1
+
+        for row in z:
+            climb(row)
+        self.climbs += len(caught)
+        return np.array(caught) if caught else z[:0]
 
     def _within(self, z: Floats) -> _Walk | None:
         """A walk from a catastrophe towards the origin that never leaves the event; None where it does not arrive.
