@@ -251,13 +251,19 @@ def bump(rng: np.random.Generator) -> ExactEvent:
         def joined(a: Floats, b: Floats, how: str = how) -> Floats:
             return np.asarray(a + b if how == "sum" else np.maximum(a, b) if how == "larger" else a * b)
 
-        values = joined(f(grid)[:, None], scale * g(grid)[None, :]).ravel()
+        values, between = (joined(f(t)[:, None], scale * g(t)[None, :]).ravel() for t in (grid, grid + 0.003))
         order = np.argsort(-values)
         rank = int(np.searchsorted(np.cumsum(weights[order]), 10.0 ** -rng.uniform(2.0, 9.0)))
         limit = float(values[order[min(rank, len(order) - 1)]])
-        log_prob, below = (math.log(weights[values >= limit - slack].sum()) for slack in (0.0, 1e-3))
-        if 300 < rank < len(order) and below - log_prob < 0.02:  # no step at the limit, and enough points beyond
-            break
+        found = [float(weights[values >= limit - slack].sum()) for slack in (0.0, 1e-3)]
+        found.append(
+            float(np.multiply.outer(*2 * [stats.norm.pdf(grid + 0.003) * 0.006]).ravel()[between >= limit].sum())
+        )
+        if rank == len(order) or not min(found) > 0.0:
+            continue
+        log_prob = math.log(0.5 * (found[0] + found[2]))
+        if abs(math.log(found[1] / found[0])) < 0.02 and abs(math.log(found[2] / found[0])) < 0.02:
+            break  # no step at the limit, and nothing that is narrower than the grid
 
     def severity(z: Floats) -> Floats:
         u = z @ axes

@@ -399,6 +399,7 @@ class Search:
     def _climbed(self, z: Floats) -> Floats:
         """Where climbing the severity from the rows of z leads to a catastrophe (L-BFGS: ridges are narrow)."""
         caught: list[Floats] = []
+        far = max(self.tuning.far_out, 1.5 * max(abs(_normal(walk)[1]) for walk in self.arrived))
 
         def climb(start: Floats) -> None:
             def fallen(u: Floats) -> tuple[float, Floats]:
@@ -412,7 +413,6 @@ class Search:
                     raise StopIteration
                 return (-severity, -grad) if _telling(severity, grad) else (math.inf, np.zeros_like(u))
 
-            far = self.tuning.far_out
             with contextlib.suppress(StopIteration):
                 ended = optimize.minimize(
                     fallen, np.clip(start, -far, far), jac=True, method="L-BFGS-B", bounds=[(-far, far)] * len(start),
