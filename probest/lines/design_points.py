@@ -402,8 +402,12 @@ class Search:
         far = max(self.tuning.far_out, 1.5 * max(abs(_normal(walk)[1]) for walk in self.arrived))
 
         def climb(start: Floats) -> None:
+            u, asked = np.clip(start, -far, far), 0
+
             def fallen(u: Floats) -> tuple[float, Floats]:
-                if not self._room(1):
+                nonlocal asked
+                asked += 1
+                if asked > self.tuning.climb_steps or not self._room(1):
                     raise StopIteration
                 found = self._evaluate(u[None], gradient=True)
                 assert found.severity_grad is not None
@@ -414,12 +418,15 @@ class Search:
                 return (-severity, -grad) if _telling(severity, grad) else (math.inf, np.zeros_like(u))
 
             with contextlib.suppress(StopIteration):
-                ended = optimize.minimize(
-                    fallen, np.clip(start, -far, far), jac=True, method="L-BFGS-B", bounds=[(-far, far)] * len(start),
-                    options={"maxfun": self.tuning.climb_steps},
-                )  # fmt: skip
-                self.summits += ended.status != 1  # 1: it was stopped on the way
-                self.climbs += ended.status != 1
+                while True:  # in boxes, so that a step along a ridge does not leap to what lies beyond
+                    low, high = np.maximum(u - self.tuning.box, -far), np.minimum(u + self.tuning.box, far)
+                    box = list(zip(low, high, strict=True))
+                    ended = optimize.minimize(fallen, u, jac=True, method="L-BFGS-B", bounds=box)
+                    before, u = u, ended.x
+                    if not np.any(np.abs(u - before) >= self.tuning.box - 1e-6):
+                        break
+                self.summits += 1
+                self.climbs += 1
 
         for row in z:
             climb(row)

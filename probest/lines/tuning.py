@@ -39,7 +39,10 @@ class LineTuning:
     explored: int = tuned(1000, "plain draws, of which the most severe are starts", "modes.py --families bumps")
     explored_share: float = tuned(0.05, "of the budget, at most, for these", "modes.py --families bumps")
     severest: int = tuned(16, "starts from them", "modes.py --families bumps")
-    climb_steps: int = tuned(30, "steps of climbing the severity from there, at most", "modes.py --families bumps")
+    climb_steps: int = tuned(60, "steps of climbing the severity from there, at most", "modes.py --families bumps")
+    box: float = tuned(
+        2.0, "of each coordinate to either side, that such a climb may go at once", "modes.py --families bumps"
+    )
     most_summits: float = tuned(0.5, "of the climbs that may end below the limit", "modes.py --families bumps")
     covered: int = tuned(6, "dimensions in which a sphere can be covered by points", _VARIANTS)
     suspects: int = tuned(3, "starts from unexplained catastrophes at a time", _VARIANTS)
