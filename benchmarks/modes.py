@@ -239,9 +239,9 @@ CURVES: dict[str, tuple[Batch, Batch]] = {  # of one variable, with their deriva
 
 def bump(rng: np.random.Generator) -> ExactEvent:
     """Two functions of one direction each, added, or the larger or the product of the two; by a sum over both."""
-    grid = np.linspace(-9.0, 9.0, 3001)
-    weight = stats.norm.pdf(grid) * (grid[1] - grid[0])
-    weights = np.multiply.outer(weight, weight).ravel()
+    grid, spacing = np.linspace(-9.0, 9.0, 3001, retstep=True)
+    shifted = grid + 0.5 * spacing
+    weights, others = (np.multiply.outer(w, w).ravel() for w in (spacing * stats.norm.pdf(t) for t in (grid, shifted)))
     while True:
         dim = int(rng.choice([2, 3, 8, 20, 60]))
         names, how = rng.choice(list(CURVES), 2), str(rng.choice(["sum", "larger", "product"]))
@@ -251,14 +251,12 @@ def bump(rng: np.random.Generator) -> ExactEvent:
         def joined(a: Floats, b: Floats, how: str = how) -> Floats:
             return np.asarray(a + b if how == "sum" else np.maximum(a, b) if how == "larger" else a * b)
 
-        values, between = (joined(f(t)[:, None], scale * g(t)[None, :]).ravel() for t in (grid, grid + 0.003))
+        values, between = (joined(f(t)[:, None], scale * g(t)[None, :]).ravel() for t in (grid, shifted))
         order = np.argsort(-values)
         rank = int(np.searchsorted(np.cumsum(weights[order]), 10.0 ** -rng.uniform(2.0, 9.0)))
         limit = float(values[order[min(rank, len(order) - 1)]])
         found = [float(weights[values >= limit - slack].sum()) for slack in (0.0, 1e-3)]
-        found.append(
-            float(np.multiply.outer(*2 * [stats.norm.pdf(grid + 0.003) * 0.006]).ravel()[between >= limit].sum())
-        )
+        found.append(float(others[between >= limit].sum()))
         if rank == len(order) or not min(found) > 0.0:
             continue
         log_prob = math.log(0.5 * (found[0] + found[2]))

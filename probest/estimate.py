@@ -173,16 +173,18 @@ def _conditional(
     )
     rest = budget - below.calls
     left = None if checker_budget is None else checker_budget - below.checker_calls
+    kept = looked = 0
     if Code.INTERRUPTED in below.conclusion.codes:  # whoever stopped this does not want the rest
         rest, left = 1, None if left is None else 1
-    kept, looked = _reserve(problem, below, budget, own) if left is None else (0, 0)
+    elif left is None:
+        kept, looked = _reserve(problem, below, budget, own)
     rest -= looked
     joint = estimate(
         problem.joint, budget=rest - kept, checker_budget=left, seed=number(own), warm_start=warm_start, **options
     )
     joint._event.model_calls += looked
     rest -= joint.calls
-    if kept and not joint.converged:
+    if kept and not joint.converged and Code.INTERRUPTED not in joint.conclusion.codes:
         share = _moved_share(joint, below, kept, own)
         below.calls = below._event.model_calls
     else:

@@ -226,16 +226,16 @@ def test_black_boxes_and_other_estimators() -> None:
 
 @pytest.mark.parametrize(
     ("strength", "library", "budget", "within"),
-    [("direction", "pyro", 50_000, 0.2), ("direction", "numpyro", 50_000, 0.2), ("tests", "pyro", 100_000, 0.5)],
+    [("direction", "pyro", 50_000, 0.2), ("direction", "numpyro", 50_000, 0.2), ("tests", "pyro", 200_000, 0.5)],
 )
 def test_triggers_that_can_be_found(strength: Any, library: Any, budget: int, within: float) -> None:
     result = estimate(trigger.problem(strength, library), budget=budget, **QUIET)
     error = abs(result.log_prob - trigger.log_prob())
     if strength == "direction":
         assert error < within
-    else:  # about .2 by what is moved within R, of ten seeds one 1.3: it depends on the last digits of a machine
+    else:  # about .2 by what is moved within R; it depends on the last digits of a machine
         assert not result.converged
-        assert error < 4 * result.std_error < 4 * 3 * within
+        assert error < 4 * result.std_error < 4 * 2 * within
         assert any(line.method == "share of the recognised" for line in result.ledger)
     assert result.calls <= budget
     assert result.given is not None

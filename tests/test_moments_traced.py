@@ -306,7 +306,7 @@ def test_gradients_match_central_differences(library: Library) -> None:
 
 @pytest.mark.parametrize("case", ["leaky", "two bends", "jump", "steps of steps"])
 def test_what_is_affine_in_pieces_is_as_by_quadrature(library: Library, case: str) -> None:
-    """Closed forms against nodes, which a term that is not affine brings on, and against a grid."""
+    """Closed forms against nodes, which a term that is not affine brings on."""
     slope, where = library.array(np.linspace(0.1, 2.0, 6)), library.where
     one, zero = library.array(1.0), library.array(0.0)
     fn = {

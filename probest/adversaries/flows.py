@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from probest.adversaries.tilts import subspace
+from probest.adversaries.tilts import fitted_to, subspace
 from probest.backends.base import Array, Parts
-from probest.diagnostics import systematic_resample
 from probest.evidence import Floats, Particles
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.programs.event import Event, ProblemError
@@ -30,9 +29,6 @@ from probest.programs.event import Event, ProblemError
 __all__ = ["Flow", "FlowLaw"]
 
 _LIBRARIES = {"torch": "zuko", "jax": "flowjax"}
-_FITTED = 2_000  # catastrophes that the first law is fitted to, at most
-_ASKED = 256  # of them whose gradients find the subspace
-_THRESHOLD = 0.1  # least share of a direction, see `informed_basis`
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,8 @@ class Flow:
                 f"adversary: a flow moves continuous draws alone, and the program has discrete ones "
                 f"({event.discrete_sites[0]}): use probest.adversaries.Tilt(), which chooses among their values"
             )
-        z = particles.z[systematic_resample(particles.log_weight, _FITTED, rng)]
-        basis = subspace(event, z, threshold=_THRESHOLD, asked=_ASKED, rank=self.rank)
+        z = fitted_to(particles, rng)
+        basis = subspace(event, z, rank=self.rank)
         fit = fit_flow(library, z, np.zeros(len(z)), basis, rng)
         learnt = importlib.import_module(FLOWS[library][0]).learnable(fit.density, fit.centre, fit.factor)
         return FlowLaw(event, basis, event.parts._replace(adversary=learnt, params={}))

@@ -27,7 +27,7 @@ from probest.guides.subspace import gradient_rows, informed_basis
 from probest.programs.event import Event
 from probest.programs.strata import Strata, held_rows, strata_of
 
-__all__ = ["Tilt", "TiltLaw", "subspace"]
+__all__ = ["Tilt", "TiltLaw", "fitted_to", "subspace"]
 
 _FITTED = 2_000  # particles that the first law is fitted to, at most
 _ASKED = 256  # particles whose gradients find the subspace
@@ -55,7 +55,7 @@ class Tilt:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number of at least 1")
 
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> TiltLaw:
-        z = particles.z[systematic_resample(particles.log_weight, _FITTED, rng)]
+        z = fitted_to(particles, rng)
         strata = _strata(event)
         group = np.zeros(len(z), dtype=np.intp) if strata is None else strata.index_of(z)
         z, group = z[group >= 0], group[group >= 0]
@@ -109,19 +109,24 @@ class Tilt:
     def _basis(self, event: Event, strata: Strata | None, z: Floats, k: int) -> Floats:
         """Orthonormal directions ``(dim, r)`` that matter to catastrophes z of the stratum k."""
         held = None if strata is None else strata[k].values
-        basis = subspace(event, z, threshold=_THRESHOLD, asked=_ASKED, rank=self.rank, held=held)
+        basis = subspace(event, z, rank=self.rank, held=held)
         if strata is None:
             return basis
         left, size, _ = np.linalg.svd(basis * np.isin(np.arange(event.dim), strata.free)[:, None], full_matrices=False)
         return left[:, size > _INDEPENDENT]
 
 
+def fitted_to(particles: Particles, rng: np.random.Generator) -> Floats:
+    """Equally weighted catastrophes ``(n, dim)`` for a first law."""
+    return particles.z[systematic_resample(particles.log_weight, _FITTED, rng)]
+
+
 def subspace(
     event: Event,
     z: Floats,
     *,
-    threshold: float,
-    asked: int,
+    threshold: float = _THRESHOLD,
+    asked: int = _ASKED,
     rank: int = 24,
     held: Mapping[str, np.ndarray] | None = None,
 ) -> Floats:
