@@ -333,13 +333,12 @@ def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
     return ExactEvent(f"many_modes_{count}", dim, log_prob, severity, gradient)
 
 
-def test_a_hopeless_guide_is_left_and_tempering_spends_the_budget() -> None:
+def test_more_modes_than_a_guide_or_a_student_can_hold_are_not_converged() -> None:
     event = many_modes(40, 60, 5.5)
-    ledger = Combined().run(event, budget=BUDGET, seed=seed(0)).ledger
+    ledger = Combined().run(event, budget=BUDGET, seed=seed(2)).ledger
     check_evidence(ledger[-1], event, BUDGET)
     assert ledger[-1].calls > 0.7 * BUDGET
-    weighed = [line for line in ledger if line.method == "importance sampling"]
-    assert sum(line.calls for line in weighed) < 0.2 * BUDGET
+    assert not ledger[-1].converged
     assert ledger[-1].interval[0] <= event.log_prob <= ledger[-1].interval[1]
     particles = ledger[-1].particles
     assert particles is not None

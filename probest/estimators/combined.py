@@ -51,6 +51,7 @@ from probest.estimators.monte_carlo import MonteCarlo
 from probest.estimators.surrogate import Surrogate
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, Counts, EventLike, Evidence, Note, Particles, Population, Run
+from probest.guides.fit import CHEAP, DISTILLED
 from probest.guides.memory import Memory
 from probest.guides.subspace import gradient_rows
 from probest.lines.tuning import LineTuning
@@ -58,6 +59,7 @@ from probest.moments.layers import Layers
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
+from probest.surrogates.watched import Watched
 from probest.tuning import tuned
 from probest.verdict import (
     RULES,
@@ -149,6 +151,7 @@ class CombinedTuning:
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
     give_up: float = tuned(0.5, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
+    far_from: float = tuned(1.5, "times the precision, the same where a student may learn instead", _LEARNED)
     sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
     most_numbers: int = tuned(30_000_000, "of z in one run, at most", "memory.py")
     # a learned severity
@@ -237,6 +240,11 @@ class Campaign:
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
     prior: Memory = field(default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        self.source = self.event
+        if self.event.differentiable and not self.event.weighted and not getattr(self.event, "discrete_sites", ()):
+            self.event = Watched(self.event)
 
     @property
     def searched(self) -> bool:
@@ -448,7 +456,7 @@ class Campaign:
 
     def _read(self) -> None:
         """Read the event from its weights, if it is a wide network."""
-        net = wide(self.event, self.tuning) if self.method.read and self.left >= self.tuning.read_left else None
+        net = wide(self.source, self.tuning) if self.method.read and self.left >= self.tuning.read_left else None
         if net is None:
             return
         method = MomentPropagation()
@@ -678,7 +686,12 @@ class Campaign:
     ) -> Evidence:
         runs = self._reached
         vague = pool(runs).std_error if runs else 0.0  # what tempering can say without a guide
-        method = Importance(precision=self.method.precision, give_up=max(self.tuning.give_up, vague))
+        guides = (*CHEAP, DISTILLED) if memory is self.memory and isinstance(self.event, Watched) else CHEAP
+        give_up = max(self.tuning.give_up, vague)
+        wary = isinstance(self.event, Watched) and memory is not self.memory
+        if wary:  # a student of all that is known will do better
+            give_up = self.tuning.far_from * self.aim
+        method = Importance(precision=self.method.precision, give_up=give_up, guides=guides, wary=wary)
         budget = max(1, int(share * self.left))
         run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
         self.weighed.append(self._add(run).conclusion)

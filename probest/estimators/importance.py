@@ -34,11 +34,12 @@ import numpy as np
 from probest import diagnostics
 from probest.budget import Meter
 from probest.estimators.base import check_least, check_precision
+from probest.estimators.distilling import distilled_guide
 from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.autoguide import Autoguide
-from probest.guides.base import Guide
-from probest.guides.fit import CHEAP, KINDS, VARIATIONAL, Fitted, fit_guide, refit_guide
+from probest.guides.base import Defensive, Guide
+from probest.guides.fit import CHEAP, DISTILLED, KINDS, VARIATIONAL, Fitted, fit_guide, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
@@ -46,6 +47,8 @@ from probest.guides.sample import Batch, above, clipped, draw, join, kept_weight
 from probest.guides.variational import GaussianGuide, climbed, informed
 from probest.seeds import child_seed, generator
 from probest.smc.softening import Noise
+from probest.surrogates.student import Student
+from probest.surrogates.watched import Watched
 from probest.tuning import tuned
 from probest.verdict import agree, imprecise, wanted_error
 
@@ -85,6 +88,7 @@ class Target(IntEnum):
 
 
 _EXACT = "reliability.py --exact --estimator importance"
+_NETWORKS = "networks.py"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,12 @@ class ImportanceTuning:
     least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
     far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
     enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
+    distil_beyond: float = tuned(
+        0.3, "of the budget that is left, for fresh samples: beyond, a student learns", _NETWORKS
+    )
+    distil_left: int = tuned(4_000, "calls left below which none does", _NETWORKS)
+    distil_share: float = tuned(0.15, "of its samples, from the guide that was fitted", _NETWORKS)
+    distil_precision: float = tuned(0.02, "nats that it aims at where none are asked for", _NETWORKS)
     climb_steps: int = tuned(60, "steps of a variational guide up its bound", "bounds.py --parts gradients")
     climb_batch: int = tuned(32, "draws of each", "bounds.py --parts gradients")
     climb_draws: int = tuned(8, "of them under one logarithm", "bounds.py --parts gradients")
@@ -120,10 +130,13 @@ class Importance:
         which is checked against particles; None finds particles by ``find`` and fits one.
     guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
         ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit. ``variational``:
-        beside these, a Gaussian guide that climbs its variational bound on the event, by gradients.
+        beside these, a Gaussian guide that climbs its variational bound on the event, by gradients. ``distilled``:
+        where these would take too many samples, what a network knows that was taught the model's answers
+        (:mod:`probest.estimators.distilling`), which takes some seconds; for severities with gradients.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget
         is left after its trial; None samples regardless.
+    wary: give it up too where the particles that it was fitted to say that it is thin, or lacks some of them.
     """
 
     precision: float | None = 0.05
@@ -134,6 +147,7 @@ class Importance:
     guides: tuple[str, ...] = CHEAP
     find: Tempering = field(default_factory=lambda: Tempering(particles=256, max_moves=5))
     give_up: float | None = None
+    wary: bool = False
     tuning: ImportanceTuning = field(default_factory=ImportanceTuning, repr=False)
 
     def __post_init__(self) -> None:
@@ -162,6 +176,8 @@ class Importance:
             fitted = Fitted(guide, "given", None, 1)
             return Run.of(importance_sample(self, event, Memory(), None, budget=budget, seed=own, fitted=fitted))
         program = None if guide is None else Fitted(guide.bind(event), "program", None, 1)
+        if DISTILLED in self.guides and event.differentiable:
+            event = Watched(event)
         share = max(1, budget // 2) if program is not None or budget >= 1000 else budget
         found = self.find.run(event, budget=share, seed=child_seed(seed, Stream.FIND))
         if found.calls >= budget or (found.population is None and program is None):
@@ -257,11 +273,14 @@ def _sample_target(
     method, meter = plan.method, plan.meter
     rng = generator(child_seed(seed, 0))
     whole = fitted is not None and plan.precision is None  # nothing to learn from a trial
-    aim = _aim(plan, memory, fitted, reserve, rng, inside, whole)
+    aim = _aim(plan, memory, fitted, reserve, rng, inside, whole, child_seed(seed, 1))
     best, tried = aim.fitted, aim.tried
     left = meter.left - reserve
     nothing = not np.isfinite(tried.log_w).any()
     hopeless = fitted is None and (nothing if plan.trial else _hopeless(method, tried, left))
+    if method.wary and not plan.trial:
+        thin, lacks, _ = seen(memory.population(), best.guide, tried.log_w)
+        hopeless = hopeless or thin < method.tuning.coverage or lacks > method.tuning.unseen
     total = tried
     if hopeless or plan.trial:
         if not aim.fresh and left > 0:  # the batches that picked a guide among several favour low estimates
@@ -272,6 +291,11 @@ def _sample_target(
         memory.keep(best.guide, total)
     memory.conclude(best.guide, total.log_w)
     log_mean, error = diagnostics.log_mean_exp(total.log_w)
+    lower, upper = diagnostics.mean_interval(total.log_w)
+    if best.error > 0.0:  # of the guide's own density
+        width = 1.96 * best.error
+        error = math.hypot(error, best.error)
+        lower, upper = log_mean - math.hypot(log_mean - lower, width), log_mean + math.hypot(upper - log_mean, width)
     coverage, unseen, _ = seen(memory.population(), best.guide, total.log_w)
     if total is not tried:
         unseen = max(unseen, above(tried.log_w, tried.log_w, total.log_w))
@@ -282,7 +306,7 @@ def _sample_target(
         best,
         log_mean,
         error,
-        diagnostics.mean_interval(total.log_w),
+        (lower, upper),
         diagnostics.log_mean_exp(smooth)[0],
         khat,
         diagnostics.effective_sample_size(total.log_w),
@@ -301,6 +325,7 @@ def _aim(
     rng: np.random.Generator,
     inside: bool,
     whole: bool,
+    seed: np.random.SeedSequence,
 ) -> _Aim:
     """The given guide, or the best of those fitted to what is known, as far as each one's trial shows."""
     method, meter, precision = plan.method, plan.meter, plan.precision
@@ -308,7 +333,7 @@ def _aim(
     fitted = given
     if fitted is None:
         known = memory.known()
-        kinds = tuple(kind for kind in method.guides if kind != VARIATIONAL) or CHEAP
+        kinds = tuple(kind for kind in method.guides if kind not in (VARIATIONAL, DISTILLED)) or CHEAP
         fitted = fit_guide(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=kinds)
     looks = memory.population()
     most = max(method.first_batch // 2, int(method.tuning.trial_share * left))
@@ -319,6 +344,7 @@ def _aim(
         return best
     memory.keep(fitted.guide, batch)
     other = _climbed(plan, memory, reserve, rng) if VARIATIONAL in method.guides and inside else None
+    taught = memory.student is not None and memory.student.known is not None
     if other is not None:
         rival = draw(meter, other.guide, min(size, max(1, (meter.left - reserve) // 4)), rng, inside)
         memory.keep(other.guide, rival)
@@ -326,7 +352,7 @@ def _aim(
         best = _Aim(other, rival, cost, False) if cost < best.cost else best._replace(fresh=False)
         if best.fitted is other:
             return best
-    for _ in range(method.rounds):
+    for _ in range(0 if taught else method.rounds):
         left = meter.left - reserve
         enough = best.cost <= math.log(method.tuning.good_enough) or (
             precision is not None and math.exp(best.cost) / precision**2 < 2.0 * size
@@ -342,10 +368,38 @@ def _aim(
         best = _Aim(fitted, batch, cost, False) if gain > 0.0 else best._replace(fresh=False)
         if gain < method.tuning.least_gain:
             break
+    if DISTILLED in method.guides and inside and not meter.event.weighted:
+        student = _distilled(plan, memory, best, seed, left=meter.left - reserve)
+        if student is not None:
+            batch = draw(meter, student.guide, max(1, min(size, (meter.left - reserve) // 4)), rng, inside)
+            memory.keep(student.guide, batch)
+            cost = _cost(looks, student.guide, batch.log_w)
+            if cost < best.cost:
+                return _Aim(student, batch, cost, False)
+            best = best._replace(fresh=False)
     if best.fresh:
         return best
     known = memory.known()  # the last trial too: better by more than what an untried guide risks
     return best._replace(fitted=refit_guide(best.fitted, known.z, known.log_w, rng, moments=known.rows is None))
+
+
+def _distilled(plan: _Plan, memory: Memory, best: _Aim, seed: np.random.SeedSequence, *, left: int) -> Fitted | None:
+    """What a student knows as the guide, beside the best that was fitted; None where that will do or it learns nothing.
+
+    The fitted guide keeps a share: weights are bounded where the student is sure of what is not so.
+    """
+    tuning = plan.method.tuning
+    precision = plan.precision or tuning.distil_precision
+    enough = _samples_for(precision, best.cost, best.tried.log_w) <= tuning.distil_beyond * left
+    if enough or left < tuning.distil_left or isinstance(best.fitted.guide, BoundProgram):
+        return None
+    memory.student = memory.student or Student()
+    guide = distilled_guide(memory.student, plan.meter, precision=precision, budget=left, seed=seed, trial=plan.trial)
+    if guide is None or plan.meter.left < 1:
+        return None
+    share = tuning.distil_share
+    mixed = Defensive((guide, best.fitted.guide), (1.0 - share, share))
+    return Fitted(mixed, DISTILLED, best.fitted.basis, best.fitted.components, guide.error)
 
 
 def _climbed(plan: _Plan, memory: Memory, reserve: int, rng: np.random.Generator) -> Fitted | None:

@@ -23,23 +23,28 @@ from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
 from probest.guides.subspace import informed_basis
 
-__all__ = ["CHEAP", "KINDS", "VARIATIONAL", "Fitted", "fit_guide", "refit_guide"]
+__all__ = ["CHEAP", "DISTILLED", "KINDS", "VARIATIONAL", "Fitted", "fit_guide", "refit_guide"]
 
 CHEAP = ("mixture", "radial", "directional")
 VARIATIONAL = "variational"  # climbs its bound on the event itself (probest.estimators.importance)
-KINDS = (*CHEAP, *FLOWS, VARIATIONAL)
+DISTILLED = "distilled"  # what a network knows that was taught the severity (probest.estimators.distilling)
+KINDS = (*CHEAP, *FLOWS, VARIATIONAL, DISTILLED)
 
 _JUDGED = 400  # particles of each half that candidates are compared on
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A guide ready for use, and what it was made of. basis is None where the guide has no subspace."""
+    """A guide ready for use, and what it was made of. basis is None where the guide has no subspace.
+
+    error: of the logarithm of its density, where that is an estimate itself.
+    """
 
     guide: Guide | BoundProgram
     kind: str
     basis: Floats | None
     components: int
+    error: float = 0.0
 
 
 class _Candidate(NamedTuple):

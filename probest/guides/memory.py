@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from probest.guides.base import Guide
 from probest.guides.fit import fit_guide
 from probest.guides.program import BoundProgram
 from probest.guides.sample import Batch, above, clipped, kept_weights, seen
+
+if TYPE_CHECKING:
+    from probest.surrogates.student import Student
 
 __all__ = ["Memory"]
 
@@ -45,12 +48,14 @@ class _Sample(NamedTuple):
 class Memory:
     """looks: populations of independent searches. log_masses: log of the target's mass as each search estimates it.
     samples: of guides, all of one target. latest: the guide that new looks are held against, and its log-weights.
+    student: that was taught the severity, if one was.
     """
 
     looks: list[Population] = field(default_factory=list)
     log_masses: list[float] = field(default_factory=list)
     samples: list[_Sample] = field(default_factory=list)
     latest: tuple[Guide | BoundProgram, Floats] | None = None
+    student: Student | None = None
 
     @classmethod
     def of(cls, look: Population | None) -> Memory:

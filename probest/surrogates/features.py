@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import scipy
@@ -12,7 +12,7 @@ from scipy import special
 
 from probest.evidence import Evaluation, Floats
 
-__all__ = ["Decode", "Features", "Learned", "Softened"]
+__all__ = ["Decode", "Features", "Knows", "Learned", "Softened"]
 
 Decode = Callable[[Floats], Floats]
 
@@ -63,6 +63,20 @@ class Features(NamedTuple):
         return np.asarray(np.exp(-0.5 * square / self.width**2), dtype=np.float64)
 
 
+class Knows(Protocol):
+    """A surrogate severity, and the standard deviation of its error."""
+
+    @property
+    def noise(self) -> float: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def severity(self, z: Floats) -> Floats: ...
+
+    def severity_and_slope(self, z: Floats) -> tuple[Floats, Floats]: ...
+
+
 class Learned(NamedTuple):
     """A fitted surrogate and the standard deviation of its error."""
 
@@ -70,8 +84,15 @@ class Learned(NamedTuple):
     coefficients: Floats
     noise: float
 
+    @property
+    def differentiable(self) -> bool:
+        return self.features.decode is None
+
     def severity(self, z: Floats) -> Floats:
         return np.asarray(self.features(z) @ self.coefficients, dtype=np.float64)
+
+    def severity_and_slope(self, z: Floats) -> tuple[Floats, Floats]:
+        return self.severity(z), self.features.slope(z, self.coefficients)
 
     def log_chance(self, z: Floats) -> Floats:
         """log Φ(ŝ/σ̂): how likely a catastrophe is, as far as the surrogate can tell."""
@@ -82,20 +103,19 @@ class Learned(NamedTuple):
 class Softened:
     """The surrogate with its error as one more coordinate e: the event ŝ(z) + σ̂ e ≥ 0 has probability E[Φ(ŝ/σ̂)]."""
 
-    learned: Learned
+    learned: Knows
     dim: int
     boolean: bool = False
     weighted: bool = False
 
     @property
     def differentiable(self) -> bool:
-        return self.learned.features.decode is None
+        return self.learned.differentiable
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        inner = z[:, :-1]
+        inner, weight = z[:, :-1], np.zeros(len(z))
         noise = self.learned.noise
-        severity = self.learned.severity(inner) + noise * z[:, -1]
         if not gradient:
-            return Evaluation(severity, np.zeros(len(z)))
-        slope = self.learned.features.slope(inner, self.learned.coefficients)
-        return Evaluation(severity, np.zeros(len(z)), np.column_stack([slope, np.full(len(z), noise)]))
+            return Evaluation(self.learned.severity(inner) + noise * z[:, -1], weight)
+        severity, slope = self.learned.severity_and_slope(inner)
+        return Evaluation(severity + noise * z[:, -1], weight, np.column_stack([slope, np.full(len(z), noise)]))

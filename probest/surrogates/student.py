@@ -1,0 +1,155 @@
+r"""A student: a small network that is taught an event's severity, where the event nearly happens.
+
+It sees :math:`u = U^\top z`, in the few directions U along which the gradients of the severity near its limit point
+(active subspace): a network of two hundred inputs and a first layer of forty units has no more. The severity is taken
+in units of its change over one standard deviation of z along its gradient, drawn together where it is far from the
+limit, and cases count the more the nearer they are to the limit. How far the student is from the truth is measured on
+cases that it picked itself and had not been taught.
+
+References: Constantine (2015), Active subspaces; Radhakrishnan et al. (2024), Mechanism for feature learning in neural
+networks (inputs stretched by the mean outer product of gradients); Hinton, Vinyals & Dean (2015), Distilling the
+knowledge in a neural network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from probest.evidence import Floats
+from probest.surrogates.network import Lesson, Network, taught
+from probest.surrogates.watched import Cases
+from probest.tuning import tuned
+
+__all__ = ["Distilled", "Student", "StudentTuning"]
+
+_BY = "networks.py"
+
+
+@dataclass(frozen=True)
+class StudentTuning:
+    """How a student is taught. Set by hand on random networks other than the benchmark's."""
+
+    width: int = tuned(64, "units of each of its two layers", _BY)
+    first_steps: int = tuned(3000, "steps of its first lessons, and of those after which it has a new subspace", _BY)
+    steps: int = tuned(1000, "steps of later lessons", _BY)
+    batch: int = tuned(128, "cases of each step", _BY)
+    rate: float = tuned(1e-2, "of Adam, in first lessons", _BY)
+    later_rate: float = tuned(5e-3, "of Adam, in later ones", _BY)
+    slopes: float = tuned(4.0, "what gradients count beside values", _BY)
+    near: float = tuned(0.7, "severity, in deviations of z, at which a case counts half", _BY)
+    reach: float = tuned(10.0, "severity, in deviations of z, beyond which it is drawn together", _BY)
+    energy: float = tuned(0.9995, "of the mean square of gradients, that its subspace holds", _BY)
+    stretch: float = tuned(0.25, "power of the gradients' mean square by which its directions are stretched", _BY)
+    grown: float = tuned(1.5, "times as many gradients, for a new subspace", _BY)
+    doubt: float = tuned(1.2, "times its usual error, as its stated one", _BY)
+    outliers: float = tuned(3.0, "usual errors, beyond which how far it was off does not matter", _BY)
+    first_noise: float = tuned(0.4, "its error, in deviations of z, before any is known", _BY)
+    least_noise: float = tuned(0.02, "its least stated error", _BY)
+
+
+class Distilled(NamedTuple):
+    """What a student knows: ŝ as a function of u ``(n, r)``, and the standard deviation of its error.
+
+    basis ``(dim, r)`` has orthonormal columns; stretch ``(r,)`` multiplies u before the network sees it.
+    """
+
+    network: Network
+    basis: Floats
+    stretch: Floats
+    noise: float
+
+    @property
+    def differentiable(self) -> bool:
+        return True
+
+    def severity(self, u: Floats) -> Floats:
+        return self.network.value(u * self.stretch)
+
+    def severity_and_slope(self, u: Floats) -> tuple[Floats, Floats]:
+        value, slope = self.network.value_and_slope(u * self.stretch)
+        return value, slope * self.stretch
+
+    def log_chance(self, u: Floats) -> Floats:
+        """log Φ(ŝ/σ̂): how likely a catastrophe is, as far as the student can tell."""
+        return np.asarray(special.log_ndtr(self.severity(u) / self.noise), dtype=np.float64)
+
+
+@dataclass
+class Student:
+    """What it knows, and from how many gradients its subspace comes. scale: of severities, per deviation of z."""
+
+    tuning: StudentTuning = field(default_factory=StudentTuning)
+    known: Distilled | None = None
+    scale: float = 1.0
+    seen: int = 0
+
+    def teach(self, cases: Cases, rng: np.random.Generator) -> Distilled | None:
+        """The student after lessons on all cases; None where these hold no gradient to learn from."""
+        tuning = self.tuning
+        sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
+        first = self.known is None or len(sloped) >= tuning.grown * self.seen
+        if first:
+            self.scale = _scale(cases, sloped)
+            if not self.scale > 0.0:
+                return None
+        value, slope = self.told(cases)
+        weight = 1.0 / (1.0 + (value / tuning.near) ** 2)
+        if first:
+            noise = tuning.first_noise if self.known is None else self.known.noise
+            self.seen = len(sloped)
+            basis, stretch = _directions(slope[sloped], weight[sloped], tuning)
+            network = Network.drawn(len(stretch), tuning.width, rng)
+        else:
+            assert self.known is not None
+            network, basis, stretch, noise = self.known
+        lesson = Lesson((cases.z @ basis) * stretch, value, (slope @ basis) / stretch, weight)
+        network = taught(
+            network,
+            lesson,
+            rng,
+            steps=tuning.first_steps if first else tuning.steps,
+            batch=tuning.batch,
+            rate=tuning.rate if first else tuning.later_rate,
+            slopes=tuning.slopes,
+        )
+        self.known = Distilled(network, basis, stretch, noise)
+        return self.known
+
+    def told(self, cases: Cases) -> tuple[Floats, Floats]:
+        """Severities and gradients in the student's units."""
+        unit = self.scale * self.tuning.reach
+        value = self.tuning.reach * np.arcsinh(cases.severity / unit)
+        return value, cases.slope / (self.scale * np.sqrt(1.0 + (cases.severity / unit) ** 2))[:, None]
+
+    def examined(self, u: Floats, severity: Floats) -> None:
+        """Learn how wrong it is, from cases ``(n, r)`` that it has not been taught."""
+        assert self.known is not None
+        unit = self.scale * self.tuning.reach
+        off = np.abs(self.tuning.reach * np.arcsinh(severity / unit) - self.known.severity(u))
+        off = np.minimum(off, self.tuning.outliers * 1.4826 * max(float(np.median(off)), 1e-9))
+        noise = self.tuning.doubt * float(np.sqrt(np.mean(off**2)))
+        self.known = self.known._replace(noise=max(noise, self.tuning.least_noise))
+
+
+def _scale(cases: Cases, sloped: np.ndarray) -> float:
+    """The usual length of gradients at those of the cases that are nearest to the limit; 0 where there is none."""
+    if not len(sloped):
+        return 0.0
+    near = sloped[np.argsort(np.abs(cases.severity[sloped]), kind="stable")[: max(20, len(sloped) // 4)]]
+    lengths = np.linalg.norm(cases.slope[near], axis=1)
+    return float(np.median(lengths[lengths > 0.0])) if (lengths > 0.0).any() else 0.0
+
+
+def _directions(slope: Floats, weight: Floats, tuning: StudentTuning) -> tuple[Floats, Floats]:
+    """The subspace ``(dim, r)`` that holds nearly all of the gradients, and what stretches its directions ``(r,)``."""
+    rows = slope * np.sqrt(weight / weight.sum())[:, None]
+    square, basis = np.linalg.eigh(rows.T @ rows)
+    square, basis = np.maximum(square[::-1], 0.0), basis[:, ::-1]
+    share = np.cumsum(square) / max(float(square.sum()), 1e-300)
+    rank = min(len(square), int(np.searchsorted(share, tuning.energy)) + 1)
+    stretch = np.maximum(square[:rank], 1e-12 * square[0]) ** tuning.stretch
+    return np.ascontiguousarray(basis[:, :rank]), stretch / np.sqrt(np.mean(stretch**2))

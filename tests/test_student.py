@@ -1,0 +1,198 @@
+"""A student of the severity: its lessons, its guide, and what estimates gain by it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from probest.budget import Meter
+from probest.estimators.combined import Combined
+from probest.estimators.importance import Importance
+from probest.estimators.tempering import Tempering
+from probest.evidence import Floats
+from probest.surrogates.guide import DistilledGuide
+from probest.surrogates.network import Lesson, Network, _forward, _pulled, taught
+from probest.surrogates.student import Distilled, Student
+from probest.surrogates.watched import Watched
+from probest.testing import FAILURE_RATE
+from probest.testing.events import ExactEvent, half_space, numeric_gradient
+
+DIM = 30
+
+
+def seed(value: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(value)
+
+
+def bent(z: Floats) -> Floats:
+    """Of two directions among thirty, each of them spread over many coordinates."""
+    a, b = z @ AXES[0], z @ AXES[1]
+    return np.asarray(a + 0.5 * np.sin(2.0 * b) * b - 4.2)
+
+
+AXES = np.linalg.qr(np.random.default_rng(5).standard_normal((DIM, 2)))[0].T
+BENT_LOG_PROB = math.log(
+    integrate.quad(
+        lambda b: stats.norm.pdf(b) * special.ndtr(0.5 * math.sin(2.0 * b) * b - 4.2), -9.0, 9.0, epsrel=1e-8, limit=200
+    )[0]
+)
+
+
+def bent_event() -> ExactEvent:
+    return ExactEvent("bent", DIM, BENT_LOG_PROB, bent, gradient=numeric_gradient(bent))
+
+
+def test_the_gradient_of_a_lesson() -> None:
+    rng = np.random.default_rng(0)
+    drawn = Network.drawn(5, 7, rng)
+    net = Network(*(part.astype(np.float64) + 0.1 * rng.standard_normal(part.shape) for part in drawn))
+    x, value, slope = rng.standard_normal((9, 5)), rng.standard_normal(9), rng.standard_normal((9, 5))
+
+    def loss(net: Network) -> float:
+        said, inner = _forward(net, x)
+        return float(((said - value) ** 2).sum() + ((inner.slope - slope) ** 2).sum())
+
+    said, inner = _forward(net, x)
+    pulled = _pulled(net, x, inner, 2.0 * (said - value), 2.0 * (inner.slope - slope))
+    for name, part, gradient in zip(net._fields, net, pulled, strict=True):
+        step = 1e-6 * rng.standard_normal(part.shape)
+        ahead, behind = (loss(net._replace(**{name: part + sign * step})) for sign in (1.0, -1.0))
+        np.testing.assert_allclose((ahead - behind) / 2.0, np.sum(gradient * step), rtol=1e-5)
+
+
+def test_a_network_learns_from_gradients_what_values_alone_do_not_say() -> None:
+    rng = np.random.default_rng(1)
+    x, new = rng.standard_normal((600, 8)), rng.standard_normal((500, 8))
+
+    def square(x: Floats) -> tuple[Floats, Floats]:
+        return 0.5 * np.sum(x**2, axis=1) * 0.3 + x[:, 0], 0.3 * x + np.eye(8)[0]
+
+    value, slope = square(x)
+    errors = []
+    for known in (slope, np.full_like(slope, np.nan)):
+        lesson = Lesson(x, value, known, np.ones(len(x)))
+        net = taught(Network.drawn(8, 32, rng), lesson, rng, steps=1500, batch=64, rate=1e-2, slopes=4.0)
+        said, sloped = net.value_and_slope(new)
+        np.testing.assert_allclose(said, net.value(new), rtol=1e-5, atol=1e-5)
+        errors.append(float(np.sqrt(np.mean((said - square(new)[0]) ** 2))))
+        if known is slope:
+            assert np.sqrt(np.mean((sloped - square(new)[1]) ** 2)) < 0.1
+    assert errors[0] < 0.1
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_what_is_watched_is_kept_and_all_else_is_the_events_own() -> None:
+    event = half_space(4, 2.0)
+    watched = Watched(event, most=8 * 40)
+    z = np.random.default_rng(2).standard_normal((20, 4))
+    assert watched.cases().z.shape == (0, 4)
+    watched.evaluate(z)
+    found = watched.evaluate(z[:5], gradient=True)
+    cases = watched.cases()
+    assert found.severity_grad is not None
+    np.testing.assert_allclose(cases.severity, np.concatenate([event.severity(z), event.severity(z[:5])]))
+    assert np.isnan(cases.slope[:20]).all()
+    np.testing.assert_allclose(cases.slope[20:], found.severity_grad, rtol=1e-6)
+    assert watched.log_prob == event.log_prob
+    watched.evaluate(z)  # more numbers than it may keep
+    assert len(watched.cases().z) < 40
+
+
+def test_severities_without_end_teach_nothing() -> None:
+    event = ExactEvent("endless", 2, -1.0, lambda z: np.where(z[:, 0] > 0.0, z[:, 0], -np.inf))
+    watched = Watched(event)
+    watched.evaluate(np.random.default_rng(3).standard_normal((50, 2)))
+    assert np.isfinite(watched.cases().severity).all()
+
+
+def test_a_student_finds_the_directions_that_matter() -> None:
+    watched = Watched(bent_event())
+    rng = np.random.default_rng(4)
+    for scale in (1.0, 2.0, 3.0):
+        watched.evaluate(scale * rng.standard_normal((300, DIM)), gradient=True)
+    student = Student()
+    known = student.teach(watched.cases(), rng)
+    assert known is not None
+    assert known.basis.shape == (DIM, 2)
+    np.testing.assert_allclose(known.basis.T @ known.basis, np.eye(2), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(known.basis.T @ AXES.T, axis=0), 1.0, atol=1e-3)
+    z = rng.standard_normal((500, DIM)) + 3.0 * AXES[0]
+    told, _ = student.told(watched.cases()._replace(z=z, severity=bent(z), slope=np.zeros((500, DIM))))
+    student.examined(z @ known.basis, bent(z))
+    assert student.known is not None
+    assert student.known.noise < 0.2
+    assert np.sqrt(np.mean((told - known.severity(z @ known.basis)) ** 2)) < student.known.noise
+
+
+def test_nothing_to_learn_from() -> None:
+    watched = Watched(bent_event())
+    watched.evaluate(np.zeros((5, DIM)))
+    assert Student().teach(watched.cases(), np.random.default_rng(0)) is None
+
+
+def test_a_students_guide_has_the_density_that_it_draws_from() -> None:
+    """E_q[φ/q · f] = E_φ[f], and ∫ q = 1, both by plain draws."""
+    rng = np.random.default_rng(6)
+    dim, rank, n = 4, 2, 200_000
+    basis = np.linalg.qr(rng.standard_normal((dim, rank)))[0]
+    known = Distilled(Network.drawn(rank, 8, rng), basis, np.array([1.5, 0.5]), 0.7)
+    u = rng.standard_normal((n, rank))
+    chance = np.exp(known.log_chance(u))
+    mass = float(chance.mean())
+
+    def more() -> Floats:
+        fresh = rng.standard_normal((n, rank))
+        return np.asarray(fresh[rng.random(n) < np.exp(known.log_chance(fresh))])  # by rejection
+
+    guide = DistilledGuide(known, math.log(mass), 0.0, more)
+    z = guide.sample(150_000, rng)
+    ratio = np.exp(guide.log_ratio(z))
+    for f in (z[:, 0] ** 2, z[:, 1] ** 2 * (z[:, 2] > 0.0) * 2.0, np.ones(len(z))):
+        error = float(np.std(ratio * f)) / math.sqrt(len(z)) + float(np.std(chance)) / mass / math.sqrt(n)
+        assert abs(float(np.mean(ratio * f)) - 1.0) < stats.norm.isf(FAILURE_RATE / 2) * error
+    plain = np.exp(-guide.log_ratio(rng.standard_normal((n, dim))))
+    assert abs(float(plain.mean()) - 1.0) < stats.norm.isf(FAILURE_RATE / 2) * float(np.std(plain)) * math.sqrt(2.0 / n)
+
+
+@pytest.mark.parametrize("method", [Combined(), Importance(guides=("mixture", "distilled"))], ids=lambda m: m.name)
+def test_a_bent_event_among_many_coordinates(method: Combined | Importance) -> None:
+    for value in (0, 1):
+        run = method.run(bent_event(), budget=30_000, seed=seed(value))
+        found = run.conclusion
+        assert found.calls <= 30_000
+        assert found.std_error < 0.15
+        reach = float(special.stdtrit(20, 1.0 - FAILURE_RATE / 2)) * found.std_error
+        assert abs(found.log_prob - BENT_LOG_PROB) < reach
+
+
+def test_the_budget_is_a_ceiling_for_students_too() -> None:
+    asked: list[int] = []
+
+    class Counted(ExactEvent):
+        def evaluate(self, z: Floats, *, gradient: bool = False):  # type: ignore[no-untyped-def]
+            asked.append(len(z) * (3 if gradient else 1))
+            return ExactEvent.evaluate(self, z, gradient=gradient)
+
+    event = Counted("bent", DIM, BENT_LOG_PROB, bent, gradient=numeric_gradient(bent))
+    for budget in (500, 5_000, 12_000):
+        asked.clear()
+        run = Importance(guides=("mixture", "distilled")).run(event, budget=budget, seed=seed(3))
+        assert run.calls == sum(asked) <= budget
+
+
+def test_the_same_seed_gives_the_same_estimate() -> None:
+    first, second = (Combined().run(bent_event(), budget=15_000, seed=seed(4)).conclusion for _ in range(2))
+    assert first.log_prob == second.log_prob
+    assert first.calls == second.calls
+
+
+def test_a_tempering_run_is_the_same_when_it_is_watched() -> None:
+    method = Tempering(particles=128, max_moves=2)
+    plain, watched = (
+        method.run(event, budget=10_000, seed=seed(5)).conclusion for event in (bent_event(), Watched(bent_event()))
+    )
+    assert plain.log_prob == watched.log_prob
+    assert Meter(Watched(bent_event()), 1).budget == 1
