@@ -13,9 +13,12 @@ from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance
 from probest.estimators.tempering import Tempering
 from probest.evidence import Floats
+from probest.smc.population import State
+from probest.smc.softening import EVENT, Noise, Softening
+from probest.smc.transition import sketched_sweep
 from probest.surrogates.guide import DistilledGuide
 from probest.surrogates.network import Lesson, Network, _forward, _pulled, taught
-from probest.surrogates.student import Distilled, Student
+from probest.surrogates.student import Distilled, Sketch, Student
 from probest.surrogates.watched import Watched
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient
@@ -155,6 +158,41 @@ def test_a_students_guide_has_the_density_that_it_draws_from() -> None:
         assert abs(float(np.mean(ratio * f)) - 1.0) < stats.norm.isf(FAILURE_RATE / 2) * error
     plain = np.exp(-guide.log_ratio(rng.standard_normal((n, dim))))
     assert abs(float(plain.mean()) - 1.0) < stats.norm.isf(FAILURE_RATE / 2) * float(np.std(plain)) * math.sqrt(2.0 / n)
+
+
+@pytest.mark.parametrize("soft", [EVENT, Noise(2.0)], ids=["event", "softened"])
+def test_moves_that_a_wrong_student_proposes_leave_the_target_alone(soft: Softening) -> None:
+    """Exact draws of the target, by rejection, are exact draws of it after some moves."""
+    rng = np.random.default_rng(7)
+    event = ExactEvent("ridge", 3, 0.0, lambda z: z[:, 0] + 0.5 * z[:, 1] ** 2 - 0.7)
+    sketch = Sketch(Distilled(Network.drawn(2, 8, rng), np.eye(3)[:, 1:], np.ones(2), 0.5), 1.0, 10.0)
+    plain = rng.standard_normal((400_000, 3))
+    target = plain[np.log(rng.random(len(plain))) < soft.log(event.severity(plain))]
+    before, fixed = np.array_split(target, 2)
+    state = State(before.copy(), event.severity(before), np.zeros(len(before)), None, None, np.zeros(1), soft=soft)
+    meter = Meter(event, 10**9)
+    accepted = [sketched_sweep(state, meter, rng, sketch, np.arange(len(before)), 6) for _ in range(3)]
+    assert min(accepted) > 0.1
+    np.testing.assert_allclose(state.severity, event.severity(state.z))
+    assert np.mean(np.all(state.z == before, axis=1)) < 0.7
+    for f in (lambda z: z, lambda z: z**2, lambda z: z * np.roll(z, 1, axis=1)):
+        now, then = f(state.z), f(fixed)
+        error = np.sqrt(np.var(now, axis=0) / len(now) + np.var(then, axis=0) / len(then))
+        assert (np.abs(now.mean(axis=0) - then.mean(axis=0)) < stats.norm.isf(FAILURE_RATE / 18) * error).all()
+
+
+def test_looks_whose_moves_a_student_proposes_are_unbiased() -> None:
+    watched = Watched(bent_event())
+    rng = np.random.default_rng(8)
+    for scale in (1.0, 2.0, 3.0):
+        watched.evaluate(scale * rng.standard_normal((200, DIM)), gradient=True)
+    student = Student()
+    assert student.teach(watched.cases(), rng) is not None
+    method = Tempering(particles=128, max_moves=2, target=0.5, sketch=student.sketch)
+    runs = [method.run(bent_event(), budget=20_000, seed=seed(100 + k)).conclusion for k in range(24)]
+    ratios = np.exp(np.array([run.log_prob for run in runs]) - BENT_LOG_PROB)
+    error = float(np.std(ratios)) / math.sqrt(len(ratios))
+    assert abs(float(ratios.mean()) - 1.0) < special.stdtrit(len(ratios) - 1, 1.0 - FAILURE_RATE / 2) * error
 
 
 @pytest.mark.parametrize("method", [Combined(), Importance(guides=("mixture", "distilled"))], ids=lambda m: m.name)

@@ -11,8 +11,10 @@
 4. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and
    without.
 5. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
-   which a guide is fitted. Each new look is held against it: what lies where the guide gave no sample is new. A first
-   look has its own halves to be held against.
+   which a guide is fitted. Where a fitted law would take too many samples, a small network is taught all answers so
+   far, asks for more where it is unsure, and what it knows is the guide (:mod:`probest.estimators.distilling`); later
+   looks make the moves that it proposes (:mod:`probest.smc.transition`). Each new look is held against the guide: what
+   lies where the guide gave no sample is new. A first look has its own halves to be held against.
 6. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below
    the precision, or the budget allows no further look. Weights must have a variance, particles must lie where the
    guide samples, and no higher estimate may stand against it.
@@ -28,7 +30,7 @@ reached. Modes whose share is small until just before the limit are lost by smal
 which finds them once in a few times, are what stands against that.
 
 Reference: for the parts see :mod:`probest.estimators.line_sampling`, :mod:`probest.estimators.tempering`,
-:mod:`probest.estimators.importance` and :mod:`probest.guides.memory`.
+:mod:`probest.estimators.importance`, :mod:`probest.estimators.distilling` and :mod:`probest.guides.memory`.
 """
 
 from __future__ import annotations
@@ -130,12 +132,12 @@ class CombinedTuning:
     read_looks: int = tuned(4, "looks that may bear a reading out, at most", _READ)
     blurred: float = tuned(0.25, "standard error of the share elsewhere, beyond which a look shows nothing", _READ)
     # lines
-    lines: float = tuned(0.4, "of the budget, at most, for line sampling", _NETWORKS)
+    lines: float = tuned(0.3, "of the budget, at most, for line sampling", _LEARNED)
     planar: float = tuned(0.2, "nats between lines and the first order, at most, where modes are planes", "modes.py")
     more_lines: float = tuned(0.9, "of the budget that is left, for them", "modes.py")
     least_lines: int = tuned(100, "calls without which it is not tried", "reliability.py --calls-to-accuracy")
     close: float = tuned(1.2, "times the precision, that will do", "reliability.py")
-    thick: int = tuned(192, "particles that are made from those of lines", _NETWORKS)
+    thick: int = tuned(128, "particles that are made from those of lines", _NETWORKS)
     thick_price: int = tuned(30, "calls left for each of them", _NETWORKS)
     thick_slopes: int = tuned(64, "gradients among them, for the directions that matter", "modes.py --families corners")
     sweeps: int = tuned(3, "rounds of their moves", _NETWORKS)
@@ -148,6 +150,8 @@ class CombinedTuning:
     look_margin: float = tuned(1.2, "times what the last look took a particle, for the next", _LEARNED)
     too_few: float = tuned(2.0, "independent catastrophes, below which plain draws alone bound P from above", _LEARNED)
     without: float = tuned(0.65, "of what a look takes, one without gradients", _LEARNED)
+    sketched_price: float = tuned(50.0, "calls a particle that a look takes whose moves a student proposes", _LEARNED)
+    island: int = tuned(8, "particles of each of its islands", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
     give_up: float = tuned(0.5, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
@@ -236,6 +240,7 @@ class Campaign:
     worth: float = 0.0  # of all looks, in independent catastrophes
     new: float = 0.0  # of them, those of the last look that were
     tempered: list[Run] = field(default_factory=list)
+    sketched: list[Run] = field(default_factory=list)  # of them, those whose moves a student proposed
     weighed: list[Evidence] = field(default_factory=list)
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
@@ -414,19 +419,39 @@ class Campaign:
             budget = int((self.tuning.retry_share if self.tempered else self.tuning.first_share) * self.left)
         if budget < 1:
             return None
+        method = self._sketched(budget) or self._plain()
+        run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
+        self.attempt += 1
+        self.tempered.append(run)
+        if method.sketch is not None and run.population is not None:
+            self.sketched.append(run)
+        return run
+
+    def _plain(self) -> Tempering:
         gradient = self.attempt % 3 == 0
         moves, target = (2, 0.5) if gradient else (4, 0.3)
-        method = Tempering(
+        return Tempering(
             particles=self._look_size,
             max_moves=moves,
             target=target,
             gradient=gradient,
             warm_start=self.method.warm_start,
         )
-        run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
-        self.attempt += 1
-        self.tempered.append(run)
-        return run
+
+    def _sketched(self, budget: int) -> Tempering | None:
+        """A look whose moves a student proposes; None where there is none, or too few particles are affordable.
+
+        It is as independent of what was known as any other: what the student lacks, it refuses to move from.
+        """
+        student, tuning = self.memory.student, self.tuning
+        if student is None or not student.proven:
+            return None
+        price = min(map(_price, self.sketched), default=tuning.sketched_price)
+        size = min(2 * self._look_size, int(budget / (tuning.look_margin * price)))
+        if size < 64:
+            return None
+        islands = max(16, size // tuning.island)
+        return Tempering(particles=size, islands=islands, max_moves=2, target=0.5, sketch=student.sketch)
 
     @property
     def _look_size(self) -> int:
@@ -441,6 +466,8 @@ class Campaign:
         """Whether the budget allows one more look besides the samples of the last guide."""
         if self.attempt >= self.tuning.attempts:
             return False
+        if self._sketched(self.left - self._reserve(at_start)) is not None:
+            return True
         cheaper = self.tuning.without if self.attempt % 3 == 1 else 1.0
         price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
         return self.left - self._reserve(at_start) > price * self._look_size
@@ -667,7 +694,9 @@ class Campaign:
 
     def _aim_and_sample(self, trial: bool, again: bool) -> Evidence:
         """A guide fitted to all that is known, and fresh samples. trial: no more of these than choose the guide."""
-        share = self.tuning.guide_share if again and self.method.precision is not None else 1.0
+        student = self.memory.student
+        whole = not again or self.method.precision is None or (not trial and student is not None and student.proven)
+        share = 1.0 if whole else self.tuning.guide_share
         prior = self.prior if self.event.weighted else None
         seed = self._seed(Stream.GUIDE, len(self.weighed))
         weighed = self._weigh(seed, self.memory, prior, share, trial)

@@ -54,7 +54,7 @@ class DistillingTuning:
     last_particles: int = tuned(8_192, "of each of the last", _BY)
     moves: int = tuned(4, "of each particle on each level, at most", _BY)
     runs: int = tuned(6, "last temperings, at most", _BY)
-    exact: float = tuned(0.4, "times the precision: the error of its mass that ends them", _BY)
+    exact: float = tuned(0.6, "times the precision: the error of its mass that ends them", _BY)
     roughly: float = tuned(0.1, "nats: the same for a trial of the guide", _BY)
 
 
@@ -131,7 +131,9 @@ def _asked(student: Student, meter: Meter, u: Floats, rng: np.random.Generator) 
     severity = meter.evaluate(z, gradient=True).severity
     log_w = np.where(severity >= 0.0, -known.log_chance(u), -np.inf)
     student.examined(u, severity)
-    return Asked(len(u), diagnostics.effective_sample_size(log_w))
+    effective = diagnostics.effective_sample_size(log_w)
+    student.proven = effective > 2.0
+    return Asked(len(u), effective)
 
 
 def _guide(

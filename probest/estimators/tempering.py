@@ -55,7 +55,9 @@ from probest.smc.moves import (
 from probest.smc.population import State, interleave, is_flat, minus, reweight, slow, total
 from probest.smc.scouts import scouts_from, search
 from probest.smc.softening import EVENT, Index, Tilt, learn_index
+from probest.smc.transition import sketched_sweep
 from probest.smc.tuning import TemperingTuning
+from probest.surrogates.student import Sketch
 
 __all__ = ["Tempering"]
 
@@ -82,6 +84,8 @@ class Tempering:
     tuning: the constants that decide the rest.
     warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
         may jump to (:mod:`probest.smc.scouts`) and never enter the estimate, which means what it means without.
+    sketch: what a student knows of this event (:mod:`probest.surrogates.student`), of an adversary that is not
+        conditioned. It proposes moves (:mod:`probest.smc.transition`), and the estimate means what it means without.
     """
 
     particles: int = 512
@@ -93,6 +97,7 @@ class Tempering:
     guided: bool = True
     tuning: TemperingTuning = field(default_factory=TemperingTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
+    sketch: Sketch | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.islands < 2:
@@ -338,7 +343,12 @@ def _move(
     start, tuning = slow(state).copy(), method.tuning
     n = len(state.z)
     most = meter.calls + min(allowance, meter.left)
-    if method.guided and state.rest == 0:
+    if method.sketch is not None and state.rest == 0:
+        done = _move_by_sketch(state, method, method.sketch, meter, rng, most)
+        if done is not None:
+            state.correlation = rank_correlation(start, slow(state))
+            return done
+    elif method.guided and state.rest == 0:
         probe(state, meter, gradient, int(np.clip(n // 12, 6, 64)))
         laws = fit_moves(state, rng)
         unmoved = 1.0
@@ -389,6 +399,30 @@ def _move(
         state.correlation = rank_correlation(start, slow(state))
         if i > 0 and state.correlation <= method.decorrelation and state.acceptance > 0.15:
             break
+    return True
+
+
+def _move_by_sketch(
+    state: State, method: Tempering, sketch: Sketch, meter: Meter, rng: np.random.Generator, most: float
+) -> bool | None:
+    """Moves that a student proposes, and local steps of some particles; None where few of its proposals are accepted.
+
+    False when the budget did not allow one move.
+    """
+    n, tuning, unmoved = len(state.z), method.tuning, 1.0
+    while unmoved > tuning.unmoved:
+        if meter.left < n or (unmoved < 1.0 and meter.calls + n > most):
+            return unmoved < 1.0
+        local = rng.random(n) < tuning.walkers
+        acceptance = sketched_sweep(state, meter, rng, sketch, np.flatnonzero(~local), tuning.sketched)
+        walked = walk(state, meter, rng, state.walk_angle, np.flatnonzero(local))
+        state.walk_angle = adapted(state.walk_angle, walked, tuning.accept_walk)
+        state.moves += 1
+        state.acceptance = acceptance
+        unmoved *= 1.0 - (1.0 - tuning.walkers) * acceptance
+        if acceptance < tuning.refused:
+            state.rest = tuning.resting
+            return None
     return True
 
 

@@ -38,11 +38,13 @@ from probest.smc.population import State, log_target, total
 from probest.smc.scouts import with_scouts
 
 __all__ = [
+    "Correction",
     "adapted",
     "climb",
     "ensure_gradient",
     "fit_moves",
     "guided_sweep",
+    "metropolis",
     "probe",
     "rank_correlation",
     "refresh",
@@ -90,7 +92,7 @@ Correction = Callable[[Evaluation], Floats]
 Propose = Callable[[Rows], tuple[Floats, Correction]]
 
 
-def _metropolis(
+def metropolis(
     state: State, meter: Meter, rng: np.random.Generator, at: Rows, propose: Propose, gradient: bool = False
 ) -> float:
     """One Metropolis–Hastings step of the particles ``at``, in blocks of rows and in place; the mean acceptance.
@@ -157,7 +159,7 @@ def walk(state: State, meter: Meter, rng: np.random.Generator, angle: float, at:
         noise += np.cos(angles)[:, None] * state.z[rows]
         return noise, lambda _: np.zeros(len(rows))
 
-    return _metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
+    return metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
 
 
 def climb(state: State, meter: Meter, rng: np.random.Generator, angle: float) -> float:
@@ -187,7 +189,7 @@ def climb(state: State, meter: Meter, rng: np.random.Generator, angle: float) ->
 
         return proposal, correction
 
-    return _metropolis(state, meter, rng, _everyone(state), propose, gradient=True)
+    return metropolis(state, meter, rng, _everyone(state), propose, gradient=True)
 
 
 def _dot(a: Floats, b: Floats) -> Floats:
@@ -210,7 +212,7 @@ def refresh(state: State, meter: Meter, rng: np.random.Generator, at: Rows | Non
         chosen[np.arange(m), rng.integers(dim, size=m)] = True
         return np.where(chosen, rho * z + sigma * rng.standard_normal((m, dim)), z), lambda _: np.zeros(m)
 
-    acceptance = _metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
+    acceptance = metropolis(state, meter, rng, _everyone(state) if at is None else at, propose)
     step = math.exp(1.5 * (acceptance - 0.35))
     single = state.portion * dim <= 0.7
     if (step < 1.0 and single) or (step > 1.0 and state.refresh_angle < 1.57):
@@ -362,7 +364,7 @@ def guided_sweep(
             proposal, correction = _propose(state.z[rows].astype(np.float64, copy=False), law, rho, sigma, rng)
             return proposal, lambda _: correction
 
-        accepted += len(rows) * _metropolis(state, meter, rng, rows, propose)
+        accepted += len(rows) * metropolis(state, meter, rng, rows, propose)
     return accepted / max(1, len(at))
 
 

@@ -43,6 +43,7 @@ class State:
     angle: float = 1.0
     side_angle: float = 1.2
     walk_angle: float = 1.0
+    sketch_angle: float = 0.5
     portion: float = 0.5
     refresh_angle: float = 0.5 * math.pi
     rows: Floats | None = None

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from probest.evidence import Floats
+from probest.evidence import Evaluation, Floats
 from probest.surrogates.network import Lesson, Network, taught
 from probest.surrogates.watched import Cases
 from probest.tuning import tuned
 
-__all__ = ["Distilled", "Student", "StudentTuning"]
+__all__ = ["Distilled", "Sketch", "Student", "StudentTuning"]
 
 _BY = "networks.py"
 
@@ -78,14 +78,68 @@ class Distilled(NamedTuple):
         return np.asarray(special.log_ndtr(self.severity(u) / self.noise), dtype=np.float64)
 
 
+class Sketch(NamedTuple):
+    """What a student knows as an event of u ``(n, r)``, its severities in the event's own units."""
+
+    known: Distilled
+    scale: float
+    reach: float
+
+    @property
+    def dim(self) -> int:
+        return int(self.known.basis.shape[1])
+
+    @property
+    def differentiable(self) -> bool:
+        return True
+
+    @property
+    def boolean(self) -> bool:
+        return False
+
+    @property
+    def weighted(self) -> bool:
+        return False
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of its error, near the limit."""
+        return self.known.noise * self.scale
+
+    def evaluate(self, u: Floats, *, gradient: bool = False) -> Evaluation:
+        unit, weight = self.reach * self.scale, np.zeros(len(u))
+        if not gradient:
+            return Evaluation(unit * np.sinh(self._bent(self.known.severity(u))), weight)
+        value, slope = self.known.severity_and_slope(u)
+        bent = self._bent(value)
+        return Evaluation(unit * np.sinh(bent), weight, slope * (self.scale * np.cosh(bent))[:, None])
+
+    def inside(self, z: Floats) -> Floats:
+        """The coordinates that it sees."""
+        return np.asarray(z @ self.known.basis, dtype=np.float64)
+
+    def whole(self, u: Floats, rng: np.random.Generator) -> Floats:
+        """z with these coordinates, and fresh ones that it does not see."""
+        basis = self.known.basis
+        z = rng.standard_normal((len(u), len(basis)))
+        return np.asarray(z + (u - z @ basis) @ basis.T)
+
+    def _bent(self, value: Floats) -> Floats:
+        return np.clip(value / self.reach, -50.0, 50.0)
+
+
 @dataclass
 class Student:
-    """What it knows, and from how many gradients its subspace comes. scale: of severities, per deviation of z."""
+    """What it knows, and from how many gradients its subspace comes. scale: of severities, per deviation of z.
+
+    proven: whether some of the particles that it picked last were catastrophes.
+    """
 
     tuning: StudentTuning = field(default_factory=StudentTuning)
     known: Distilled | None = None
     scale: float = 1.0
     seen: int = 0
+    proven: bool = False
 
     def teach(self, cases: Cases, rng: np.random.Generator) -> Distilled | None:
         """The student after lessons on all cases; None where these hold no gradient to learn from."""
@@ -118,6 +172,11 @@ class Student:
         )
         self.known = Distilled(network, basis, stretch, noise)
         return self.known
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """What it knows as an event of its own; None before any lesson."""
+        return None if self.known is None else Sketch(self.known, self.scale, self.tuning.reach)
 
     def told(self, cases: Cases) -> tuple[Floats, Floats]:
         """Severities and gradients in the student's units."""
