@@ -11,9 +11,9 @@ after training.
 The random networks' limits are chosen by their own draws, so that P lies between about 1e-4 and 1e-14; networks whose
 limit no search reaches are left out.
 
-There is no closed form for any of them. A reference is the mean of ten importance samples, whose guides come from ten
-independent searches of four temperings each (``--searches``; ``--calls`` are those of the samples together), and its
-error is the larger of the samples' own and that of their spread. They are kept in networks_reference.json beside this
+There is no closed form for any of them. A reference is the mean of several importance samples, whose guides come from as
+many independent searches of four temperings each (``--searches``; ``--calls`` are those of the samples and of the
+lessons of their students together), and its error is the larger of the samples' own and that of their spread. They are kept in networks_reference.json beside this
 file. An importance sample errs low, seldom high: a search that missed a mode shows as a sample that lies below the
 others by more than the errors, and the spread, kept too, tells. A network that is no longer the one of its reference
 (by its severities at a few points) is left out with a word.
@@ -45,15 +45,16 @@ from reliability import Case, assess, chosen, of_problem, tell  # noqa: E402
 from models import digits, pendulum  # noqa: E402
 from models._libraries import Backend, library  # noqa: E402
 from probest import Problem, diagnostics, train  # noqa: E402
-from probest.budget import Meter  # noqa: E402
+from probest.estimators.importance import Importance, importance_sample  # noqa: E402
 from probest.estimators.tempering import Tempering  # noqa: E402
 from probest.evidence import EventLike  # noqa: E402
-from probest.guides.fit import fit_guide, refit_guide  # noqa: E402
-from probest.guides.sample import draw, kept_weights  # noqa: E402
+from probest.guides.fit import CHEAP, DISTILLED  # noqa: E402
+from probest.guides.memory import Memory  # noqa: E402
+from probest.surrogates.watched import Watched  # noqa: E402
 
 TABLE = Path(__file__).with_name("networks_reference.json")
 TRAINING_CALLS = 1_000_000
-TRIAL = 20_000
+REFERENCE = 0.015  # nats: precision of each sample of a reference
 
 
 # The networks ---------------------------------------------------------------------------------------------------------
@@ -168,25 +169,19 @@ class Search(NamedTuple):
 
 
 def searched(event: EventLike, calls: int, seed: np.random.SeedSequence) -> Search:
-    """Four temperings, a guide for all of them, refitted to its own weighted samples; then ``calls`` fresh ones."""
+    """Four temperings, a guide for all of them, fitted or learned by a student of all answers; ``calls`` for both."""
     *seeds, own = seed.spawn(5)
-    runs = [Tempering(particles=512, max_moves=8).run(event, budget=2_000_000, seed=each) for each in seeds]
-    found = [run.population for run in runs if run.population is not None]
-    if not found:
+    watched = Watched(event, most=100_000_000)
+    memory = Memory()
+    for each in seeds:
+        run = Tempering(particles=512, max_moves=8).run(watched, budget=2_000_000, seed=each)
+        if run.population is not None:
+            memory.add(run.population, run.conclusion.log_prob)
+    if not memory.looks:
         return Search(-math.inf, math.inf, math.inf)
-    rng = np.random.default_rng(own)
-    z = np.concatenate([population.z for population in found])
-    known = [population.rows for population in found if population.rows is not None]
-    rows = np.concatenate(known) / math.sqrt(len(known)) if known else None
-    mixed = rng.permutation(len(z))
-    fitted = fit_guide(z[mixed], np.zeros(len(z)), rng, rows=rows, effective=len(z) / 2.0)
-    meter = Meter(event, calls + 3 * TRIAL)
-    for _ in range(3):
-        trial = draw(meter, fitted.guide, TRIAL, rng, True)
-        if len(trial.z) > 10 * event.dim:
-            fitted = refit_guide(fitted, trial.z, kept_weights(trial), rng)
-    log_w = draw(meter, fitted.guide, calls, rng, True).log_w
-    return Search(*diagnostics.log_mean_exp(log_w), diagnostics.pareto_smooth(log_w)[1])
+    method = Importance(precision=REFERENCE, guides=(*CHEAP, DISTILLED))
+    found = importance_sample(method, watched, memory, None, budget=calls, seed=own)
+    return Search(found.log_prob, found.std_error, found.diagnostics["khat"])
 
 
 def probed(event: EventLike) -> list[float]:

@@ -188,7 +188,7 @@ def test_looks_whose_moves_a_student_proposes_are_unbiased() -> None:
         watched.evaluate(scale * rng.standard_normal((200, DIM)), gradient=True)
     student = Student()
     assert student.teach(watched.cases(), rng) is not None
-    method = Tempering(particles=128, max_moves=2, target=0.5, sketch=student.sketch)
+    method = Tempering(particles=128, max_moves=2, target=0.5, student=student)
     runs = [method.run(bent_event(), budget=20_000, seed=seed(100 + k)).conclusion for k in range(24)]
     ratios = np.exp(np.array([run.log_prob for run in runs]) - BENT_LOG_PROB)
     error = float(np.std(ratios)) / math.sqrt(len(ratios))

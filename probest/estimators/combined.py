@@ -61,6 +61,7 @@ from probest.moments.layers import Layers
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.smc.resample_move import cost, thicken
+from probest.surrogates.student import Student
 from probest.surrogates.watched import Watched
 from probest.tuning import tuned
 from probest.verdict import (
@@ -150,7 +151,8 @@ class CombinedTuning:
     look_margin: float = tuned(1.2, "times what the last look took a particle, for the next", _LEARNED)
     too_few: float = tuned(2.0, "independent catastrophes, below which plain draws alone bound P from above", _LEARNED)
     without: float = tuned(0.65, "of what a look takes, one without gradients", _LEARNED)
-    sketched_price: float = tuned(50.0, "calls a particle that a look takes whose moves a student proposes", _LEARNED)
+    sketched_price: float = tuned(0.6, "of a look's price, one whose moves a student proposes", _LEARNED)
+    taught_left: int = tuned(10_000, "calls left, for a student to learn on the way of a look", _LEARNED)
     island: int = tuned(8, "particles of each of its islands", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
@@ -419,23 +421,27 @@ class Campaign:
             budget = int((self.tuning.retry_share if self.tempered else self.tuning.first_share) * self.left)
         if budget < 1:
             return None
-        method = self._sketched(budget) or self._plain()
+        sketched = self._sketched(budget)
+        method = sketched or self._plain()
         run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
         self.attempt += 1
         self.tempered.append(run)
-        if method.sketch is not None and run.population is not None:
+        if sketched is not None and run.population is not None:
             self.sketched.append(run)
         return run
 
     def _plain(self) -> Tempering:
-        gradient = self.attempt % 3 == 0
+        gradient = self.attempt % 3 == 0 or self.memory.student is not None
         moves, target = (2, 0.5) if gradient else (4, 0.3)
+        if gradient and isinstance(self.event, Watched) and self.left >= self.tuning.taught_left:
+            self.memory.student = self.memory.student or Student()
         return Tempering(
             particles=self._look_size,
             max_moves=moves,
             target=target,
             gradient=gradient,
             warm_start=self.method.warm_start,
+            student=self.memory.student,
         )
 
     def _sketched(self, budget: int) -> Tempering | None:
@@ -444,14 +450,14 @@ class Campaign:
         It is as independent of what was known as any other: what the student lacks, it refuses to move from.
         """
         student, tuning = self.memory.student, self.tuning
-        if student is None or not student.proven:
+        if student is None or not student.proven or not self.looks:
             return None
-        price = min(map(_price, self.sketched), default=tuning.sketched_price)
+        price = min(map(_price, self.sketched), default=tuning.sketched_price * _price(self.looks[-1]))
         size = min(2 * self._look_size, int(budget / (tuning.look_margin * price)))
         if size < 64:
             return None
         islands = max(16, size // tuning.island)
-        return Tempering(particles=size, islands=islands, max_moves=2, target=0.5, sketch=student.sketch)
+        return Tempering(particles=size, islands=islands, max_moves=2, target=0.5, student=student)
 
     @property
     def _look_size(self) -> int:

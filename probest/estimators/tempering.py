@@ -57,7 +57,8 @@ from probest.smc.scouts import scouts_from, search
 from probest.smc.softening import EVENT, Index, Tilt, learn_index
 from probest.smc.transition import sketched_sweep
 from probest.smc.tuning import TemperingTuning
-from probest.surrogates.student import Sketch
+from probest.surrogates.student import Sketch, Student
+from probest.surrogates.watched import Watched
 
 __all__ = ["Tempering"]
 
@@ -84,8 +85,9 @@ class Tempering:
     tuning: the constants that decide the rest.
     warm_start: particles of an earlier run, of this problem or of one that changed a little. They only say where moves
         may jump to (:mod:`probest.smc.scouts`) and never enter the estimate, which means what it means without.
-    sketch: what a student knows of this event (:mod:`probest.surrogates.student`), of an adversary that is not
-        conditioned. It proposes moves (:mod:`probest.smc.transition`), and the estimate means what it means without.
+    student: it proposes moves (:mod:`probest.smc.transition`), and the estimate means what it means without. Where the
+        event is watched (:class:`probest.surrogates.watched.Watched`) it learns on the way. For adversaries that are
+        not conditioned, and severities with a gradient.
     """
 
     particles: int = 512
@@ -97,7 +99,7 @@ class Tempering:
     guided: bool = True
     tuning: TemperingTuning = field(default_factory=TemperingTuning, repr=False)
     warm_start: Particles | None = field(default=None, repr=False, compare=False)
-    sketch: Sketch | None = field(default=None, repr=False, compare=False)
+    student: Student | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.islands < 2:
@@ -343,8 +345,9 @@ def _move(
     start, tuning = slow(state).copy(), method.tuning
     n = len(state.z)
     most = meter.calls + min(allowance, meter.left)
-    if method.sketch is not None and state.rest == 0:
-        done = _move_by_sketch(state, method, method.sketch, meter, rng, most)
+    sketch = None if method.student is None or state.rest > 0 else _sketch(state, method.student, meter, rng)
+    if sketch is not None:
+        done = _move_by_sketch(state, method, sketch, meter, rng, most)
         if done is not None:
             state.correlation = rank_correlation(start, slow(state))
             return done
@@ -400,6 +403,19 @@ def _move(
         if i > 0 and state.correlation <= method.decorrelation and state.acceptance > 0.15:
             break
     return True
+
+
+def _sketch(state: State, student: Student, meter: Meter, rng: np.random.Generator) -> Sketch | None:
+    """What the student knows, after a lesson where it has still to learn and the event is watched; None for nothing."""
+    tuning, watched = state.tuning, meter.event
+    if isinstance(watched, Watched) and not student.proven:
+        n = len(state.z)
+        count = min(n, tuning.lesson)
+        if meter.left > 8 * n + GRADIENT_CALLS * count:
+            at = np.linspace(0, n - 1, count).astype(np.intp)
+            meter.evaluate(state.z[at].astype(np.float64, copy=False), gradient=True)
+        student.teach(watched.cases(), rng, tuning.lesson_share)
+    return student.sketch
 
 
 def _move_by_sketch(

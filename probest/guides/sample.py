@@ -21,6 +21,7 @@ from probest.guides.program import BoundProgram
 __all__ = ["Batch", "above", "clipped", "draw", "join", "kept_weights", "second_moment", "seen"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
+_ODD = 0.01  # mass of particles beyond all samples that does not make a guide thin
 _KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
 
 
@@ -101,8 +102,11 @@ def seen(
         return 0.0, 1.0, math.inf
     weights = guide.log_ratio(population.z) + population.log_weight
     share = population.log_w - diagnostics.log_sum_exp(population.log_w)
+    unseen = above(weights, share, batch, planned)
+    if 0.0 < unseen <= _ODD:  # a particle or two, which cannot matter more than what they are counted as
+        weights = np.minimum(weights, float(np.max(batch)))
     theirs = diagnostics.log_sum_exp(share + weights) - mean
-    return math.exp(min(0.0, second_moment(batch) - theirs)), above(weights, share, batch, planned), theirs
+    return math.exp(min(0.0, second_moment(batch) - theirs)), unseen, theirs
 
 
 def above(weights: Floats, share: Floats, batch: Floats, planned: int = 0) -> float:

@@ -40,6 +40,8 @@ class TemperingTuning:
     mixed: float = tuned(0.7, "rank correlation with the level's start at which guided moves have done enough", _EXACT)
     stuck: float = tuned(0.9, "rank correlation inside the event at which it says that particles hardly move", _EXACT)
     sketched: int = tuned(16, "steps on what a student knows, for each of the model's answers", "networks.py")
+    lesson: int = tuned(48, "particles of each level whose gradients a student is taught", "networks.py")
+    lesson_share: float = tuned(0.4, "of a student's usual steps, for such a lesson", "networks.py")
     accept_climb: float = tuned(0.55, "acceptance that gradient steps aim at (Roberts & Rosenthal 1998: 0.574)", _EXACT)
     accept_walk: float = tuned(0.35, "acceptance that steps without a gradient aim at", _EXACT)
     tails_share: float = tuned(0.4, "of the law of guided moves that is widened", _EXACT)

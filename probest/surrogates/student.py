@@ -141,8 +141,11 @@ class Student:
     seen: int = 0
     proven: bool = False
 
-    def teach(self, cases: Cases, rng: np.random.Generator) -> Distilled | None:
-        """The student after lessons on all cases; None where these hold no gradient to learn from."""
+    def teach(self, cases: Cases, rng: np.random.Generator, share: float = 1.0) -> Distilled | None:
+        """The student after lessons on all cases; None where these hold no gradient to learn from.
+
+        share: of the usual steps, for lessons of which there will be many.
+        """
         tuning = self.tuning
         sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
         first = self.known is None or len(sloped) >= tuning.grown * self.seen
@@ -165,7 +168,7 @@ class Student:
             network,
             lesson,
             rng,
-            steps=tuning.first_steps if first else tuning.steps,
+            steps=max(1, int(share * (tuning.first_steps if first else tuning.steps))),
             batch=tuning.batch,
             rate=tuning.rate if first else tuning.later_rate,
             slopes=tuning.slopes,
