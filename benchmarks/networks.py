@@ -11,12 +11,12 @@ after training.
 The random networks' limits are chosen by their own draws, so that P lies between about 1e-4 and 1e-14; networks whose
 limit no search reaches are left out.
 
-There is no closed form for any of them. A reference is the mean of several importance samples, whose guides come from as
-many independent searches of four temperings each (``--searches``; ``--calls`` are those of the samples and of the
-lessons of their students together), and its error is the larger of the samples' own and that of their spread. They are kept in networks_reference.json beside this
-file. An importance sample errs low, seldom high: a search that missed a mode shows as a sample that lies below the
-others by more than the errors, and the spread, kept too, tells. A network that is no longer the one of its reference
-(by its severities at a few points) is left out with a word.
+There is no closed form for any of them. A reference is the mean of several importance samples, whose guides come from
+as many independent searches of four temperings each (``--searches``; ``--calls`` are those of the samples and of the
+lessons of their students together), and its error is the larger of the samples' own and that of their spread. They are
+kept in networks_reference.json beside this file. An importance sample errs low, seldom high: a search that missed a
+mode shows as a sample that lies below the others by more than the errors, and the spread, kept too, tells. A network
+that is no longer the one of its reference (by its severities at a few points) is left out with a word.
 
 The columns are those of reliability.py. Intervals are judged with room for three errors of the reference.
 """
@@ -151,7 +151,7 @@ def problems(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pr
     for training in ("ordinary", "trained", "labelled"):
         for held in range(digits.CLASSES):
             yield f"digits {training} {held}", lambda t=training, h=held: digits.problem(digits_network(t), held=h)
-    for net in random_networks():
+    for net in random_networks(options.random):
         yield net.name, lambda net=net: random_problem(net, options.backend)
     for training in ("ordinary", "labelled"):
         yield f"pendulum {training}", lambda t=training: pendulum.problem(pendulum_network(t))
@@ -243,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--problems", default="", help="comma-separated names, or parts of names; all when empty")
+    parser.add_argument("--random", type=int, default=12, help="how many random networks there are")
     parser.add_argument("--backend", choices=("pyro", "numpyro"), default="pyro", help="of the random networks")
     parser.add_argument("--budget", type=int, default=50_000)
     parser.add_argument("--precision", type=float, default=0.05)
