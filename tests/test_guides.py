@@ -20,7 +20,8 @@ from probest.guides.fit import Fitted, fit_guide
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.guides.memory import Memory
 from probest.guides.mixture import Mixture
-from probest.guides.sample import Batch
+from probest.guides.sample import Batch, seen
+from probest.guides.variational import GaussianGuide
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
 
@@ -245,6 +246,20 @@ def test_a_missing_mode_is_flagged_and_a_good_guide_is_not() -> None:
     # rates of at most 2 % and at least 99 %, at this many repeats
     assert flagged[True] <= stats.binom.isf(FAILURE_RATE, repeats, 0.02)
     assert flagged[False] >= stats.binom.ppf(FAILURE_RATE, repeats, 0.99)
+
+
+@pytest.mark.parametrize(("odd", "thin"), [(1, False), (20, True)])
+def test_one_odd_particle_in_hundreds_does_not_make_a_guide_thin(odd: int, thin: bool) -> None:
+    """Its weight may be any number; that it is one in hundreds says that it matters little."""
+    rng = np.random.default_rng(3)
+    z = rng.standard_normal((300, 2)) + 1.0
+    z[:odd] = [-9.0, 0.0]
+    guide = Defensive((GaussianGuide.standard(np.array([1.0, 0.0]), np.eye(2)),), (1.0,))
+    drawn = guide.sample(5_000, rng)
+    population = Population(z, np.zeros(300), np.zeros(300), None, 300.0)
+    coverage, unseen, _ = seen(population, guide, guide.log_ratio(drawn))
+    assert unseen == pytest.approx(odd / 300, abs=0.01)
+    assert (coverage < 0.2) == thin
 
 
 def test_smoothed_is_a_second_opinion() -> None:

@@ -66,7 +66,7 @@ class Network(NamedTuple):
 
     def value(self, x: Floats) -> Floats:
         """``(n,)`` at x ``(n, dim)``."""
-        return np.concatenate([_forward(self, part)[0] for part in _blocks(x)]).astype(np.float64)
+        return np.concatenate([_value(self, part) for part in _blocks(x)]).astype(np.float64)
 
     def value_and_slope(self, x: Floats) -> tuple[Floats, Floats]:
         """``(n,)`` and ``(n, dim)`` at x ``(n, dim)``."""
@@ -103,6 +103,15 @@ def _bent(t: Singles) -> tuple[Singles, Singles, Singles]:
     root = np.sqrt(t * t + np.float32(1.0))
     half = np.float32(0.5) / root
     return np.float32(0.5) * (t + root), t * half + np.float32(0.5), half / (root * root)
+
+
+def _value(net: Network, x: Singles) -> Singles:
+    h = x
+    for weights, bias in ((net.w1, net.b1), (net.w2, net.b2)):
+        t = h @ weights.T + bias
+        h = np.float32(0.5) * (t + np.sqrt(t * t + np.float32(1.0)))
+    out: Singles = h @ net.w3 + x @ net.a + net.c
+    return out
 
 
 def _forward(net: Network, x: Singles) -> tuple[Singles, _Inner]:
