@@ -109,6 +109,7 @@ class Aim(IntEnum):
     SAMPLE = 1
 
 
+_LEAST_LOOK = 64  # particles
 _NETWORKS = "reliability.py and random ReLU networks (10 to 50 inputs, 2 to 4 layers, P near 1e-4; script not kept)"
 _EXACT = "reliability.py --exact"
 _LEARNED = "networks.py"
@@ -454,7 +455,7 @@ class Campaign:
             return None
         price = min(map(_price, self.sketched), default=tuning.sketched_price * _price(self.looks[-1]))
         size = min(2 * self._look_size, int(budget / (tuning.look_margin * price)))
-        if size < 64:
+        if size < _LEAST_LOOK:
             return None
         islands = max(16, size // tuning.island)
         return Tempering(particles=size, islands=islands, max_moves=2, target=0.5, student=student)
@@ -462,7 +463,7 @@ class Campaign:
     @property
     def _look_size(self) -> int:
         """Particles of the next look: the first three alike, then doubled each time."""
-        return max(64, self.method.particles) * int(2 ** max(0, self.attempt - 2))
+        return max(_LEAST_LOOK, self.method.particles) * int(2 ** max(0, self.attempt - 2))
 
     def _reserve(self, at_start: int) -> int:
         """What looks leave for the samples of the last guide."""
@@ -476,7 +477,7 @@ class Campaign:
             return True
         cheaper = self.tuning.without if self.attempt % 3 == 1 else 1.0
         price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
-        return self.left - self._reserve(at_start) > price * self._look_size
+        return self.left - self._reserve(at_start) > price * _LEAST_LOOK
 
     def _bounded(self, conclusion: Evidence) -> Evidence:
         """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""

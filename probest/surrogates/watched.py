@@ -11,6 +11,9 @@ from probest.evidence import Evaluation, EventLike, Floats
 __all__ = ["Cases", "Watched"]
 
 
+_HUGE = 1e30
+
+
 class Cases(NamedTuple):
     """z ``(n, dim)``; severity ``(n,)``, finite; slope ``(n, dim)``: its gradient, NaN in rows where none was asked."""
 
@@ -52,7 +55,8 @@ class Watched:
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
         result = self.event.evaluate(z, gradient=gradient)
         slope = result.severity_grad if gradient and result.severity_grad is not None else np.full(z.shape, np.nan)
-        self._kept.append(_finite(Cases(z.astype(np.float32), result.severity, slope.astype(np.float32))))
+        cases = _finite(Cases(z, result.severity, slope))
+        self._kept.append(Cases(cases.z.astype(np.float32), cases.severity, cases.slope.astype(np.float32)))
         if sum(2 * kept.z.size for kept in self._kept) > self.most:
             self._kept = [Cases(*(part[::2] for part in _together(self._kept)))]
         return result
@@ -65,7 +69,8 @@ class Watched:
 
 
 def _finite(cases: Cases) -> Cases:
-    good = np.isfinite(cases.severity) & ~np.isinf(cases.slope).any(axis=1)
+    """Those whose severity and gradient are numbers that can be reckoned with."""
+    good = (np.abs(cases.severity) < _HUGE) & ~(np.abs(cases.slope) > _HUGE).any(axis=1)
     return cases if good.all() else Cases(*(part[good] for part in cases))
 
 
