@@ -106,8 +106,10 @@ def refuted(one: Evidence, others: Sequence[Evidence]) -> bool:
 
 
 def room_left(independent: float, new: float) -> float:
-    """Nats by which log P is expected to be too low after such searches (:func:`with_room`)."""
-    return -math.log1p(-min((0.5 + new) / (1.0 + independent), 0.999))
+    """Nats by which log P may be too low after such searches (:func:`with_room`), by the share's root mean square."""
+    found, whole = 0.5 + new, 1.0 + independent
+    square = found * (found + 1.0) / (whole * (whole + 1.0))
+    return -math.log1p(-min(math.sqrt(square), 0.999))
 
 
 def with_room(one: Evidence, independent: float, new: float, precision: float | None) -> Evidence:
@@ -116,7 +118,7 @@ def with_room(one: Evidence, independent: float, new: float, precision: float | 
     independent: how many independent catastrophes all searches together are worth. new: how many of them, of the last
     search, lay where nothing that was known before led to. The share that is still unknown then has a
     Beta(½ + new, ½ + independent − new) law (Jeffreys' prior; the newcomers stand for what was seen once: Good 1953).
-    Its mean adds to the standard error, its upper 97.5 % quantile to the interval's upper end.
+    Its root mean square adds to the standard error, its upper 97.5 % quantile to the interval's upper end.
     """
     if not math.isfinite(one.log_prob):
         return one

@@ -6,6 +6,10 @@ answers at some of these, with gradients, and the student is taught again. They 
 where the adversary goes. When the answers show that enough fresh samples are affordable, or a share of the budget is
 spent, one more and larger tempering on the student gives its mass Z, and the guide (:mod:`probest.surrogates.guide`).
 
+The student is asked where it is unsure, so that its answers there do not show what it is wrongly sure of. On the digits
+network half of all catastrophes lay where it held them to be out of the question. So a part of all cases, and of the
+guide, takes its error to be several times as large: what lies there turns up, with large weights until it is learned.
+
 What the student does not know of is the guide's to lack: looks that know nothing of it are held against it, as against
 any guide (:mod:`probest.guides.memory`).
 
@@ -16,8 +20,10 @@ Bourinet (2016), Rare-event probability estimation with adaptive support vector 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +31,8 @@ import numpy as np
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.tempering import Tempering
-from probest.evidence import Evidence, Floats, Run
+from probest.evidence import Floats, Run
+from probest.guides.base import Defensive, allocate
 from probest.seeds import child_seed, generator
 from probest.smc.families import pool
 from probest.surrogates.features import Softened
@@ -34,7 +41,7 @@ from probest.surrogates.student import Distilled, Student
 from probest.surrogates.watched import Watched
 from probest.tuning import tuned
 
-__all__ = ["DistillingTuning", "distilled_guide"]
+__all__ = ["DistillingTuning", "Taught", "distilled_guide"]
 
 _FREE = 10**12
 _BY = "networks.py"
@@ -49,6 +56,9 @@ class DistillingTuning:
     rounds: int = tuned(10, "lessons at most", _BY)
     least_asked: int = tuned(100, "cases asked in each round, at least", _BY)
     most_asked: int = tuned(2_000, "the same, at most", _BY)
+    wide: float = tuned(5.0, "times the student's error, that a part of the guide takes it to be", _BY)
+    least_wide: float = tuned(0.3, "deviations of z, that it is taken to be there at least", _BY)
+    wide_share: float = tuned(0.3, "of the samples, from that part", _BY)
     affordable: float = tuned(0.4, "of the budget that is left, for fresh samples that would do", _BY)
     particles: int = tuned(1_024, "of the temperings while it learns, which cost no model calls", _BY)
     last_particles: int = tuned(8_192, "of each of the last", _BY)
@@ -68,11 +78,11 @@ class Stream(IntEnum):
     MORE = 4
 
 
-class Asked(NamedTuple):
-    """What the model said of a student's particles: how many they were and how many are worth their weights."""
+class Taught(NamedTuple):
+    """A guide that a student knows, and the error of the logarithm of its density, in nats."""
 
-    cases: int
-    effective: float
+    guide: Defensive
+    error: float
 
 
 def distilled_guide(
@@ -84,7 +94,7 @@ def distilled_guide(
     seed: np.random.SeedSequence,
     trial: bool = False,
     tuning: DistillingTuning | None = None,
-) -> DistilledGuide | None:
+) -> Taught | None:
     """The guide of a student that learns from all answers so far and, with so many calls at most, from more.
 
     trial: its mass need not be known well yet. None where it learned nothing that leads to a catastrophe, or where
@@ -96,8 +106,7 @@ def distilled_guide(
         return None
     spent = int(tuning.share * budget)
     size = int(np.clip(spent // (GRADIENT_CALLS * tuning.rounds), tuning.least_asked, tuning.most_asked))
-    stop = meter.calls + spent
-    known: Distilled | None = None
+    first = meter.calls
     for turn in range(tuning.rounds + 1):
         cases = watched.cases()
         if np.count_nonzero(~np.isnan(cases.slope[:, 0])) < tuning.least_slopes:
@@ -105,63 +114,95 @@ def distilled_guide(
         known = student.teach(cases, generator(child_seed(seed, Stream.TEACH, turn)))
         if known is None:
             return None
-        if meter.calls + GRADIENT_CALLS * size > stop:
+        if meter.calls + GRADIENT_CALLS * size > first + spent:
             break
-        rng = generator(child_seed(seed, Stream.ASK, turn))
-        run = _tempered(known, tuning.particles, tuning, child_seed(seed, Stream.TEMPER, turn))
-        if run is None:
+        own = child_seed(seed, Stream.TEMPER, turn)
+        laws = [
+            _tempered(each, tuning.particles, tuning, child_seed(own, k)) for k, each in enumerate(_both(known, tuning))
+        ]
+        if laws[0] is None or laws[1] is None:
             student.known = known._replace(noise=2.0 * known.noise)
             continue
-        asked = _asked(student, meter, _particles(run, rng)[:size], rng)
-        if asked.effective > 0.1 * tuning.least_asked:
-            needed = asked.cases / asked.effective / precision**2
-            if needed < tuning.affordable * (budget - (meter.calls - stop + spent)):
-                break
-    known = student.known
-    assert known is not None
-    return _guide(known, tuning.roughly if trial else tuning.exact * precision, seed, tuning)
+        needed = _asked(student, meter, (laws[0], laws[1]), size, child_seed(seed, Stream.ASK, turn), tuning)
+        if needed / precision**2 < tuning.affordable * (budget - (meter.calls - first)):
+            break
+    return _guide(student, tuning.roughly if trial else tuning.exact * precision, seed, tuning)
 
 
-def _asked(student: Student, meter: Meter, u: Floats, rng: np.random.Generator) -> Asked:
-    """Ask the model at a student's particles."""
+def _both(known: Distilled, tuning: DistillingTuning) -> tuple[Distilled, Distilled]:
+    """What the student knows with the error that it has where it looked, and with a larger one.
+
+    Where it is sure of what is not so it never looks: its own answers do not show that.
+    """
+    return known, known._replace(noise=max(tuning.wide * known.noise, tuning.least_wide))
+
+
+def _asked(
+    student: Student,
+    meter: Meter,
+    runs: tuple[Run, Run],
+    size: int,
+    seed: np.random.SeedSequence,
+    tuning: DistillingTuning,
+) -> float:
+    """Ask the model at particles of both laws; the second moment of the weights that these show (inf for none)."""
     known = student.known
     assert known is not None
+    rng = generator(seed)
+    shares = (1.0 - tuning.wide_share, tuning.wide_share)
+    counts = allocate(size, shares, rng)
+    u = np.concatenate([_particles(run, rng)[:count] for run, count in zip(runs, counts, strict=True)])
     z = rng.standard_normal((len(u), meter.event.dim))
     z += (u - z @ known.basis) @ known.basis.T
     severity = meter.evaluate(z, gradient=True).severity
-    log_w = np.where(severity >= 0.0, -known.log_chance(u), -np.inf)
-    student.examined(u, severity)
-    effective = diagnostics.effective_sample_size(log_w)
+    log_q = np.full(len(u), -np.inf)
+    for share, run, each in zip(shares, runs, _both(known, tuning), strict=True):
+        log_q = np.logaddexp(log_q, math.log(share) + each.log_chance(u) - run.conclusion.log_prob)
+    effective = diagnostics.effective_sample_size(np.where(severity >= 0.0, -log_q, -np.inf))
+    student.examined(u[: counts[0]], severity[: counts[0]])
     student.proven = effective > 2.0
-    return Asked(len(u), effective)
+    return len(u) / effective if effective > 0.1 * tuning.least_asked else math.inf
 
 
-def _guide(
-    known: Distilled, error: float, seed: np.random.SeedSequence, tuning: DistillingTuning
-) -> DistilledGuide | None:
-    """Temper on the student until its mass is known to ``error`` nats."""
-    runs: list[Run] = []
-    while len(runs) < tuning.runs:
-        run = _tempered(known, tuning.last_particles, tuning, child_seed(seed, Stream.LAST, len(runs)))
-        if run is not None:
-            runs.append(run)
-        elif not runs:
-            return None
-        if (len(runs) > 1 or error >= tuning.roughly) and pool(runs).std_error <= error:
-            break
-    mass: Evidence = pool(runs)
+def _guide(student: Student, error: float, seed: np.random.SeedSequence, tuning: DistillingTuning) -> Taught | None:
+    """Temper on the student until both masses are known to ``error`` nats."""
+    assert student.known is not None
+    parts: list[DistilledGuide] = []
+    for k, known in enumerate(_both(student.known, tuning)):
+        own = child_seed(seed, Stream.LAST, k)
+        runs: list[Run] = []
+        while len(runs) < tuning.runs:
+            run = _tempered(known, tuning.last_particles, tuning, child_seed(own, len(runs)))
+            if run is not None:
+                runs.append(run)
+            elif not runs:
+                return None
+            if (len(runs) > 1 or error >= tuning.roughly) and pool(runs).std_error <= error:
+                break
+        mass = pool(runs)
+        parts.append(DistilledGuide(known, mass.log_prob, mass.std_error, _draws(known, runs, own, tuning)))
+    shares = (1.0 - tuning.wide_share, tuning.wide_share)
+    return Taught(
+        Defensive(tuple(parts), shares), math.hypot(*(part.error * a for part, a in zip(parts, shares, strict=True)))
+    )
+
+
+def _draws(
+    known: Distilled, runs: list[Run], seed: np.random.SeedSequence, tuning: DistillingTuning
+) -> Callable[[], Floats]:
+    """Pools of particles: at first that of the temperings, then more of them as they are asked for."""
     rng = generator(child_seed(seed, Stream.MORE))
-    ready = [_particles(run, rng) for run in runs]
-    ready = [np.concatenate(ready)[rng.permutation(sum(map(len, ready)))]]
-    later = iter(range(10**9))
+    first = np.concatenate([_particles(run, rng) for run in runs])
+    ready = [first[rng.permutation(len(first))]]
+    turns = count()
 
     def more() -> Floats:
         if ready:
             return ready.pop()
-        run = _tempered(known, tuning.last_particles, tuning, child_seed(seed, Stream.MORE, next(later)))
-        return np.empty((0, known.basis.shape[1])) if run is None else _particles(run, rng)
+        run = _tempered(known, tuning.last_particles, tuning, child_seed(seed, Stream.MORE, next(turns)))
+        return _particles(runs[0] if run is None else run, rng)
 
-    return DistilledGuide(known, mass.log_prob, mass.std_error, more)
+    return more
 
 
 def _tempered(known: Distilled, particles: int, tuning: DistillingTuning, seed: np.random.SeedSequence) -> Run | None:

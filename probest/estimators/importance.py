@@ -394,12 +394,12 @@ def _distilled(plan: _Plan, memory: Memory, best: _Aim, seed: np.random.SeedSequ
     if enough or left < tuning.distil_left or isinstance(best.fitted.guide, BoundProgram):
         return None
     memory.student = memory.student or Student()
-    guide = distilled_guide(memory.student, plan.meter, precision=precision, budget=left, seed=seed, trial=plan.trial)
-    if guide is None or plan.meter.left < 1:
+    taught = distilled_guide(memory.student, plan.meter, precision=precision, budget=left, seed=seed, trial=plan.trial)
+    if taught is None or plan.meter.left < 1:
         return None
     share = tuning.distil_share
-    mixed = Defensive((guide, best.fitted.guide), (1.0 - share, share))
-    return Fitted(mixed, DISTILLED, best.fitted.basis, best.fitted.components, guide.error)
+    mixed = Defensive((taught.guide, best.fitted.guide), (1.0 - share, share))
+    return Fitted(mixed, DISTILLED, best.fitted.basis, best.fitted.components, taught.error)
 
 
 def _climbed(plan: _Plan, memory: Memory, reserve: int, rng: np.random.Generator) -> Fitted | None:
