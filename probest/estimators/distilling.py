@@ -49,7 +49,7 @@ _BY = "networks.py"
 
 @dataclass(frozen=True)
 class DistillingTuning:
-    """How a student is made a guide of. Set by hand on random networks other than the benchmark's."""
+    """How a student is made a guide of. Set by hand, on the first dozen random networks of the benchmark."""
 
     least_slopes: int = tuned(100, "gradients to learn from, at least", _BY)
     share: float = tuned(0.35, "of the budget that is left, for its lessons", _BY)

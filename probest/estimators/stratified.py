@@ -662,7 +662,7 @@ class _Campaign:
             inner = self.method.inner
             if self.reads is None:  # strata are of one function: where the first is no wide network, none is
                 self.reads = inner.read and wide(StratumEvent(self.strata, part.k), inner.tuning) is not None
-            inner = replace(inner, warm_start=warm, bound=False, read=self.reads)
+            inner = replace(inner, warm_start=warm, bound=False, read=self.reads, taught=False)
             seed = child_seed(self.seed, stream, part.k, part.calls)
             part.campaign = inner.begin(StratumEvent(self.strata, part.k), seed)
         part.campaign.method = replace(part.campaign.method, precision=precision)

@@ -31,7 +31,7 @@ _BY = "networks.py"
 
 @dataclass(frozen=True)
 class StudentTuning:
-    """How a student is taught. Set by hand on random networks other than the benchmark's."""
+    """How a student is taught. Set by hand, on the first dozen random networks of the benchmark."""
 
     width: int = tuned(64, "units of each of its two layers", _BY)
     first_steps: int = tuned(3000, "steps of its first lessons, and of those after which it has a new subspace", _BY)
