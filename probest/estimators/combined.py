@@ -177,7 +177,7 @@ class Combined:
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of each of the first three looks; later ones take twice as many as the one before.
     read: whether the severity of a wide network is read from its weights first.
-    taught: whether a student may learn the severity, which takes up to a minute; not in strata, of which there are many.
+    taught: whether a student may learn the severity, which takes up to a minute; strata are not taught.
     bound: where nothing is found, spend what is left of the budget on plain draws, which bound P by 3 in their number.
     tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
