@@ -411,8 +411,9 @@ def test_a_rare_value_cannot_hide(backend: str, family: str) -> None:
     assert result.ledger[-1].method == "stratified"
     assert result.converged, result.advice
     assert abs(result.log_prob - truth) < 0.05 + 4.5 * result.std_error
-    dear = built.event.boolean or family in ("icy", "icy_loop", "measured")
-    assert result.calls < (45_000 if dear else 10_000 if family == "negative_binomial" else 5_000)
+    dear = built.event.boolean or family in ("icy", "icy_loop")
+    most = {"measured": 50_000, "negative_binomial": 10_000}.get(family, 45_000 if dear else 5_000)
+    assert result.calls <= most
     check_run(Stratified().run(built.event, budget=20_000, seed=seed(2)), built.event, 20_000)
 
 

@@ -405,7 +405,8 @@ class Campaign:
             share = self.memory.novelty(population, mass, planned)
         else:
             share = self.memory.disagreement(population, generator(self._seed(Stream.HALVES)))
-        effective = min(effective, self.tuning.worth_most)
+        if isinstance(self.event, Watched):  # looks of other events are not moved by what one student knows
+            effective = min(effective, self.tuning.worth_most)
         self.new = effective * share
         self.worth += effective
         self.looks.append(run)
@@ -486,7 +487,8 @@ class Campaign:
             return True
         cheaper = self.tuning.without if self.attempt % 3 == 1 else 1.0
         price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
-        return self.left - self._reserve(at_start) > price * _LEAST_LOOK
+        size = _LEAST_LOOK if isinstance(self.event, Watched) else self._look_size
+        return self.left - self._reserve(at_start) > price * size
 
     def _bounded(self, conclusion: Evidence) -> Evidence:
         """Where nothing was found, plain draws for what is left of the budget: they find something, or bound P."""

@@ -327,9 +327,11 @@ class Stratified:
         return _Looked(found, worth + np.where(np.isfinite(relative), relative, 0.0), event.model_calls - before)
 
     def _with_glances(self, event: Event, run: Run, sites: tuple[Site, ...], looked: _Looked | None) -> Run:
-        """The run, not converged where a value that was held once seems worth far more than its share of the answer."""
+        """The run, not converged and open above where a value that was held once seems worth far more than its share of
+        the answer.
+        """
         last = run.conclusion
-        if not last.converged:
+        if not math.isfinite(last.log_prob) or (looked is None and not last.converged):
             return run
         if looked is None:
             names = ", ".join(repr(site.name) for site in sites)
