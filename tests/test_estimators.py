@@ -57,6 +57,8 @@ NEED_NOT_CONVERGE: dict[str, frozenset[str]] = {
     "line sampling": frozenset({"staircase_d10", "plateau_d10", "half_space_d2_b0"}),
     # a penalised quadratic does not learn these from some thousand cases
     "surrogate": frozenset({"union4_equal_d20_nograd", "plateau_d10"}),
+    # two searches leave too much room for what neither saw, and its samples take half of the budget each
+    "combined": frozenset({"conditioned_d20"}),
 }
 
 
