@@ -228,9 +228,8 @@ def test_the_same_seed_gives_the_same_estimate() -> None:
 
 
 def test_a_tempering_run_is_the_same_when_it_is_watched() -> None:
-    method = Tempering(particles=128, max_moves=2)
-    plain, watched = (
-        method.run(event, budget=10_000, seed=seed(5)).conclusion for event in (bent_event(), Watched(bent_event()))
-    )
+    method, kept = Tempering(particles=128, max_moves=2), Watched(bent_event())
+    plain, watched = (method.run(event, budget=10_000, seed=seed(5)).conclusion for event in (bent_event(), kept))
     assert plain.log_prob == watched.log_prob
-    assert Meter(Watched(bent_event()), 1).budget == 1
+    cases = kept.cases()  # a gradient is 3 calls, and nothing was asked that is not kept
+    assert len(cases.z) + 2 * np.count_nonzero(~np.isnan(cases.slope[:, 0])) == watched.calls == plain.calls

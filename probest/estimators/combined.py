@@ -259,6 +259,11 @@ class Campaign:
             self.event = Watched(self.event)
 
     @property
+    def _watched(self) -> bool:
+        """Whether answers are kept for a student."""
+        return isinstance(self.event, Watched)
+
+    @property
     def searched(self) -> bool:
         """Whether more to spend would go on from what is known."""
         return self.crude is not None
@@ -405,7 +410,7 @@ class Campaign:
             share = self.memory.novelty(population, mass, planned)
         else:
             share = self.memory.disagreement(population, generator(self._seed(Stream.HALVES)))
-        if isinstance(self.event, Watched):  # looks of other events are not moved by what one student knows
+        if self._watched:  # looks of other events are not moved by what one student knows
             effective = min(effective, self.tuning.worth_most)
         self.new = effective * share
         self.worth += effective
@@ -444,7 +449,7 @@ class Campaign:
     def _plain(self) -> Tempering:
         gradient = self.attempt % 3 == 0 or self.memory.student is not None
         moves, target = (2, 0.5) if gradient else (4, 0.3)
-        if gradient and isinstance(self.event, Watched) and self.left >= self.tuning.taught_left:
+        if gradient and self._watched and self.left >= self.tuning.taught_left:
             self.memory.student = self.memory.student or Student()
         return Tempering(
             particles=self._look_size,
@@ -458,7 +463,7 @@ class Campaign:
     def _sketched(self, budget: int) -> Tempering | None:
         """A look whose moves a student proposes; None where there is none, or too few particles are affordable.
 
-        It is as independent of what was known as any other: what the student lacks, it refuses to move from.
+        It is unbiased as any other, and less independent than one: what the student lacks, it hardly moves in.
         """
         student, tuning = self.memory.student, self.tuning
         if student is None or not student.proven or not self.looks:
@@ -487,7 +492,7 @@ class Campaign:
             return True
         cheaper = self.tuning.without if self.attempt % 3 == 1 else 1.0
         price = self.tuning.look_margin * cheaper * _price(self.looks[-1])
-        size = _LEAST_LOOK if isinstance(self.event, Watched) else self._look_size
+        size = _LEAST_LOOK if self._watched else self._look_size
         return self.left - self._reserve(at_start) > price * size
 
     def _bounded(self, conclusion: Evidence) -> Evidence:
@@ -733,9 +738,9 @@ class Campaign:
     ) -> Evidence:
         runs = self._reached
         vague = pool(runs).std_error if runs else 0.0  # what tempering can say without a guide
-        guides = (*CHEAP, DISTILLED) if memory is self.memory and isinstance(self.event, Watched) else CHEAP
+        guides = (*CHEAP, DISTILLED) if memory is self.memory and self._watched else CHEAP
         give_up = max(self.tuning.give_up, vague)
-        wary = isinstance(self.event, Watched) and memory is not self.memory
+        wary = self._watched and memory is not self.memory
         if wary:  # a student of all that is known will do better
             give_up = self.tuning.far_from * self.aim
         method = Importance(precision=self.method.precision, give_up=give_up, guides=guides, wary=wary)

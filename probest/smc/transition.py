@@ -43,7 +43,7 @@ def sketched_sweep(
 
     def propose(rows: NDArray[np.intp]) -> tuple[Floats, Correction]:
         free = Meter(sketch, _FREE)
-        u = sketch.inside(state.z[rows])
+        u = sketch.known.inside(state.z[rows])
         severity = sketch.evaluate(u).severity
         before = soft.log(severity)
         inner = State(u, severity, np.zeros(len(u)), None, None, state.log_z, soft=soft, drift=soft)
@@ -61,7 +61,7 @@ def sketched_sweep(
         def corrected(_: Evaluation) -> Floats:
             return correction
 
-        return sketch.whole(inner.z, rng), corrected
+        return sketch.known.whole(inner.z, rng), corrected
 
     acceptance = metropolis(state, meter, rng, at, propose)
     if accepted[1]:

@@ -45,9 +45,7 @@ class DistilledGuide:
         while len(self._pool) < n:
             self._pool = np.concatenate([self._pool, self.more()])
         u, self._pool = self._pool[:n], self._pool[n:]
-        basis = self.learned.basis
-        z = rng.standard_normal((n, self.dim))
-        return np.asarray(z + (u - z @ basis) @ basis.T)
+        return self.learned.whole(u, rng)
 
     def log_ratio(self, z: Floats) -> Floats:
-        return self.log_mass - self.learned.log_chance(z @ self.learned.basis)
+        return self.log_mass - self.learned.log_chance(self.learned.inside(z))

@@ -66,6 +66,15 @@ class Distilled(NamedTuple):
     def differentiable(self) -> bool:
         return True
 
+    def inside(self, z: Floats) -> Floats:
+        """The coordinates that it sees, ``(n, r)``."""
+        return np.asarray(z @ self.basis, dtype=np.float64)
+
+    def whole(self, u: Floats, rng: np.random.Generator) -> Floats:
+        """z with these coordinates, and fresh ones that it does not see."""
+        z = rng.standard_normal((len(u), len(self.basis)))
+        return np.asarray(z + (u - z @ self.basis) @ self.basis.T)
+
     def severity(self, u: Floats) -> Floats:
         return self.network.value(u * self.stretch)
 
@@ -113,16 +122,6 @@ class Sketch(NamedTuple):
         value, slope = self.known.severity_and_slope(u)
         bent = self._bent(value)
         return Evaluation(unit * np.sinh(bent), weight, slope * (self.scale * np.cosh(bent))[:, None])
-
-    def inside(self, z: Floats) -> Floats:
-        """The coordinates that it sees."""
-        return np.asarray(z @ self.known.basis, dtype=np.float64)
-
-    def whole(self, u: Floats, rng: np.random.Generator) -> Floats:
-        """z with these coordinates, and fresh ones that it does not see."""
-        basis = self.known.basis
-        z = rng.standard_normal((len(u), len(basis)))
-        return np.asarray(z + (u - z @ basis) @ basis.T)
 
     def _bent(self, value: Floats) -> Floats:
         return np.clip(value / self.reach, -50.0, 50.0)
@@ -184,17 +183,19 @@ class Student:
     def told(self, cases: Cases) -> tuple[Floats, Floats]:
         """Severities and gradients in the student's units."""
         unit = self.scale * self.tuning.reach
-        value = self.tuning.reach * np.arcsinh(cases.severity / unit)
-        return value, cases.slope / (self.scale * np.sqrt(1.0 + (cases.severity / unit) ** 2))[:, None]
+        slope = cases.slope / (self.scale * np.sqrt(1.0 + (cases.severity / unit) ** 2))[:, None]
+        return self._drawn_together(cases.severity), slope
 
     def examined(self, u: Floats, severity: Floats) -> None:
         """Learn how wrong it is, from cases ``(n, r)`` that it has not been taught."""
         assert self.known is not None
-        unit = self.scale * self.tuning.reach
-        off = np.abs(self.tuning.reach * np.arcsinh(severity / unit) - self.known.severity(u))
+        off = np.abs(self._drawn_together(severity) - self.known.severity(u))
         off = np.minimum(off, self.tuning.outliers * 1.4826 * max(float(np.median(off)), 1e-9))
         noise = self.tuning.doubt * float(np.sqrt(np.mean(off**2)))
         self.known = self.known._replace(noise=max(noise, self.tuning.least_noise))
+
+    def _drawn_together(self, severity: Floats) -> Floats:
+        return np.asarray(self.tuning.reach * np.arcsinh(severity / (self.scale * self.tuning.reach)))
 
 
 def _scale(cases: Cases, sloped: np.ndarray) -> float:

@@ -32,6 +32,7 @@ class Watched:
         self.event = event
         self.most = most
         self._kept: list[Cases] = []
+        self._numbers = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.event, name)
@@ -57,8 +58,10 @@ class Watched:
         slope = result.severity_grad if gradient and result.severity_grad is not None else np.full(z.shape, np.nan)
         cases = _finite(Cases(z, result.severity, slope))
         self._kept.append(Cases(cases.z.astype(np.float32), cases.severity, cases.slope.astype(np.float32)))
-        if sum(2 * kept.z.size for kept in self._kept) > self.most:
+        self._numbers += 2 * cases.z.size
+        if self._numbers > self.most:
             self._kept = [Cases(*(part[::2] for part in _together(self._kept)))]
+            self._numbers = 2 * self._kept[0].z.size
         return result
 
     def cases(self) -> Cases:
