@@ -107,6 +107,16 @@ def closed_loop(lib: Any) -> tuple[Problem, float]:
     return built, truth
 
 
+def random_model(lib: Any) -> tuple[Problem, float]:
+    """The model draws a rare fault of its own, which makes its action worthless."""
+
+    def model(x: Any) -> Any:
+        return lib.xp.where(lib.sample("fault", lib.dist.Bernoulli(floats(lib, 1e-4))) == 1, 0.0, 5.0) + 0.0 * x[0]
+
+    truth = math.log(1e-4 * stats.norm.sf(1.0) + (1.0 - 1e-4) * stats.norm.sf(6.0))
+    return Problem(lambda: normals(lib, 4), model, lambda x, y: x[0] - 1.0 - y), truth
+
+
 def icy_loop(lib: Any) -> tuple[Problem, float]:
     """A closed loop, and the rarer the fault the warmer."""
 
@@ -373,6 +383,7 @@ FAMILIES = {
     "nested": nested,
     "closed_loop": closed_loop,
     "icy_loop": icy_loop,
+    "random_model": random_model,
     "component": component,
     "counts": counts,
     "negative_binomial": negative_binomial,

@@ -45,6 +45,7 @@ import scipy
 
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
+from probest.diagnostics import effective_sample_size
 from probest.estimators.base import check_least, check_needs, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
@@ -357,7 +358,10 @@ class Campaign:
         # lines may claim what is not there, so that those whose claims were not checked refute nothing
         lined = self.lined
         checked = lined if lined is not None and (lined.converged or self._lacks_starts(lined)) else None
-        return or_learned(settle(judged, checked, self.aimed, *self.roomy), self.learned)
+        settled = settle(judged, checked, self.aimed, *self.roomy)
+        if tempered is not None and agree(settled, tempered):
+            settled = _with_particles(settled, tempered)
+        return or_learned(settled, self.learned)
 
     def _search(self) -> Evidence | None:
         """Look, learn, look again until hardly anything new turns up, then sample afresh; None where that does not end.
@@ -802,9 +806,9 @@ def _both(a: _Crude, b: _Crude) -> Evidence:
     )
 
 
-def _with_particles(weighed: Evidence, found: Evidence) -> Evidence:
-    """The importance sample's estimate, with the better particles: tempering's where few of its own weights count."""
-    particles = weighed.particles
-    if found.particles is not None and weighed.diagnostics["ess"] < 0.5 * len(found.particles.z):
-        particles = found.particles
-    return replace(weighed, particles=particles, prior_particles=found.prior_particles)
+def _with_particles(chosen: Evidence, found: Evidence) -> Evidence:
+    """The chosen estimate, with the better particles: tempering's where few of its own count."""
+    own, others = chosen.particles, found.particles
+    if own is None or (others is not None and effective_sample_size(own.log_weight) < 0.5 * len(others.z)):
+        own = others
+    return replace(chosen, particles=own, prior_particles=found.prior_particles)

@@ -227,14 +227,15 @@ def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generato
                     f"it returned {type(pair).__name__}"
                 )
             observation, action = pair
+            drawn = len(recording.layout)
             _check_tree(backend, "adversary", "an observation", observation)
         else:
             observation = parts.adversary()
+            drawn = len(recording.layout)
             _check_tree(backend, "adversary", "an observation", observation)
             before = _snapshot(backend, observation)
             action = parts.model(observation)
             _check_same(backend, "model", "the observation", before, observation)
-        drawn = len(recording.layout)
         _check_tree(backend, "model", "an action", action)
         before = _snapshot(backend, (observation, action))
         severity = composition.judge(observation, action)
@@ -244,7 +245,8 @@ def _run_checked(composition: Composition, parts: Parts, rng: np.random.Generato
     if composition.batching == "model" and (composition.closed_loop or len(recording.layout) > drawn):
         raise ProblemError(
             "batching='model' calls the model once for a whole batch, outside the program; that cannot be done when "
-            "the model runs inside the adversary, or when the checker has sample sites. Use batching='loop'"
+            "the model runs inside the adversary, or when the model or the checker has sample sites. Use "
+            "batching='loop'"
         )
     if composition.black_boxes:
         native = (leaf for leaf in leaves(composition.checker) if not isinstance(leaf, BlackBox))
