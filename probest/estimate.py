@@ -413,9 +413,10 @@ class Estimate(Result):
         The value at the problem's own parameters is ``log_prob``; the gradient there has no smoothing bias. The value
         elsewhere is a reweighting of the same particles: trust it for changes of a nat or so.
 
-        Raises GradientError if there is no gradient: no catastrophes found; a boolean checker and a ``model``.
+        Raises GradientError if there is no gradient: no catastrophes found; a boolean checker and a ``model`` (unless
+        all that the model does is text that it draws).
         """
-        if not self._event.differentiable and model is not None:
+        if not self._event.differentiable and model is not None and not self._event.answers_in_text:
             event = self._event
             reason = "the severity is piecewise constant"
             if event.boolean or event.composition.black_boxes:

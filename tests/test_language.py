@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from scipy import stats
 pytest.importorskip("transformers", reason="language models need the extra lm: pip install 'probest[lm]'")
 
 from models import language
-from probest import GradientError, LearnedProposal, MonteCarlo, Problem, UnmetNeedError, estimate, search, train
-from probest.adversaries.language import CausalLM, LanguageAdversary, LanguageModelError
+from probest import (
+    GradientError,
+    LearnedProposal,
+    MonteCarlo,
+    Problem,
+    Splitting,
+    UnmetNeedError,
+    estimate,
+    search,
+    train,
+)
+from probest.adversaries.language import CausalLM, LanguageAdversary, LanguageModelError, models_of
 from probest.testing import FAILURE_RATE
 
 pytestmark = pytest.mark.global_rng  # draws are torch's
@@ -234,20 +245,6 @@ def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
     assert ((text == 2).sum(1) >= least).all()
 
 
-def test_the_gradient_in_the_language_model_is_that_of_enumeration() -> None:
-    problem, lm, every, hit = text_problem(3, steps=5)
-    result = estimate(problem, budget=60_000, precision=0.02, progress=False)
-    weight = lm.model.transformer.wte.weight
-    result.log_prob_at().backward()
-    found = weight.grad.clone()
-    lm.zero_grad()
-    lm().log_prob(every)[hit].logsumexp(0).backward()
-    exact = weight.grad
-    assert float((found - exact).norm() / exact.norm()) < 0.05
-    with pytest.raises(GradientError, match="the severity is piecewise constant"):
-        result.log_prob_at(model=problem.model)
-
-
 def test_a_proposal_that_sits_on_one_text_is_not_preferred() -> None:
     """Its weights are all alike: 84,000 draws of it were worth 43, with this seed."""
     problem, lm, every, hit = text_problem(5)
@@ -384,6 +381,149 @@ def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:
     with torch.no_grad():
         text = found.problem.adversary()
     assert text.shape == (6,)
+
+
+# A model that answers in text -----------------------------------------------------------------------------------------
+
+
+class Answerer(torch.nn.Module):
+    """M: a language model that continues what it is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.lm = CausalLM(language.tiny(2), max_new_tokens=3, batch_size=4096, **settings)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return pyro.sample("answer", self.lm.after(text))
+
+
+def dialogue(least: int) -> tuple[Problem, Callable[[torch.nn.Module], torch.Tensor]]:
+    """Token 2 comes up so many times in a text of three tokens and an answer of three: the problem, and log P."""
+    asker, every = CausalLM(language.tiny(1), max_new_tokens=3, batch_size=4096), language.sequences(3)
+    counts = (every == 2).sum(1)
+
+    def exact(model: Any) -> torch.Tensor:
+        answers = torch.stack([model.lm.after(text).log_prob(every) for text in every])
+        joint = asker().log_prob(every)[:, None] + answers
+        return joint[counts[:, None] + counts >= least].logsumexp(0)
+
+    def checker(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 1.0 * (x == 2).sum() + 1.0 * (y == 2).sum() - (least - 0.5)
+
+    return Problem(lambda: pyro.sample("text", asker()), Answerer(), checker), exact
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt": [0, 2]}, {"temperature": 0.7}])
+def test_answers_have_the_law_of_what_follows(settings: dict[str, Any]) -> None:
+    """With a mask for what comes after a text's end; two ways to write the same prompt are one law."""
+    lm, every = Answerer(**settings).lm, language.sequences(3)
+    texts = torch.tensor([[1, 2, 0], [1, 4, 3], [4, 3, 3]])
+    law = lm.after(texts, then=[1])
+    assert law.batch_shape == (3,)
+    with torch.no_grad():
+        log_p = law.log_prob(every[:, None])
+        torch.testing.assert_close(log_p.exp().sum(0), torch.ones(3, dtype=torch.float64))
+        for i, kept in enumerate([[1, 2, 0], [1], []]):
+            whole = [*lm.prompt_ids[0].tolist(), *kept, 1]
+            alone = CausalLM(lm.model, max_new_tokens=3, prompt=whole, temperature=lm.temperature)()
+            torch.testing.assert_close(log_p[:, i], alone.log_prob(every), atol=1e-5, rtol=0.0)
+        drawn = law.sample((2_000,))
+        for i in range(3):
+            found = collections.Counter(map(tuple, drawn[:, i].tolist()))
+            counts = np.array([found[tuple(row)] for row in every.tolist()])
+            assert fits(counts, log_p[:, i].exp().numpy())
+        masked = lm.after(texts, mask=torch.tensor([[True, False, True]] * 3))
+        torch.testing.assert_close(masked.log_prob(every[0])[0], lm.after(texts[0][[0, 2]]).log_prob(every[0]))
+
+
+@pytest.mark.parametrize("least", [4, 5])
+def test_estimates_with_a_model_that_answers_agree_with_enumeration(least: int) -> None:
+    problem, exact = dialogue(least)
+    with torch.no_grad():
+        truth = float(exact(problem.model))
+    result = estimate(problem, budget=20_000, progress=False)
+    assert result.conclusion.method == "learned proposal"
+    assert result.converged
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+    assert result.catastrophes is not None
+    assert set(result.catastrophes) == {"text", "answer"}
+    split = estimate(problem, budget=20_000, estimator=Splitting(), progress=False)
+    assert abs(split.log_prob - truth) < 4.0 * split.std_error
+
+
+def test_gradients_in_both_language_models_are_those_of_enumeration() -> None:
+    problem, exact = dialogue(4)
+    result = estimate(problem, budget=40_000, precision=0.02, progress=False)
+    weights = [lm.model.transformer.wte.weight for lm in models_of(problem.event.program).values()]
+    result.log_prob_at(model=problem.model).backward()
+    found = [weight.grad.clone() for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    exact(problem.model).backward()
+    for weight, gradient in zip(weights, found, strict=True):
+        assert float((gradient - weight.grad).norm() / weight.grad.norm()) < 0.05
+
+
+def test_what_a_model_does_beside_writing_has_no_gradient() -> None:
+    lm = language.adversary()
+
+    class Rater(Answerer):
+        def forward(self, text: torch.Tensor) -> Any:
+            answer = super().forward(text)
+            return answer, (self.lm.model.transformer.wte.weight.sum() * answer.sum() > 0.0).long()
+
+    problem = Problem(lambda: pyro.sample("text", lm()), Rater(), lambda x, y: 1.0 * (y[0] == 2).sum() - 1.5)
+    result = estimate(problem, budget=2_000, progress=False)
+    with pytest.raises(GradientError, match="the severity is piecewise constant"):
+        result.log_prob_at(model=problem.model)
+
+
+def test_a_model_that_answers_is_trained() -> None:
+    problem, exact = dialogue(5)
+    with torch.no_grad():
+        texts = problem.adversary()[None].repeat(400, 1)
+        for i in range(400):
+            texts[i] = problem.adversary()
+        data = texts, problem.model.lm.after(texts).sample()
+        before = float(exact(problem.model))
+
+    def task(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return -model.lm.after(batch[0]).log_prob(batch[1]).mean()
+
+    run = train(
+        problem, task=task, data=data, until_log_prob=-30.0, steps=30, learning_rate=3e-3, max_pressure=0.3,
+        particles=64, budget=500, check_budget=500, check_every=30, audit=MonteCarlo(), audit_rounds=0,
+        progress=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert float(exact(run.model)) < before - 2.0
+        assert float(exact(problem.model)) == before
+
+
+def test_an_adversary_of_a_model_that_answers_is_searched_for() -> None:
+    problem, _ = dialogue(5)
+    own = LanguageAdversary(problem.adversary, twist=True, budget=2_000)
+    found = search(problem, own, kl=2.0, budget=8_000, steps=20, refine=5, judge=1_000, progress=False)
+    assert found.kl < 2.3
+    assert found.log_prob > found.base.log_prob + 1.0
+    judged = estimate(found.problem, budget=4_000, estimator=MonteCarlo(), progress=False)
+    assert {site.name for site in found.problem.event.sites} == {"learnt", "given/text", "other/text", "answer"}
+    assert abs(judged.log_prob - found.log_prob) < 4.0 * math.hypot(judged.std_error, 0.1)
+    assert all(weight.grad is None for weight in problem.model.parameters())
+
+
+def test_mistakes_in_what_is_answered_are_named() -> None:
+    lm = language.adversary()
+    with pytest.raises(LanguageModelError, match="there are several prompts"):
+        language.adversary(prompt=[[0], [1]]).after(torch.tensor([1]))
+    with pytest.raises(LanguageModelError, match="expected token ids"):
+        lm.after(torch.tensor([0.5]))
+    with pytest.raises(LanguageModelError, match="expected bools"):
+        lm.after(torch.tensor([1, 2]), mask=torch.tensor([1, 0]))
+    with pytest.raises(LanguageModelError, match="the model has 32 places"):
+        lm.after(torch.zeros(40, dtype=torch.long))
+    with pytest.raises(LanguageModelError, match="beyond the vocabulary of 5"):
+        lm.after(torch.tensor([7])).sample()
 
 
 # The ready problem ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from library import library, parameters
+from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Pool, Problem, estimate, train
+from probest import MonteCarlo, Pool, Problem, estimate, train
 from probest.backends.base import Losses
 from probest.training.descent import Descent
 from probest.verdict import agree
@@ -90,6 +91,41 @@ def test_a_lower_bound_is_loss_enough(backend: str) -> None:
     assert after["gain"] == pytest.approx(TRUE, abs=0.15)
     with pytest.raises(ValueError, match="objective='likelihood': expected one of 'log_prob', 'lower_bound'"):
         train(problem, **data, **(OPTIONS | {"objective": "likelihood"}))
+
+
+def test_what_a_model_draws_is_trained_by_its_probability(backend: str) -> None:
+    """A model that chooses by chance: its choice has no gradient, and the probability of it has."""
+    lib = library(backend)
+    start = {"risk": np.array(-3.0), "gain": np.array(1.0)}
+
+    def model(weights: Any, x: Any) -> Any:
+        bold = lib.sample("bold", lib.dist.Bernoulli(logits=weights["risk"]))
+        return lib.xp.where(bold == 1, 3.0, 0.0) + weights["gain"] * x[0]
+
+    problem = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(DIM), 1.0).to_event(1)),
+        lib.module(model, start),
+        lambda x, y: y - 4.5 + 0.0 * x[0],
+    )
+
+    def exact(risk: float, gain: float) -> float:
+        p = 1.0 / (1.0 + math.exp(-risk))
+        return math.log(p * stats.norm.sf(1.5 / gain) + (1.0 - p) * stats.norm.sf(4.5 / gain))
+
+    def task(model: Any, batch: Any) -> Any:
+        """The gain is to stay 1; the task does not know of the risk."""
+        weights = parameters(model)
+        return ((weights["gain"] - batch) ** 2).mean() + 0.0 * weights["risk"]
+
+    run = train(
+        problem, task=task, data=np.ones(64), until_log_prob=-30.0, steps=20, learning_rate=0.1, max_pressure=1.0,
+        particles=64, budget=2_000, check_budget=500, check_every=20, audit=MonteCarlo(), audit_rounds=0,
+        progress=False,
+    )  # fmt: skip
+    after = {name: float(value) for name, value in parameters(run.model).items()}
+    assert after["risk"] < -3.7
+    assert run.before.log_prob == pytest.approx(exact(-3.0, 1.0), abs=0.1)
+    assert run.after.log_prob == pytest.approx(exact(**after), abs=0.2)
 
 
 def test_a_reading_is_loss_enough(backend: str) -> None:

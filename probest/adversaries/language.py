@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -47,11 +46,27 @@ class LanguageModelError(ValueError):
     """A language model that cannot be used as a law of token sequences; the message says what to do."""
 
 
-class _Prompts(NamedTuple):
-    """Prompts on the left of padding: ids and mask, each ``(prompts, length)``."""
+class Prompt(NamedTuple):
+    """What is read before writing: token ids and mask, each ``(..., length)``; 0 in the mask is nothing at all."""
 
     ids: Tensor
     mask: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the batch of prompts."""
+        return self.ids.shape[:-1]
+
+    def expand(self, shape: Sequence[int]) -> Prompt:
+        """One for each entry of a batch of this shape."""
+        return Prompt(*(part.expand(*shape, part.shape[-1]) for part in self))
+
+    def flat(self, shape: Sequence[int]) -> Prompt:
+        """The same, ``(n, length)``."""
+        return Prompt(*(part.reshape(-1, part.shape[-1]) for part in self.expand(shape)))
+
+    def at(self, rows: Any) -> Prompt:
+        return Prompt(self.ids[rows], self.mask[rows])
 
 
 Twister = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -129,19 +144,55 @@ class CausalLM(nn.Module):
         self.allowed: Tensor
         self.register_buffer("prompt_ids", ids, persistent=False)
         self.register_buffer("prompt_mask", mask, persistent=False)
-        room = getattr(config, "max_position_embeddings", None)
-        if room is not None and ids.shape[1] + max_new_tokens > room:
-            raise LanguageModelError(
-                f"max_new_tokens={max_new_tokens} after a prompt of {ids.shape[1]} tokens: the model has {room} places"
-            )
+        self._check_room(ids.shape[1])
         self.register_buffer("allowed", self._checked(allowed), persistent=False)
 
     def forward(self) -> TokenSequences:
         """The law of what the model writes: event shape ``(max_new_tokens,)``; of several prompts a batch."""
         self._assert_deterministic()
-        count = len(self.prompt_ids)
-        rows = torch.arange(count, device=self.prompt_ids.device)
-        return TokenSequences(self, rows if self.batched else rows[0])
+        prompt = Prompt(self.prompt_ids, self.prompt_mask)
+        return TokenSequences(self, prompt if self.batched else prompt.at(0))
+
+    def after(self, text: Tensor, *, mask: Tensor | None = None, then: Any = "") -> TokenSequences:
+        """The law of what the model writes after its prompt, the text and ``then``: how it answers.
+
+        A model under test that is a language model draws its action as ``pyro.sample("answer", lm.after(x))``.
+
+        Args:
+            text: tokens ``(..., length)``, such as another language model wrote; the law's batch is that of the leading
+                axes.
+            mask: bool, of the same shape: which of them are text. By default all that come before an end of sequence of
+                this model, which is none of its own.
+            then: text or token ids between the text and the answer.
+
+        Raises:
+            LanguageModelError: there are several prompts; text is no whole numbers or is beyond the vocabulary; the
+                model's positions leave no room.
+        """
+        self._assert_deterministic()
+        if self.batched:
+            raise LanguageModelError("after: there are several prompts; give CausalLM one, or none")
+        if text.ndim < 1 or text.dtype == torch.bool or text.is_floating_point():
+            raise LanguageModelError(f"text has shape {tuple(text.shape)} and type {text.dtype}: expected token ids")
+        if mask is None:
+            mask = torch.ones_like(text, dtype=torch.bool)
+            if self.eos is not None:
+                mask = (text == self.eos).long().cumsum(-1) == 0
+        elif mask.dtype != torch.bool or mask.shape != text.shape:
+            shape = tuple(text.shape)
+            raise LanguageModelError(
+                f"mask has shape {tuple(mask.shape)} and type {mask.dtype}: expected bools {shape}"
+            )
+        between = self._ids(then)
+        self._check_room(self.prompt_ids.shape[1] + text.shape[-1] + len(between))
+        device, shape = self.prompt_ids.device, text.shape[:-1]
+        last = torch.tensor(between, dtype=torch.long, device=device)
+        parts = (
+            Prompt(self.prompt_ids[0], self.prompt_mask[0]).expand(shape),
+            Prompt(torch.where(mask, text, self.pad), mask.long()),
+            Prompt(last, torch.ones_like(last)).expand(shape),
+        )
+        return TokenSequences(self, Prompt(*(torch.cat(column, dim=-1) for column in zip(*parts, strict=True))))
 
     def train(self, mode: bool = True) -> CausalLM:
         """As of any module, but the language model stays in evaluation mode: parameters train, dropout is off."""
@@ -165,28 +216,38 @@ class CausalLM(nn.Module):
 
     # --- prompts and masks -------------------------------------------------------------------------------------------
 
-    def _encoded(self, prompts: Sequence[Any]) -> _Prompts:
+    def _check_room(self, length: int) -> None:
         config: Any = self.model.config
-        rows: list[list[int]] = []
+        room = getattr(config, "max_position_embeddings", None)
+        if room is not None and length + self.max_new_tokens > room:
+            raise LanguageModelError(
+                f"max_new_tokens={self.max_new_tokens} after {length} tokens: the model has {room} places"
+            )
+
+    def _ids(self, prompt: Any) -> list[int]:
+        """Token ids of a text, or of a sequence of them."""
+        if isinstance(prompt, str) and prompt:
+            if self.tokenizer is None:
+                raise LanguageModelError("prompt is text and there is no tokenizer: give one, or token ids")
+            row = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            row = [] if isinstance(prompt, str) else [int(t) for t in prompt]
+        if row and (min(row) < 0 or max(row) >= self.vocabulary):
+            raise LanguageModelError(f"prompt has token ids beyond the vocabulary of {self.vocabulary}")
+        return row
+
+    def _encoded(self, prompts: Sequence[Any]) -> Prompt:
+        config: Any = self.model.config
         start = _first(getattr(self.tokenizer, "bos_token_id", None), getattr(config, "bos_token_id", None))
-        for prompt in prompts:
-            if isinstance(prompt, str) and prompt:
-                if self.tokenizer is None:
-                    raise LanguageModelError("prompt is text and there is no tokenizer: give one, or token ids")
-                row = list(self.tokenizer(prompt)["input_ids"])
-            else:
-                row = [] if isinstance(prompt, str) else [int(t) for t in prompt]
-            if not row and start is None:
-                raise LanguageModelError("prompt is empty and the model has no beginning-of-sequence token: give one")
-            row = row or [int(start)]
-            if min(row) < 0 or max(row) >= self.vocabulary:
-                raise LanguageModelError(f"prompt has token ids beyond the vocabulary of {self.vocabulary}")
-            rows.append(row)
+        rows = [self._ids(prompt) for prompt in prompts]
+        if start is None and not all(rows):
+            raise LanguageModelError("prompt is empty and the model has no beginning-of-sequence token: give one")
+        rows = [row or [int(start)] for row in rows]
         longest = max(map(len, rows))
         device = next(self.model.parameters()).device
         ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        return _Prompts(ids, mask)
+        return Prompt(ids, mask)
 
     def _checked(self, allowed: Tensor | None) -> Tensor:
         device = self.prompt_ids.device
@@ -224,17 +285,18 @@ class CausalLM(nn.Module):
         scaled: Tensor = logits.double() / self.temperature
         return scaled.masked_fill(~self.allowed[at], -torch.inf).log_softmax(-1)
 
-    def _step_log_probs(self, rows: Tensor, tokens: Tensor) -> Tensor:
+    def _step_log_probs(self, prompt: Prompt, tokens: Tensor) -> Tensor:
         """log-probabilities of all tokens after each prefix, ``(n, length, vocabulary)``, by one pass.
 
-        rows: the prompt of each sequence, ``(n,)``.
+        prompt: of each sequence, ``(n, ...)``.
         """
-        return self._read(rows, tokens)[0]
+        return self._read(prompt, tokens)[0]
 
-    def _read(self, rows: Tensor, tokens: Tensor, *, states: bool = False) -> tuple[Tensor, Tensor | None]:
+    def _read(self, prompt: Prompt, tokens: Tensor, *, states: bool = False) -> tuple[Tensor, Tensor | None]:
         """What :meth:`_step_log_probs` gives; the model's last states ``(n, length, width)`` too where asked for."""
-        ids = torch.cat([self.prompt_ids[rows], tokens[:, :-1]], dim=1)
-        mask = torch.cat([self.prompt_mask[rows], self._alive(tokens)[:, :-1].long()], dim=1)
+        self._check_ids(prompt)
+        ids = torch.cat([prompt.ids, tokens[:, :-1]], dim=1)
+        mask = torch.cat([prompt.mask, self._alive(tokens)[:, :-1].long()], dim=1)
         out = self.model(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
             output_hidden_states=states,
@@ -242,16 +304,22 @@ class CausalLM(nn.Module):
         log_p = self._log_softmax(out.logits[:, -self.max_new_tokens :], slice(None))
         return log_p, out.hidden_states[-1][:, -self.max_new_tokens :] if states else None
 
+    def _check_ids(self, prompt: Prompt) -> None:
+        if (prompt.ids < 0).any() or (prompt.ids >= self.vocabulary).any():
+            raise LanguageModelError(f"text has token ids beyond the vocabulary of {self.vocabulary}")
+
     @torch.no_grad()
     def _written(
-        self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None, twist: Twister | None = None
+        self, prompt: Prompt, kept: Tensor, cut: Tensor, z: Tensor | None = None, twist: Twister | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sequences that keep the first ``cut`` ``(n,)`` of ``kept`` tokens and draw the rest; log-probabilities.
 
         z: standard normals ``(n, max_new_tokens)`` that each draw is a function of; None draws at random. twist: of the
         law of the next token, by the model's last state and the token before.
         """
-        n, ids, mask = len(rows), self.prompt_ids[rows], self.prompt_mask[rows]
+        self._check_ids(prompt)
+        ids, mask = prompt
+        n = len(ids)
         tokens = torch.full((n, self.max_new_tokens), self.pad, dtype=torch.long, device=ids.device)
         log_p = torch.zeros(n, dtype=torch.float64, device=ids.device)
         alive = torch.ones(n, dtype=torch.bool, device=ids.device)
@@ -294,22 +362,22 @@ class Writer(Protocol):
     def pad(self) -> int: ...
     def _alive(self, tokens: Tensor) -> Tensor: ...
     def _assert_deterministic(self) -> None: ...
-    def _step_log_probs(self, rows: Tensor, tokens: Tensor) -> Tensor: ...
-    def _written(self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def _step_log_probs(self, prompt: Prompt, tokens: Tensor) -> Tensor: ...
+    def _written(self, prompt: Prompt, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 class TokenSequences(TorchDistribution):
     """Sequences of tokens that a :class:`CausalLM` writes: event ``(max_new_tokens,)``, int64; padding after the end.
 
-    rows: the prompt of each batch entry; its shape is the batch's.
+    prompt: of each batch entry; its shape is the batch's.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
-    def __init__(self, lm: Writer, rows: Tensor) -> None:
-        self.lm, self.rows = lm, rows
-        super().__init__(rows.shape, torch.Size((lm.max_new_tokens,)), validate_args=False)
+    def __init__(self, lm: Writer, prompt: Prompt) -> None:
+        self.lm, self.prompt = lm, prompt
+        super().__init__(prompt.shape, torch.Size((lm.max_new_tokens,)), validate_args=False)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
@@ -317,7 +385,7 @@ class TokenSequences(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TokenSequences:
         """Independent sequences, one for each entry of a batch that this one's broadcasts to."""
-        return TokenSequences(self.lm, self.rows.expand(torch.Size(batch_shape)))
+        return TokenSequences(self.lm, self.prompt.expand(torch.Size(batch_shape)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws ``sample_shape + batch_shape + (max_new_tokens,)``."""
@@ -326,9 +394,8 @@ class TokenSequences(TorchDistribution):
     def sample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:  # noqa: B008
         """Draws, and the log of each one's probability as it was drawn, without a gradient."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        rows = self.rows.expand(shape).reshape(-1)
-        none = torch.zeros((len(rows), self.lm.max_new_tokens), dtype=torch.long, device=rows.device)
-        return self._redrawn(rows, none, torch.zeros_like(rows), shape)
+        none = torch.zeros((*shape, self.lm.max_new_tokens), dtype=torch.long, device=self.prompt.ids.device)
+        return self._redrawn(none, none[..., 0], shape)
 
     def regenerate(self, value: Tensor, cut: int | Tensor) -> Tensor:
         """Keep the first ``cut`` tokens of sequences ``(..., max_new_tokens)`` and draw the rest anew.
@@ -339,11 +406,10 @@ class TokenSequences(TorchDistribution):
         Raises LanguageModelError for a cut out of range.
         """
         shape = value.shape[:-1]
-        cuts = torch.as_tensor(cut, device=value.device).expand(shape).reshape(-1)
+        cuts = torch.as_tensor(cut, device=value.device).expand(shape)
         if (cuts < 0).any() or (cuts > self.lm.max_new_tokens).any():
             raise LanguageModelError(f"cut={cut!r}: expected whole numbers from 0 to {self.lm.max_new_tokens}")
-        rows = self.rows.expand(shape).reshape(-1)
-        return self._redrawn(rows, value.reshape(-1, self.lm.max_new_tokens), cuts, shape)[0]
+        return self._redrawn(value, cuts, shape)[0]
 
     def from_normals(self, z: Tensor) -> Tensor:
         """The sequences at standard normals ``(..., max_new_tokens)``, one for each token: its quantile at Φ(z).
@@ -351,9 +417,9 @@ class TokenSequences(TorchDistribution):
         Of independent normals it has this law. A prefix of z makes a prefix of the sequence.
         """
         shape = torch.broadcast_shapes(z.shape[:-1], self.batch_shape)
-        rows = self.rows.expand(shape).reshape(-1)
-        flat = z.expand((*shape, self.lm.max_new_tokens)).reshape(-1, self.lm.max_new_tokens)
-        return self._redrawn(rows, torch.zeros_like(flat).long(), torch.zeros_like(rows), shape, flat)[0]
+        whole = z.expand((*shape, self.lm.max_new_tokens))
+        none = torch.zeros_like(whole, dtype=torch.long)
+        return self._redrawn(none, none[..., 0], shape, whole)[0]
 
     @torch.no_grad()
     def to_normals(self, value: Tensor, uniform: Tensor) -> Tensor:
@@ -375,19 +441,24 @@ class TokenSequences(TorchDistribution):
 
     def gaussian_map(self) -> GaussianMap:
         """How probest draws it: all cases of a batch at once, by one pass a token."""
-        return GaussianMap((*self.batch_shape, self.lm.max_new_tokens), partial(_together, self.from_normals), True)
+        return GaussianMap((*self.batch_shape, self.lm.max_new_tokens), self._from_normals, True)
 
-    def _redrawn(
-        self, rows: Tensor, kept: Tensor, cut: Tensor, shape: torch.Size, z: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _from_normals(self, z: Tensor) -> Tensor:
+        """As :meth:`from_normals`; under vmap once for the whole batch."""
+        return self._together(lambda law, z: law.from_normals(z), z)
+
+    def _redrawn(self, kept: Tensor, cut: Tensor, shape: torch.Size, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sequences ``(*shape, length)`` that keep the first ``cut`` ``shape`` tokens, and log-probabilities."""
         self.lm._assert_deterministic()
-        size = self.lm.batch_size
+        prompt, cut, size, length = self.prompt.flat(shape), cut.reshape(-1), self.lm.batch_size, kept.shape[-1]
+        kept = kept.reshape(-1, length)
+        z = z if z is None else z.reshape(-1, length)
         parts = [
-            self.lm._written(rows[at], kept[at], cut[at], z if z is None else z[at])
-            for at in (slice(i, i + size) for i in range(0, len(rows), size))
+            self.lm._written(prompt.at(at), kept[at], cut[at], z if z is None else z[at])
+            for at in (slice(i, i + size) for i in range(0, len(kept), size))
         ]
         if not parts:
-            return kept.reshape((*shape, -1)), torch.zeros(shape, dtype=torch.float64, device=rows.device)
+            return kept.reshape((*shape, -1)), torch.zeros(shape, dtype=torch.float64, device=kept.device)
         tokens, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
         return tokens.reshape((*shape, -1)), log_p.reshape(shape)
 
@@ -405,7 +476,16 @@ class TokenSequences(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x), ``(...,)``, in float64: differentiable in the model's parameters."""
-        return _together(lambda rows: self.token_log_prob(rows).sum(-1), value)
+        return self._together(lambda law, value: law.token_log_prob(value).sum(-1), value)
+
+    def _together(self, fn: Callable[[TokenSequences, Tensor], Tensor], value: Tensor) -> Tensor:
+        """``fn(law, value)``; under vmap once for the whole batch."""
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return _together(
+            lambda value, *prompt: fn(TokenSequences(self.lm, Prompt(*prompt)), value),
+            value.expand(*shape, value.shape[-1]),
+            *self.prompt.expand(shape),
+        )
 
     def kl(self, value: Tensor, other: TokenSequences) -> Tensor:
         """Σ over tokens of KL(own ‖ other) of the next token given those before, ``(...,)``.
@@ -429,12 +509,12 @@ class TokenSequences(TorchDistribution):
         if value.shape[-1:] != (length,):
             raise LanguageModelError(f"value has shape {tuple(value.shape)}: expected (..., {length})")
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        rows = self.rows.expand(shape).reshape(-1)
+        prompt = self.prompt.flat(shape)
         tokens = value.expand((*shape, length)).reshape(-1, length).long().clamp(0, self.lm.vocabulary - 1)
         size = max(1, min(self.lm.batch_size, _MOST // (length * self.lm.vocabulary)))
         parts = [
-            fn(self.lm._step_log_probs(rows[i : i + size], tokens[i : i + size]), tokens[i : i + size])
-            for i in range(0, len(rows), size)
+            fn(self.lm._step_log_probs(prompt.at(at), tokens[at]), tokens[at])
+            for at in (slice(i, i + size) for i in range(0, len(tokens), size))
         ]
         if not parts:
             raise LanguageModelError("value has no sequences")
@@ -504,12 +584,30 @@ class LanguageAdversary(nn.Module):
         return SearchTuning(particles=512, draws=128, final=2_048, patience=4)
 
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> ProgramLaw:
-        """The law that :func:`probest.search` learns; a twist that does nothing yet has searched for itself before."""
-        from probest.adversaries.programs import Learnable
+        """The law that :func:`probest.search` learns; a twist that does nothing yet has searched for itself before.
+
+        Where the model draws text too, that is drawn and weighed with it, and is not learned.
+        """
+        from probest.adversaries.programs import Learnable, answered
+
+        program = self._searched(event, rng) if self.is_untwisted else self
+        if event.composition.late and not event.composition.closed_loop:
+            learnable = Learnable(_Answering(program, event))
+            return answered(event, learnable.build(event.opened(), particles, rng))
+        return Learnable(program).build(event, particles, rng)
+
+    def _searched(self, event: Event, rng: np.random.Generator) -> LanguageAdversary:
+        """A copy with the twists of a search over all text that is drawn, the model's too."""
         from probest.estimators.learned import searched
 
-        program = searched(event, self, self.budget, rng) if self.is_untwisted else self
-        return Learnable(program).build(event, particles, rng)
+        every = LanguageAdversary(event.program, twist=True) if event.composition.interleaved else self
+        found = searched(event, every, self.budget, rng)
+        if found.sites == self.sites:
+            return found
+        twin = copy.deepcopy(self)
+        for name, lm in zip(twin.sites, twin.models, strict=True):
+            lm.load_state_dict(found.models[found.sites.index(name)].state_dict())
+        return twin
 
     @property
     def is_untwisted(self) -> bool:
@@ -566,6 +664,22 @@ class LanguageAdversary(nn.Module):
             own.model = get_peft_model(own.model, lora).eval()
 
 
+class _Answering(nn.Module):
+    """An adversary, and the model and the checker after it, which stay as they are."""
+
+    def __init__(self, adversary: LanguageAdversary, event: Event) -> None:
+        super().__init__()
+        self.adversary = adversary
+        model = copy.deepcopy(event.parts.model)
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False)
+        self._after = Shared((event.composition, model))
+
+    def forward(self) -> Any:
+        composition, model = self._after.value
+        return composition.followed(self.adversary, model)()
+
+
 class Shared:
     """What copies of its owner share with it."""
 
@@ -585,7 +699,7 @@ class _Instead(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.models and isinstance(msg["fn"], TokenSequences):
-            msg["fn"] = TokenSequences(self.models[msg["name"]], msg["fn"].rows)
+            msg["fn"] = TokenSequences(self.models[msg["name"]], msg["fn"].prompt)
 
 
 def _drawing(lm: CausalLM, site: str) -> Callable[[], Tensor]:
@@ -615,23 +729,28 @@ class _Together(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(rows: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        return fn(rows)
+    def forward(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return fn(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, rows: Tensor, fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:  # noqa: ARG004
-        return _together(fn, rows.movedim(in_dims[0], 0)), 0
+    def vmap(info: Any, in_dims: Any, fn: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, int]:
+        """What is not part of the batch gets an axis of it."""
+        whole = (
+            tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            for tensor, axis in zip(tensors, in_dims[1:], strict=True)
+        )
+        return _together(fn, *whole), 0
 
 
-def _together(fn: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """``fn(rows)``; under vmap once for the whole batch."""
-    if torch._C._functorch.is_batchedtensor(rows):
-        return cast(Tensor, _Together.apply(rows, fn))  # type: ignore[no-untyped-call]
-    return fn(rows)
+def _together(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``fn(*tensors)``; under vmap once for the whole batch, with its axis in front of every tensor."""
+    if any(map(torch._C._functorch.is_batchedtensor, tensors)):
+        return cast(Tensor, _Together.apply(fn, *tensors))  # type: ignore[no-untyped-call]
+    return fn(*tensors)
 
 
 def _quantile(probs: Tensor, z: Tensor) -> Tensor:

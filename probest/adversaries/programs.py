@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,13 @@ class Learnable:
                 "nn.Module, equinox, nnx, jax.tree_util.Partial)"
             )
         return ProgramLaw(event, bound, bound.parts)
+
+
+def answered(event: Event, law: ProgramLaw) -> ProgramLaw:
+    """The law of an adversary whose model draws sites too, from one of all sites (:meth:`Event.opened`), which is of a
+    module whose ``adversary`` draws the adversary's own.
+    """
+    return _Answered(law.event, law.bound, law.parts, event)
 
 
 @dataclass
@@ -96,3 +103,18 @@ class ProgramLaw:
     def _weighed(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         log_p, inside = self.bound.density(self.event.parts, values)
         return values | {_LOG_P: np.where(inside, log_p, -np.inf)}
+
+
+@dataclass
+class _Answered(ProgramLaw):
+    """asked: the event before its adversary was made to draw what the model draws."""
+
+    asked: Event
+
+    def severity(self, points: dict[str, np.ndarray]) -> Floats:
+        return ProgramLaw(self.asked, self.bound, self.parts).severity(points)
+
+    def program(self, parts: Parts, share: float) -> Callable[..., Any]:
+        """As of any law, but what is learnt draws the adversary's own sites alone."""
+        own = parts._replace(adversary=parts.adversary.adversary)
+        return ProgramLaw(self.asked, replace(self.bound, event=self.asked), own).program(own, share)

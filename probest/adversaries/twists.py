@@ -25,13 +25,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
 
-from probest.adversaries.language import CausalLM, LanguageAdversary, Shared, TokenSequences
+from probest.adversaries.language import CausalLM, LanguageAdversary, Prompt, Shared, TokenSequences, Writer
 from probest.evidence import Floats
 from probest.tuning import tuned
 
@@ -84,10 +85,10 @@ class TwistedLM(nn.Module):
     def __init__(self, base: CausalLM, width: int = 64) -> None:
         super().__init__()
         self._base = Shared(base)
-        rows, empty = torch.zeros(1, dtype=torch.long), torch.zeros(1, base.max_new_tokens, dtype=torch.long)
         device = base.prompt_ids.device
+        empty = torch.zeros(1, base.max_new_tokens, dtype=torch.long, device=device)
         with torch.no_grad():
-            _, states = base._read(rows.to(device), empty.to(device), states=True)
+            _, states = base._read(Prompt(base.prompt_ids[:1], base.prompt_mask[:1]), empty, states=True)
         assert states is not None
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same every time
@@ -100,8 +101,7 @@ class TwistedLM(nn.Module):
 
     def forward(self) -> TokenSequences:
         """The law of what is written."""
-        law = self.base()
-        return TokenSequences(self, law.rows)
+        return TokenSequences(self, self.base().prompt)
 
     # what a law of token sequences asks of its model
 
@@ -127,29 +127,29 @@ class TwistedLM(nn.Module):
     def _assert_deterministic(self) -> None:
         self.base._assert_deterministic()
 
-    def _step_log_probs(self, rows: Tensor, tokens: Tensor) -> Tensor:
+    def _step_log_probs(self, prompt: Prompt, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p, states = self.base._read(rows, tokens, states=True)
+            log_p, states = self.base._read(prompt, tokens, states=True)
         assert states is not None
-        return self.twisted(log_p, states, self.before(rows, tokens))
+        return self.twisted(log_p, states, self.before(prompt, tokens))
 
-    def before(self, rows: Tensor, tokens: Tensor) -> Tensor:
+    def before(self, prompt: Prompt, tokens: Tensor) -> Tensor:
         """The token before each, ``(n, length)``; before the first, the prompt's last."""
-        return torch.cat([self.base.prompt_ids[rows][:, -1:], tokens[:, :-1]], dim=1)
+        return torch.cat([prompt.ids[:, -1:], tokens[:, :-1]], dim=1)
 
     def twisted(self, log_p: Tensor, states: Tensor, before: Tensor) -> Tensor:
         """log q of all next tokens, ``(n, length, vocabulary)``."""
         mean, log_sd, _ = self.twist(states, before)
         return (log_p + self.twist.log_psi(mean, log_sd)).log_softmax(-1)
 
-    def _written(self, rows: Tensor, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _written(self, prompt: Prompt, kept: Tensor, cut: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
         memory: list[Tensor | None] = [None]
 
         def by(step: Tensor, state: Tensor, before: Tensor, t: int) -> Tensor:
             mean, log_sd, memory[0] = self.twist(state[:, None], before[:, None], memory[0], slice(t, t + 1))
             return (step + self.twist.log_psi(mean[:, 0], log_sd[:, 0])).log_softmax(-1)
 
-        return self.base._written(rows, kept, cut, z, by)
+        return self.base._written(prompt, kept, cut, z, by)
 
 
 class Readings(NamedTuple):
@@ -168,19 +168,18 @@ class Readings(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, lm: TwistedLM, tokens: Tensor, prompt: int) -> Readings:
-        """Readings of texts ``(n, length)``, all after the prompt of that number."""
-        rows = torch.full((len(tokens),), prompt, dtype=torch.long, device=tokens.device)
+    def of(cls, lm: TwistedLM, tokens: Tensor, prompt: Prompt) -> Readings:
+        """Readings of texts ``(n, length)`` after prompts ``(n, ...)``."""
         parts = []
         for i in range(0, len(tokens), lm.batch_size):
             at = slice(i, i + lm.batch_size)
-            log_p, states = lm.base._read(rows[at], tokens[at], states=True)
+            log_p, states = lm.base._read(prompt.at(at), tokens[at], states=True)
             assert states is not None
             parts.append((states.float(), log_p.float()))
         states, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
         alive = lm._alive(tokens)
         own = torch.where(alive, log_p.gather(2, tokens[..., None])[..., 0].double(), 0.0).sum(1)
-        return cls(tokens, lm.before(rows, tokens), states, log_p, alive, own)
+        return cls(tokens, lm.before(prompt, tokens), states, log_p, alive, own)
 
     def plus(self, other: Readings) -> Readings:
         return Readings(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
@@ -213,13 +212,16 @@ class Texts:
     def of(cls, adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> Texts:
         """Of values of the sites, each ``(n, ..., length)``."""
         readings, owner = [], []
-        for i, (name, lm) in enumerate(zip(adversary.sites, adversary.models, strict=True)):
+        tokens = _tokens(adversary, values)
+        for i, (law, value) in enumerate(zip(laws_given(adversary, tokens), tokens.values(), strict=True)):
+            lm = law.lm
             assert isinstance(lm, TwistedLM)
-            tokens = torch.as_tensor(values[name], device=lm.base.prompt_ids.device).long()
-            tokens = tokens.reshape(len(tokens), -1, lm.max_new_tokens)
-            prompts = len(lm.base.prompt_ids)
-            for j in range(tokens.shape[1]):
-                readings.append(Readings.of(lm, tokens[:, j], j % prompts))
+            n, length = len(value), value.shape[-1]
+            prompt = law.prompt.expand(value.shape[:-1])
+            rows = value.reshape(n, -1, length)
+            ids, mask = (part.reshape(n, rows.shape[1], -1) for part in prompt)
+            for j in range(rows.shape[1]):
+                readings.append(Readings.of(lm, rows[:, j], Prompt(ids[:, j], mask[:, j])))
                 owner.append(i)
         return cls(readings, owner)
 
@@ -368,12 +370,39 @@ def at_level(adversary: LanguageAdversary, level: float) -> LanguageAdversary:
     return twin
 
 
-def to_normals(adversary: LanguageAdversary, site: str, value: np.ndarray, uniform: np.ndarray) -> Floats:
-    """Coordinates from which the untwisted program draws this value of a site; see TokenSequences.to_normals."""
-    lm = adversary.models[adversary.sites.index(site)]
-    assert isinstance(lm, TwistedLM)
-    device = lm.base.prompt_ids.device
-    return _host(lm.base().to_normals(torch.as_tensor(value, device=device), torch.as_tensor(uniform, device=device)))
+def to_normals(
+    adversary: LanguageAdversary, values: dict[str, np.ndarray], uniform: dict[str, np.ndarray]
+) -> dict[str, Floats]:
+    """Coordinates from which the untwisted program draws these values of its sites; see TokenSequences.to_normals."""
+    tokens, found = _tokens(adversary, values), {}
+    for law, (name, value) in zip(laws_given(adversary, tokens), tokens.items(), strict=True):
+        assert isinstance(law.lm, TwistedLM)
+        plain = TokenSequences(law.lm.base, law.prompt.expand(value.shape[:-1]))
+        found[name] = _host(plain.to_normals(value, torch.as_tensor(uniform[name], device=value.device)))
+    return found
+
+
+def _tokens(adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Values of the adversary's sites, in its order."""
+    found = {}
+    for name, lm in zip(adversary.sites, adversary.models, strict=True):
+        assert isinstance(lm, TwistedLM)
+        found[name] = torch.as_tensor(values[name], device=lm.base.prompt_ids.device).long()
+    return found
+
+
+def laws_given(adversary: LanguageAdversary, tokens: dict[str, Tensor]) -> list[TokenSequences]:
+    """The law of each site, given values ``(n, ..., length)`` of all of them: what is read may be another's text."""
+
+    def prompts(row: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+        nodes: Any = pyro.poutine.trace(pyro.poutine.condition(adversary, data=row)).get_trace().nodes
+        return [tuple(nodes[name]["fn"].prompt) for name in row]
+
+    with torch.no_grad():
+        found = torch.func.vmap(prompts)(tokens)
+    return [
+        TokenSequences(cast(Writer, lm), Prompt(*prompt)) for lm, prompt in zip(adversary.models, found, strict=True)
+    ]
 
 
 def _host(value: Tensor) -> Floats:

@@ -174,13 +174,14 @@ class Hard(NamedTuple):
     """Particles whose probability of catastrophe is stepped down.
 
     z ``(n, dim)``; held: site values ``(n, ...)``; noise ``(n,)``: σ of each, in units of severity; share ``(n,)``: of
-    each in the mean.
+    each in the mean; score ``(n,)``: of its log-weight's gradient.
     """
 
     z: np.ndarray
     held: dict[str, np.ndarray]
     noise: np.ndarray
     share: np.ndarray
+    score: np.ndarray
 
 
 class Trainer(Protocol):

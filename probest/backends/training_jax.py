@@ -45,8 +45,10 @@ class JaxTrainer:
 
         def of_event(weights: PyTree, hard: Hard, by: Array) -> tuple[Array, Array]:
             model = eqx.combine(weights, self.fixed)
-            severity, _ = scores(parts._replace(model=model), hard.z, hard.held)
+            severity, log_weight = scores(parts._replace(model=model), hard.z, hard.held)
+            log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, 0.0)
             pressed = jnp.sum(hard.share * backend.special.log_ndtr(severity / hard.noise))
+            pressed += jnp.sum(hard.score * (log_weight - jax.lax.stop_gradient(log_weight)))
             return by * pressed, pressed
 
         def of_reading(weights: PyTree, hard: Callable[[Parts], Array]) -> Array:

@@ -79,10 +79,12 @@ class TorchTrainer:
                 return hard(self.parts)
         held = {name: torch.as_tensor(value) for name, value in hard.held.items()}
         with self.backend.evaluating(*self.parts[:2]):
-            severity, _ = self.scores(self.parts, self.backend.from_host(hard.z), held)
-        noise, share = (self.backend.from_host(value) for value in (hard.noise, hard.share))
+            severity, log_weight = self.scores(self.parts, self.backend.from_host(hard.z), held)
+        noise, share, score = (self.backend.from_host(value) for value in (hard.noise, hard.share, hard.score))
+        log_weight = torch.where(log_weight.isfinite(), log_weight, 0.0)
         total: Tensor = (share * self.backend.special.log_ndtr(severity / noise)).sum()
-        return total
+        scored: Tensor = (score * (log_weight - log_weight.detach())).sum()
+        return total + scored
 
     def _clipped(self, loss: Tensor, most: float) -> Sequence[Tensor]:
         """The gradient, its norm at most ``most``."""

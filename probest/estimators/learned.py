@@ -66,13 +66,13 @@ def obstacle(event: EventLike, budget: int) -> str:
     """Why this event cannot be estimated so, with what to do instead; empty where it can."""
     from probest.adversaries.language import LanguageModelError, models_of
 
-    if not isinstance(event, Event) or not event.is_text or event.composition.interleaved:
+    if not isinstance(event, Event) or not event.is_text:
         return (
-            "the learned proposal needs an adversary that draws text alone, from a CausalLM, in a program without "
-            "arguments. Use Tempering, or Splitting"
+            "the learned proposal needs an adversary that draws text alone, from a CausalLM, and a model that draws "
+            "nothing else. Use Tempering, or Splitting"
         )
     try:
-        found = models_of(event.parts.adversary)
+        found = models_of(event.program)
     except LanguageModelError as error:
         return f"{error}. Or use Splitting"
     if budget * sum(site.size * found[site.name].vocabulary for site in event.sites) > MOST:
@@ -205,9 +205,10 @@ class _Campaign:
 
         self.twists = twists
         self.fit = twists.Fit()
-        self.untwisted = self.given or twists.untwisted(self.event.parts.adversary)
+        self.open = self.event.opened()
+        self.untwisted = self.given or twists.untwisted(self.open.parts.adversary)
         self.searches: list[_Search] = []
-        self.bound: BoundProgram = ProgramGuide(self.untwisted, params=self.event.parts.params).bind(self.event)
+        self.bound: BoundProgram = ProgramGuide(self.untwisted, params=self.event.parts.params).bind(self.open)
 
     def run(self) -> Evidence:
         """The estimate; after Ctrl-C what all draws of the searches until then say."""
@@ -256,7 +257,7 @@ class _Campaign:
         drawn = []
         for guide, n in zip(guides, counts.tolist(), strict=True):
             if n:
-                parts = self.event.parts if guide is None else self.bound.parts._replace(adversary=guide)
+                parts = self.open.parts if guide is None else self.bound.parts._replace(adversary=guide)
                 z = rng.standard_normal((n, self.event.dim))
                 drawn.append(self.bound.values(parts, self.event.sites, z))
         values = {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
@@ -370,9 +371,10 @@ class _Campaign:
         """Coordinates at which the adversary draws these, and which rows it does."""
         z = np.zeros((len(next(iter(values.values()))), self.event.dim))
         ends = np.cumsum([0, *(site.size for site in self.event.sites)])
+        inside = {name: rng.uniform(1e-3, 1.0 - 1e-3, size=value.shape) for name, value in values.items()}
+        placed = self.twists.to_normals(self.untwisted, values, inside)
         for site, a, b in zip(self.event.sites, ends, ends[1:], strict=False):
-            inside = rng.uniform(1e-3, 1.0 - 1e-3, size=values[site.name].shape)
-            z[:, a:b] = self.twists.to_normals(self.untwisted, site.name, values[site.name], inside).reshape(len(z), -1)
+            z[:, a:b] = placed[site.name].reshape(len(z), -1)
         drawn = self.event.site_values(z)
         right = [(drawn[name] == value).reshape(len(z), -1).all(axis=1) for name, value in values.items()]
         return z, np.all(right, axis=0)

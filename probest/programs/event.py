@@ -21,6 +21,7 @@ from probest.budget import FORWARD_CALLS, GRADIENT_CALLS
 from probest.checkers import BlackBox, SeverityError
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Frontend, Observed, Run, Site
+from probest.seeds import generator
 
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
 
@@ -145,8 +146,12 @@ class Composition:
     def run(self, parts: Parts, z: Array, held: Mapping[str, Array]) -> Run:
         """One case. The run's value is ``(observation, action, severity)``."""
         with self.frontend.recording(self._source(z), held, parts.params) as recording:
-            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, self.judge)()
+            value = self.followed(parts.adversary, parts.model)()
         return recording.finish(value)
+
+    def followed(self, adversary: Any, model: Any) -> Any:
+        """The program ``() -> (observation, action, severity)`` of these parts."""
+        return compose(self.frontend, self.closed_loop, adversary, model, self.judge)
 
     def replay(self, parts: Parts, z: Array, *model: Any, held: Mapping[str, Array] | None = None) -> PyTree:
         """What the adversary returns at z, inside another program, which sees none of its sites.
@@ -294,6 +299,15 @@ class _Unjudged:
         return backend.tree_map(backend.as_array, self.composition.judge(*case))
 
 
+def _same(observation: PyTree) -> PyTree:
+    return observation
+
+
+def _judged(_: PyTree, case: PyTree) -> Any:
+    """The severity of what :func:`compose` returned."""
+    return case[2]
+
+
 def compose(
     frontend: Frontend, closed_loop: bool, adversary: Any, model: Any, checker: Any, *, record: bool = False
 ) -> Any:
@@ -367,6 +381,18 @@ class Event:
         return all(site.distribution == TEXT for site in self.sites)
 
     @cached_property
+    def answers_in_text(self) -> bool:
+        """Whether all is text, and what the model does is what it draws: then log P depends on its parameters by the
+        probabilities of its text alone. Runs the model on a few cases.
+        """
+        if not (self.is_text and self.composition.late and not self.composition.closed_loop):
+            return False
+        cases = self.decode(generator(np.random.SeedSequence(0)).standard_normal((8, self.dim)))
+        drawn = [value for name, value in cases.sites.items() if name in {site.name for site in self.sites}]
+        leaves = self.backend.leaves(cases.action)
+        return all(any(np.array_equal(leaf, value) for value in drawn) for leaf in leaves)
+
+    @cached_property
     def coarse(self) -> dict[str, Floats]:
         """``coarseness`` by site, ``(dim,)``: at its coordinates, and 0 elsewhere."""
         out = {}
@@ -431,6 +457,30 @@ class Event:
         if self.nearest is None or _rank(float(severity[row]), z[row]) > self.nearest.rank:
             kept = {name: value[row : row + 1].copy() for name, value in held.items()}
             self.nearest = Nearest(z[row].copy(), kept, float(severity[row]))
+
+    @property
+    def program(self) -> Any:
+        """A program without arguments that draws every site: the adversary, or all three where others draw too."""
+        whole, parts = self.composition, self.parts
+        return whole.followed(parts.adversary, parts.model) if whole.interleaved else parts.adversary
+
+    def opened(self) -> Event:
+        """The same event with all sites drawn by the adversary: itself, unless they are interleaved with the model.
+
+        Then the adversary runs the model and the checker too, and counters are apart.
+        """
+        if not self.composition.interleaved:
+            return self
+        composition = replace(self.composition, checker=_judged, closed_loop=False, late=False)
+        return replace(
+            self,
+            composition=composition,
+            parts=Parts(self.program, _same, self.parts.params),
+            model_calls=0,
+            checker_calls=0,
+            on_calls=None,
+            nearest=None,
+        )
 
     def severity(self, z: Floats) -> Floats:
         """Severity at each row of z, ``(n,)``."""

@@ -69,9 +69,21 @@ class Follower(Protocol):
         """Raises ValueError if these are of another run."""
 
 
-def hard(cases: Cases) -> Hard:
-    """The cases as particles whose probability of catastrophe is stepped down."""
-    return Hard(cases.z, cases.held, cases.noise, cases.share)
+def hard(event: Event, cases: Cases) -> Hard:
+    """The cases as particles whose probability of catastrophe is stepped down.
+
+    Discrete sites whose law may depend on the model, since it draws them or runs before they are drawn, are held at
+    their values: what it does to their probabilities is a part of the gradient (their scores), and z has none of it.
+    Not so where the adversary is conditioned: what the model does to the observations' probability would count too.
+    """
+    held, interleaved = dict(cases.held), event.composition.interleaved
+    if interleaved and event.weighted:
+        return Hard(cases.z, held, cases.noise, cases.share, np.zeros(len(cases.z)))
+    if interleaved and set(event.discrete_sites) - set(held):
+        found = event.decode(cases.z, held).sites
+        event.model_calls += len(cases.z)
+        held |= {name: found[name] for name in event.discrete_sites if name not in held and name in found}
+    return Hard(cases.z, held, cases.noise, cases.share, cases.share)
 
 
 def in_strata(

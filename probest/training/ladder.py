@@ -159,7 +159,7 @@ class Ladder:
 
     def pressure(self, event: Event, cases: Cases) -> Hard:
         """All of them."""
-        return hard(cases)
+        return hard(event, cases)
 
     def advance(self, event: Event, rng: np.random.Generator) -> None:
         """Move every particle on the event as it is now, and let fresh draws in."""

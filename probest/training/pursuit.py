@@ -145,7 +145,7 @@ class Pursuit:
 
     def pressure(self, event: Event, cases: Cases) -> Hard:
         """All of them."""
-        return hard(cases)
+        return hard(event, cases)
 
     def advance(self, event: Event, rng: np.random.Generator) -> None:
         """Every guide draws on the event as it is now, and steps up its bound."""
