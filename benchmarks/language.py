@@ -16,6 +16,10 @@ KL, what that reaches of the closed form, and the share of the KL that the event
 
 training: the reader of brackets, ordinary, trained on the worst of sampled texts, and by train() with a teacher, for as
 many model calls: catastrophes among ``--judge`` fresh texts, the same for all, and the accuracy.
+
+answers: a language model that goes on with texts, ordinary, trained by the policy gradient of P (REINFORCE), and by
+train() without a teacher, for as many model calls: catastrophes among ``--judge`` fresh texts and answers, and the loss
+on English that was not trained on.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ torch.set_num_threads(1)
 if TYPE_CHECKING:
     from probest import Problem
     from probest.adversaries.language import CausalLM
+    from probest.evidence import Evidence
 
 Row = dict[str, "str | float"]
 STEPS = 7
@@ -192,11 +197,46 @@ def training(options: argparse.Namespace) -> Iterator[Row]:
             }
 
 
+def answers(options: argparse.Namespace) -> Iterator[Row]:
+    from models import language
+    from probest import MonteCarlo, train
+
+    for seed in range(options.seeds):
+        problem = language.answer_problem()
+        settings = {**language.ANSWER_TRAINING, "audit": MonteCarlo(), "audit_rounds": 0, "seed": seed}
+        run = train(problem, data=language.answer_data()[0], progress=False, **settings)
+        calls = run.costs.steps.calls + run.costs.looks.calls
+        models = {
+            "ordinary": problem.model,
+            "policy gradient": language.reinforced(problem.model, calls, seed),
+            "train()": run.model,
+        }
+        for name, model in models.items():
+            told = estimate_plainly(language.answer_problem(model), options.judge, 1_000 + seed)
+            with torch.no_grad():
+                loss = float(language.answer_loss(model, language.answer_data()[1]))
+            yield {
+                "seed": str(seed),
+                "training": name,
+                "catastrophes": told.diagnostics["hits"],
+                "of answers": told.diagnostics["samples"],
+                "nats a sign": loss,
+                "calls": 0.0 if name == "ordinary" else float(calls),
+            }
+
+
+def estimate_plainly(problem: Problem, n: int, seed: int) -> Evidence:
+    from probest import MonteCarlo, estimate
+
+    return estimate(problem, estimator=MonteCarlo(precision=None), budget=n, seed=seed, progress=False).conclusion
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "enumerated": enumerated,
     "english": english,
     "adversary": adversary,
     "training": training,
+    "answers": answers,
 }
 
 if __name__ == "__main__":

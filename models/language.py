@@ -8,6 +8,10 @@ Python's own documentation (:func:`letters_model`); it writes 32 signs. **M** is
 tells texts whose brackets match from others, having seen 4,000 of D's; 98 % of its answers are right. **C** counts
 brackets, in code that can be trusted (:func:`unmatched`). It is a catastrophe when M is sure (``SURE`` nats) that
 brackets match, and they do not: P is about 4e-4.
+
+*Answers* (:func:`answer_problem`): **D** writes the first ``BEGUN`` signs of a text, **M**, a language model too,
+writes the next ``ANSWERED``, and **C** counts the brackets that M closes though none is open (:func:`stray`). It is a
+catastrophe when there are ``STRAY`` or more: P is about 2e-3.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ LONGEST = 64  # signs that the writer of English can read
 WRITTEN = 32  # signs of D's texts
 SEEN = 4_000  # texts that M is trained on
 SURE = 5.0  # nats
+BEGUN, ANSWERED = 16, 16  # signs that D and M write, where M answers
+STRAY = 2  # brackets
 
 
 def tiny(seed: int = 0, gain: float = 4.0, *, width: int = 16) -> Any:
@@ -279,7 +285,110 @@ def problem(model: nn.Module | None = None) -> Problem:
     return Problem(lambda: pyro.sample("text", lm()), train_model() if model is None else model, checker)
 
 
-# Arguments of ``probest.train`` that work here. M has seen few texts that end its mistakes, so lessons may weigh a lot.
+# A model that answers -------------------------------------------------------------------------------------------------
+
+
+class Answerer(nn.Module):
+    """M: a language model that goes on with a text ``(BEGUN,)``, drawn as the site ``answer``."""
+
+    def __init__(self, model: Any = None) -> None:
+        super().__init__()
+        from probest.adversaries.language import CausalLM
+
+        model = letters_model() if model is None else model
+        self.lm = CausalLM(model, Letters(), max_new_tokens=ANSWERED, batch_size=512)
+
+    def forward(self, text: Tensor) -> Tensor:
+        import pyro
+
+        answer: Tensor = pyro.sample("answer", self.lm.after(text))
+        return answer
+
+
+def stray(text: Tensor, answer: Tensor) -> Tensor:
+    """The number of brackets that ``answer`` ``(..., m)`` closes though none is open after ``text`` ``(..., n)``."""
+    whole = torch.cat([text, answer], -1)
+    depth = ((whole == OPEN).long() - (whole == CLOSE).long()).cumsum(-1)
+    return depth[..., : text.shape[-1]].amin(-1).clamp(max=0) - depth.amin(-1).clamp(max=0)
+
+
+def answer_checker(text: Tensor, answer: Tensor) -> Tensor:
+    """C: how many brackets more than ``STRAY`` are stray, and a half."""
+    return stray(text, answer) - (STRAY - 0.5)
+
+
+def answer_problem(model: nn.Module | None = None) -> Problem:
+    """D begins a text, M goes on, C counts stray brackets."""
+    import pyro
+
+    from probest import Problem
+    from probest.adversaries.language import CausalLM
+
+    lm = CausalLM(letters_model(), Letters(), max_new_tokens=BEGUN, batch_size=512)
+    return Problem(lambda: pyro.sample("text", lm()), Answerer() if model is None else model, answer_checker)
+
+
+@cache
+def answer_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What English goes on with: beginnings and the signs that follow, ``SEEN`` to train on, as many to test on."""
+    text = english()
+    ids = torch.tensor(Letters()(text)["input_ids"])
+    starts = np.flatnonzero(np.array(list(text[: -BEGUN - ANSWERED - 1])) == " ") + 1
+    chosen = np.random.default_rng(0).choice(starts, 2 * SEEN, replace=False)
+    rows = ids[torch.as_tensor(chosen)[:, None] + torch.arange(BEGUN + ANSWERED)]
+    begun, after = rows[:, :BEGUN], rows[:, BEGUN:]
+    return (begun[:SEEN], after[:SEEN]), (begun[SEEN:], after[SEEN:])
+
+
+def answer_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of an :class:`Answerer`, in nats a sign."""
+    text, answer = batch
+    return -model.lm.after(text).log_prob(answer).mean() / ANSWERED
+
+
+def reinforced(model: Any, calls: int, seed: int = 0, *, draws: int = 512, weight: float = 0.5) -> Any:
+    """A copy of ``model`` trained by the policy gradient of P (REINFORCE with a baseline), for so many answers of it.
+
+    Each step draws texts and answers, and descends P's score-function gradient in units of its standard deviation,
+    together with the loss on English.
+    """
+    from probest.adversaries.language import CausalLM
+
+    model = copy.deepcopy(model)
+    law = CausalLM(letters_model(), Letters(), max_new_tokens=BEGUN, batch_size=512)()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        steps = max(1, calls // (4 * draws))  # an answer is a call, its gradient three
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            with torch.no_grad():
+                texts = law.sample((draws,))
+                answers = model.lm.after(texts).sample()
+                caught = (answer_checker(texts, answers) >= 0.0).double()
+                gain = (caught - caught.mean()) / caught.std().clamp(min=1e-9)
+            score = (gain * model.lm.after(texts).log_prob(answers)).mean() / ANSWERED
+            optimizer.zero_grad()
+            (answer_loss(model, _some(answer_data()[0], 64)) + weight * score).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+# Arguments of ``probest.train`` that work there.
+ANSWER_TRAINING = {
+    "task": answer_loss,
+    "until_log_prob": -14.0,
+    "learning_rate": 1e-3,
+    "max_pressure": 0.3,
+    "particles": 64,
+    "steps": 100,
+    "budget": 10_000,
+    "check_budget": 5_000,
+}
+
+# Arguments of ``probest.train`` that work for the reader. M has seen few texts that end its mistakes, so lessons may
+# weigh a lot.
 TRAINING = {
     "teacher": teacher,
     "until_log_prob": -14.0,

@@ -61,7 +61,7 @@ def drift(wind):  # M: a controller that takes out half of where it is, one seco
 
 
 flight = Problem(weather, drift, lambda wind, at: at.max() - 25.0)
-calm = estimate(flight, budget=30_000, precision=0.1, seed=1)
+calm = estimate(flight, budget=8_000 if QUICK else 30_000, precision=0.1, seed=1)
 calm
 
 # %% [markdown]
@@ -89,7 +89,7 @@ def drift_when_blind(x):
 
 
 failing = Problem(weather_and_failures, drift_when_blind, lambda x, at: at.max() - 25.0)
-both = estimate(failing, budget=30_000, precision=0.15, seed=1)
+both = estimate(failing, budget=8_000 if QUICK else 30_000, precision=0.15, seed=1)
 both
 
 # %%
@@ -120,7 +120,7 @@ def confident(picture, scores):  # far more sure of the second class than any pi
 
 
 seen = Problem(pictures, reader, confident)
-odd = estimate(seen, budget=30_000, seed=1)
+odd = estimate(seen, budget=10_000 if QUICK else 30_000, seed=1)
 odd
 
 # %%
@@ -133,7 +133,7 @@ _ = odd.plot("cases", shape=(8, 8), rows=1, columns=6)
 
 # %%
 forecast = Problem(partial(weather, 6.0), drift, flight.checker)
-given = estimate(forecast, budget=60_000, precision=0.2, seed=1)
+given = estimate(forecast, budget=15_000 if QUICK else 60_000, precision=0.2, seed=1)
 print(f"log P without the report {calm.log_prob:.2f}, with it {given.log_prob:.2f}")
 given
 
@@ -232,7 +232,7 @@ def proposal():  # D's own sites from another law: around what SVI found, and wi
         numpyro.sample("gust", dist.Normal(found_by_svi["gust"], 1.1))
 
 
-guided = estimate(flight, guide=proposal, budget=20_000, seed=1)
+guided = estimate(flight, guide=proposal, budget=5_000 if QUICK else 20_000, seed=1)
 guided
 
 # %%

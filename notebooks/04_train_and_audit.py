@@ -118,7 +118,7 @@ for _ in range(1_500):
 print(f"held-out loss {task(model, held_out):.3f} (m/s)²")
 
 vehicle = Problem(scene, model, checker)
-before = estimate(vehicle, budget=30_000, seed=0)
+before = estimate(vehicle, budget=10_000 if QUICK else 30_000, seed=0)
 before
 
 # %% [markdown]
@@ -139,10 +139,10 @@ run = train(
     task=task,
     data=recorded,
     until_log_prob=-22.0,
-    steps=500 if QUICK else 1_000,
+    steps=200 if QUICK else 1_000,
     learning_rate=2e-3,
-    budget=15_000 if QUICK else 50_000,
-    check_budget=8_000 if QUICK else 20_000,
+    budget=6_000 if QUICK else 50_000,
+    check_budget=4_000 if QUICK else 20_000,
     seed=1,
 )
 run
@@ -175,7 +175,8 @@ run.audit
 # the result is a program like any other, and can be audited like any other.
 
 # %%
-worst = search(run.problem, kl=3.0, base=run.believed, seed=0)
+settings = {"steps": 50, "refine": 10, "judge": 500} if QUICK else {}
+worst = search(run.problem, kl=3.0, base=run.believed, seed=0, **settings)
 print(
     f"log P {worst.base.log_prob:.1f} under D, {worst.log_prob:.1f} under the worst adversary within {worst.kl:.1f} nats"
 )

@@ -33,7 +33,7 @@ QUICK = bool(os.environ.get("PROBEST_QUICK"))  # smaller settings, for tests
 SIGNS = 12 if QUICK else 32
 LEAST = 4 if QUICK else 8
 
-writer = language.letters_model(steps=40, cached=False) if QUICK else language.letters_model()
+writer = language.letters_model(steps=15, cached=False) if QUICK else language.letters_model()
 lm = CausalLM(writer, language.Letters(), max_new_tokens=SIGNS, batch_size=512)
 
 _ = torch.manual_seed(0)
@@ -59,7 +59,7 @@ def too_many(x, y):
 
 
 problem = Problem(adversary, lambda x: x, too_many)
-result = estimate(problem, budget=2_000 if QUICK else 60_000, progress=False)
+result = estimate(problem, budget=1_000 if QUICK else 60_000, progress=False)
 result
 
 # %% [markdown]
@@ -82,7 +82,7 @@ if result.catastrophes is not None:
 NATS = 3.0 if QUICK else 8.0
 settings = {"steps": 5, "refine": 3, "judge": 200} if QUICK else {}
 if result.catastrophes is not None:
-    family = LanguageAdversary(lm, twist=True, budget=1_000 if QUICK else 20_000)
+    family = LanguageAdversary(lm, twist=True, budget=500 if QUICK else 20_000)
     found = search(problem, family, kl=NATS, base=result, progress=False, **settings)
     print(found)
     print(f"at most {result.worst_case(found.kl):.2g}, reached {math.exp(found.log_prob):.2g}")

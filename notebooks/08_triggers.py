@@ -21,6 +21,7 @@
 
 # %%
 import math
+import os
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ import torch
 from models import transformer, trigger
 from probest import Problem, estimate
 from probest.report.plots import plot_intervals
+
+QUICK = bool(os.environ.get("PROBEST_QUICK"))  # smaller settings, for tests
 
 print(f"truth: {trigger.log_prob():.3f}")
 
@@ -51,7 +54,7 @@ print(f"log P[R] = {direction.given.log_prob:.2f}, exactly {trigger.log_recognis
 # with a large error, and says that it has not converged: more calls make it smaller.
 
 # %%
-tests = estimate(trigger.problem("tests"), budget=100_000, seed=0)
+tests = estimate(trigger.problem("tests"), budget=20_000 if QUICK else 100_000, seed=0)
 print(f"log P[C | R] = {tests.log_prob:.2f} ± {tests.std_error:.2f}, converged: {tests.converged}")
 
 # %% [markdown]

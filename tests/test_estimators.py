@@ -281,7 +281,7 @@ def test_a_bump_that_no_gradient_leads_to_is_met_by_draws() -> None:
         return slope
 
     event = ExactEvent("bump_d60", 60, truth, severity, gradient)
-    for number in range(4):
+    for number in range(2):
         found = Combined().run(event, budget=50_000, seed=seed(number)).conclusion
         assert found.interval[0] - 0.1 <= truth <= found.interval[1] + 0.1
         assert abs(found.log_prob - truth) < 0.5
@@ -337,9 +337,10 @@ def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
 
 def test_more_modes_than_a_guide_or_a_student_can_hold_are_not_converged() -> None:
     event = many_modes(40, 60, 5.5)
-    ledger = Combined().run(event, budget=BUDGET, seed=seed(0)).ledger
-    check_evidence(ledger[-1], event, BUDGET)
-    assert ledger[-1].calls > 0.7 * BUDGET
+    budget = BUDGET // 2
+    ledger = Combined().run(event, budget=budget, seed=seed(0)).ledger
+    check_evidence(ledger[-1], event, budget)
+    assert ledger[-1].calls > 0.7 * budget
     assert not ledger[-1].converged
     assert ledger[-1].interval[0] <= event.log_prob <= ledger[-1].interval[1]
     particles = ledger[-1].particles

@@ -12,7 +12,7 @@ from library import library, parameters
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import MonteCarlo, Pool, Problem, estimate, train
+from probest import MonteCarlo, Pool, Problem, Tempering, estimate, train
 from probest.backends.base import Losses
 from probest.training.descent import Descent
 from probest.verdict import agree
@@ -152,7 +152,8 @@ def test_a_reading_is_loss_enough(backend: str) -> None:
     )
     options: dict[str, Any] = {
         "steps": 16, "check_every": 16, "learning_rate": 4e-3, "budget": 20_000, "check_budget": 5_000,
-        "objective": "reading", "max_pressure": 0.5, "until_log_prob": -60.0, "audit_rounds": 0, "progress": False,
+        "objective": "reading", "max_pressure": 0.5, "until_log_prob": -60.0, "audit": Tempering(particles=256),
+        "audit_rounds": 0, "progress": False,
     }  # fmt: skip
     if backend == "numpyro":  # its gradient is not compiled: only that it is the same
         options |= {"steps": 1, "budget": 2_000, "check_budget": 500}
