@@ -379,10 +379,10 @@ def reinforced(model: Any, calls: int, seed: int = 0, *, draws: int = 512, weigh
 ANSWER_TRAINING = {
     "task": answer_loss,
     "until_log_prob": -14.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "max_pressure": 0.3,
     "particles": 64,
-    "steps": 100,
+    "steps": 150,
     "budget": 10_000,
     "check_budget": 5_000,
 }

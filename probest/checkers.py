@@ -13,6 +13,8 @@ Reference: Donzé & Maler (2010), Robust satisfaction of temporal logic over rea
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -37,6 +39,8 @@ __all__ = [
 
 Checker = Callable[[Any, Any], Any]
 """``severity = checker(observation, action)``."""
+Branch = tuple[tuple[int, float], ...]
+"""Parts of a severity that have to be catastrophes together: the number of each, and a sign."""
 
 
 class SeverityError(ValueError):
@@ -247,6 +251,28 @@ def join(checker: Any, severities: Iterator[Any]) -> Any:
     if isinstance(checker, Combination):
         return checker.join([join(part, severities) for part in checker.parts])
     return next(severities)
+
+
+def branches(checker: Any, most: int = 8) -> tuple[Branch, ...]:
+    """How a combination comes to a catastrophe: one of these sets of :func:`leaves` together, each by its number and
+    its sign, -1 where it must not be one. No set at all where there would be more than ``most``.
+    """
+    numbers = itertools.count()
+
+    def of(part: Any, sign: float) -> list[Branch]:
+        if not isinstance(part, Combination):
+            return [((next(numbers), sign),)]
+        if part.kind == "negate":
+            return of(part.parts[0], -sign)
+        found = [of(each, sign) for each in part.parts]
+        if (part.kind == "any_of") == (sign > 0.0):
+            return [branch for some in found for branch in some]
+        if math.prod(map(len, found)) > most:
+            return []
+        return [tuple(itertools.chain(*together)) for together in itertools.product(*found)]
+
+    found = of(checker, 1.0)
+    return tuple(found) if len(found) <= most else ()
 
 
 def modules(checker: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from scipy.special import log_ndtr
 
 from probest import MomentPropagation, Problem, estimate
 from probest.backends.load import load_backend
+from probest.checkers import all_of, any_of, negate
 from probest.estimators import Combined, UnmetNeedError
 from probest.estimators.moments import advance, elsewhere
 from probest.estimators.moments import read as event_layers
@@ -43,6 +44,87 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
     result = read(normal(lib, 2), lambda x: x, lambda x, y: lib.xp.maximum(y[0] - 3.0, -y[0] - 2.9))
     assert result.conclusion.diagnostics["modes"] == 2
     assert result.log_prob == pytest.approx(np.log(stats.norm.sf(3.0) + stats.norm.sf(2.9)), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["any", "all", "both"])
+def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str) -> None:
+    """Half-spaces, correlated: against the multivariate normal law; the gradient in a limit against its own."""
+    lib = library(backend)
+    rows = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.6, 0.0, 0.8]])
+    limits = {"any": (3.0, 2.8, 3.1), "all": (0.9, 1.4, 0.2), "both": (3.5, 0.5, 0.9)}[kind]
+    cov = rows @ rows.T
+    if kind == "any":
+        none = stats.multivariate_normal(cov=cov, abseps=1e-9, releps=1e-9, seed=0).cdf(np.array(limits))
+        expected = np.log1p(-none)
+    else:
+        signs = np.array([1.0, 1.0, 1.0])
+
+        def together(*which: int, sign: Any = signs) -> float:
+            at, flip = list(which), np.asarray(sign)[list(which)]
+            law = stats.multivariate_normal(cov=cov[np.ix_(at, at)] * np.outer(flip, flip), abseps=1e-10, seed=0)
+            return float(law.cdf(-flip * np.array(limits)[at]))
+
+        expected = np.log(together(0, 1, 2))
+        if kind == "both":  # the first, or the second without the third
+            other = np.array([1.0, 1.0, -1.0])
+            expected = np.log(stats.norm.sf(limits[0]) + together(1, 2, sign=other) - together(0, 1, 2, sign=other))
+    arrays = lib.xp.asarray(np.asarray(rows, np.float32))
+
+    def beyond(j: int) -> Any:
+        return lambda x, y: y[j] - limits[j]
+
+    parts = [beyond(j) for j in range(3)]
+    checker = {
+        "any": lambda: any_of(*parts),
+        "all": lambda: all_of(*parts),
+        "both": lambda: any_of(parts[0], all_of(parts[1], negate(parts[2]))),
+    }[kind]()
+    result = read(normal(lib, 3), lambda x: arrays @ x, checker)
+    assert result.converged, result.advice
+    assert result.log_prob == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["any", "all"])
+def test_parts_of_a_wide_network_against_sampling(backend: str, kind: str) -> None:
+    """Two outputs of one network, whose severities have a layer in common: 4e5 draws, as above."""
+    lib, rng = library(backend), np.random.default_rng(5)
+    W, w = rng.normal(size=(128, 40)) / np.sqrt(40), rng.normal(size=(2, 128)) / np.sqrt(128)
+    z = rng.standard_normal((400_000, 40))
+    s = np.concatenate([np.maximum(part @ W.T, 0.0) @ w.T for part in np.array_split(z, 20)])
+    limits = s.mean(axis=0) + (3.0 if kind == "any" else 1.3) * s.std(axis=0)
+    hits = int((s >= limits).any(axis=1).sum() if kind == "any" else (s >= limits).all(axis=1).sum())
+    arrays = [lib.xp.asarray(np.asarray(a, np.float32)) for a in (W, w)]
+
+    def model(x: Any) -> Any:
+        h = arrays[0] @ x
+        return arrays[1] @ lib.xp.maximum(h, 0 * h)
+
+    parts = [lambda x, y, j=j: y[j] - float(limits[j]) for j in range(2)]
+    result = read(normal(lib, 40), model, any_of(*parts) if kind == "any" else all_of(*parts))
+    assert result.converged, result.advice
+    assert result.std_error < 0.1
+    assert abs(result.log_prob - np.log(hits / len(s))) <= result.std_error + 4 / np.sqrt(hits)
+
+
+def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
+    """In the limits of two half-spaces, together and apart, against differences of the same reading."""
+    lib = library(backend)
+
+    def problem(shift: float, combine: Any) -> tuple[Problem, Any]:
+        model = lib.module(lambda p, x: (x[0] + p["shift"], 0.6 * x[0] + 0.8 * x[1]), {"shift": lib.array(shift)})
+        parts = [lambda x, y: y[0] - 1.0, lambda x, y: y[1] - 1.5]
+        return Problem(normal(lib, 3), model, combine(*parts)), model
+
+    for combine in (all_of, any_of) if backend == "pyro" else (all_of,):  # seconds in JAX, not compiled
+        there, model = problem(0.2, combine)
+        result = estimate(there, estimator=MomentPropagation(), **QUIET)
+        value, slopes = gradient(backend, result, model=model)
+        assert value == pytest.approx(result.log_prob, rel=1e-5)
+        ends = [
+            float(estimate(problem(at, combine)[0], estimator=MomentPropagation(), **QUIET).log_prob)
+            for at in (0.25, 0.15)
+        ]
+        assert slopes["shift"] == pytest.approx((ends[0] - ends[1]) / 0.1, rel=5e-3)
 
 
 @pytest.mark.parametrize("case", ["square", "sphere", "flat"])

@@ -12,6 +12,7 @@ __all__ = [
     "filled_diagonal",
     "in_units",
     "log_ndtr",
+    "ndtri_exp",
     "nested",
     "on_host",
     "put",
@@ -38,6 +39,11 @@ def clip(x: Array, low: Any, high: Any) -> Array:
 def log_ndtr(x: Array) -> Array:
     """log Φ(x)."""
     return special.log_ndtr(x)
+
+
+def ndtri_exp(log_p: Array) -> Array:
+    """Φ⁻¹ of the exponential."""
+    return special.ndtri_exp(log_p)
 
 
 def on_host(*arrays: Array) -> tuple[Any, tuple[Array, ...]]:

@@ -9,6 +9,9 @@ Gaussian severity lacks. A number from the weights alone: deterministic, differe
 then. A mode far from the one that it settled at is looked for by settling anew from elsewhere; two modes that are far
 apart and both matter are joined as a union of half-spaces.
 
+The parts of ``any_of`` and ``all_of`` are read apart: those that have to be catastrophes together are tilted together,
+by the normal law of all of them (:mod:`probest.moments.orthant`), others each to where it mostly happens.
+
 Discrete sites are held: P = Σ p_k P_k, each stratum read by itself (:mod:`probest.programs.strata`).
 
 *What it is worth* is told by its own error estimate, and by a look: a few calls of the model say whether it was read
@@ -24,14 +27,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from probest import diagnostics
+from probest.backends import special_numpy
 from probest.backends.base import Array, Parts
 from probest.budget import Meter, UndefinedError
+from probest.checkers import Branch
 from probest.estimators.base import Need, UnmetNeedError, check_least, check_needs
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Population, Run
 from probest.moments.layers import Layers, layers
+from probest.moments.orthant import log_orthant
 from probest.moments.steps import MomentError
 from probest.moments.tilt import Tilt, Tilted, Tilting, resettled, tilted
 from probest.programs.event import Event
@@ -39,6 +45,8 @@ from probest.programs.strata import Strata, StratumEvent, strata_of
 from probest.seeds import child_seed, generator
 
 __all__ = ["MomentPropagation", "advance", "elsewhere", "read"]
+
+WHOLE: tuple[Branch, ...] = (((0, 1.0),),)
 
 
 @dataclass(frozen=True)
@@ -191,12 +199,27 @@ class MomentPropagation:
             converged=not notes and math.isfinite(log_prob),
             diagnostics=figures,
             notes=notes,
-            weigher=Reading(log_prob, _shares(found), tuple(mode.tilt for mode in found), self.tuning),
+            weigher=Reading(
+                log_prob,
+                _shares(found),
+                _gains(found),
+                tuple(mode.tilt for mode in found),
+                tuple(mode.which for mode in found),
+                self.tuning,
+            ),
         )
         return Run((plain, corrected), meter.calls)
 
-    def modes(self, net: Layers, seed: np.random.SeedSequence, *, which: int = 0) -> list[Tilted]:
-        """The mode that the middle of the adversary leads to, and others that other starts lead to, of one output."""
+    def modes(self, net: Layers, seed: np.random.SeedSequence) -> list[Tilted]:
+        """Those of every branch: outputs that have to be catastrophes together are tilted together, others apart."""
+        return [
+            mode
+            for k, branch in enumerate(net.branches)
+            for mode in self._modes(net, branch, child_seed(seed, k) if k else seed)
+        ]
+
+    def _modes(self, net: Layers, which: Branch, seed: np.random.SeedSequence) -> list[Tilted]:
+        """The mode that the middle of the adversary leads to, and others that other starts lead to, of one branch."""
         first = tilted(net, which=which, settings=self.tuning)
         length = float(np.linalg.norm(first.tilt.input))
         lost = length < self.tuning.nowhere  # a place to start from, then, and not a mode
@@ -248,18 +271,18 @@ class MomentPropagation:
                 severity = meter.evaluate(z).severity
             except UndefinedError as error:
                 return (Note(Code.UNDEFINED, f"about the tilt {error}."),)
-            read_as = net(z)[:, 0]
+            read_as = net.severity(z)
             off = np.abs(read_as - severity).max() / max(float(severity.std()), 1e-300)
             if not off < self.tuning.misread:
                 sentence = f"the model answers otherwise than it was read (by {off:.2g} standard deviations): a bug."
                 return (Note(Code.UNREADABLE, sentence),)
-            notes += self._compared(mode, severity)
+            notes += self._compared(mode, net.branch(mode.which, z))
         return tuple(notes)
 
     def _compared(self, mode: Tilted, severity: Floats) -> list[Note]:
-        """Severities about the tilted input, against what was propagated: the share that is catastrophic."""
+        """Severities of the mode's branch about the tilted input, against what was propagated: the share of hits."""
         n, hits = len(severity), int((severity >= 0).sum())
-        foreseen = float(special.log_ndtr(mode.shift / mode.sd))
+        foreseen = float(mode.foreseen)
         low, high = diagnostics.binomial_interval(hits, n, 1.0 - 2.0 * self.tuning.surprise)
         room = math.expm1(self.believed)
         if low - room <= foreseen <= min(high + room, 0.0):
@@ -302,11 +325,18 @@ class StratifiedReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the modes of an event were settled at, from which log P is a function of the parameters."""
+    """What the modes of an event were settled at, and of which branches they are: log P as a function of the
+    parameters.
+
+    shares: of each mode in the sum of all; gains: of log P by the log of each mode's probability, less for what modes
+    have in common.
+    """
 
     log_prob: float
     shares: tuple[float, ...]
+    gains: tuple[float, ...]
     tilts: tuple[Tilt, ...]
+    branches: tuple[Branch, ...]
     tuning: Tilting
 
     def __call__(self, event: Any) -> Callable[[Parts], Array]:
@@ -316,11 +346,11 @@ class Reading:
         tuning = replace(self.tuning, rounds=3, most_rounds=3, between=self.tuning.followed, close=0.0)
 
         def log_prob_at(parts: Parts) -> Array:
-            net = layers(event.function(parts), zeros)
+            net = layers(_function(event, parts)[0], zeros)
             total = 0.0 * zeros[0] + self.log_prob
-            for share, tilt in zip(self.shares, self.tilts, strict=True):
+            for share, tilt, branch in zip(self.gains, self.tilts, self.branches, strict=True):
                 start = Tilt(put(tilt.input), tuple(map(put, tilt.noises)))
-                value = tilted(net, start=start, settings=tuning).log_prob
+                value = tilted(net, which=branch, start=start, settings=tuning).log_prob
                 total = total + share * (value - backend.constant(value))
             return total
 
@@ -335,12 +365,12 @@ def advance(net: Layers, reading: Evidence) -> float:
     """
     found, by = reading.weigher, reading.weigher.tuning.shifted
     total = 0.0
-    for share, tilt in zip(found.shares, found.tilts, strict=True):
+    for share, tilt, branch in zip(found.shares, found.tilts, found.branches, strict=True):
         length = max(float(np.linalg.norm(tilt.input)), found.tuning.nowhere)
         towards = by * tilt.input / length
         above, below = (
-            float(tilted(net.shifted(d), start=Tilt(tilt.input - d, tilt.noises), settings=found.tuning).log_prob)
-            for d in (towards, -towards)
+            float(tilted(net.shifted(d), which=branch, start=start, settings=found.tuning).log_prob)
+            for d, start in ((d, Tilt(tilt.input - d, tilt.noises)) for d in (towards, -towards))
         )
         total += share * (above - below) / (2.0 * by * length)
     return total
@@ -366,24 +396,70 @@ def elsewhere(reading: Evidence, expected: float, found: Population, independent
 
 
 def read(event: Any, most: int | None = None) -> Layers:
-    """The severity of an event in layers, in NumPy. MomentError where they are more than ``most``."""
-    return layers(event.function(), event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)
+    """The severity of an event in layers, in NumPy: those of the parts of a combined checker, where there are not too
+    many. MomentError where the layers are more than ``most``.
+    """
+    function, branches = _function(event)
+    found = layers(function, event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)
+    return replace(found, branches=branches)
+
+
+def _function(event: Any, parts: Parts | None = None) -> tuple[Callable[[Array], Array], tuple[Branch, ...]]:
+    """The severities to be read, and which of them are a catastrophe together."""
+    if event.branches and event.branches != WHOLE:
+        return event.function(parts, apart=True), event.branches
+    return event.function(parts), WHOLE
 
 
 def _union(found: Sequence[Tilted], corrected: bool) -> float:
-    """log Pr of the union of the modes' half-spaces, each of its own probability and correlated as directions are."""
+    """log Pr of the union of the modes' half-spaces, each of its own probability, and correlated as they are."""
     values = np.array([_value(mode) if corrected else float(mode.gaussian) for mode in found])
-    total = float(special.logsumexp(values))
-    overlap = 0.0
-    betas = -special.ndtri_exp(np.minimum(values, -1e-300))
-    for i in range(len(found)):
-        for j in range(i):
-            rho = float(found[i].direction @ found[j].direction) * math.sqrt(float(found[i].share * found[j].share))
-            pair = stats.multivariate_normal(cov=[[1.0, rho], [rho, 1.0]], allow_singular=True)
-            overlap += float(pair.cdf([-betas[i], -betas[j]]))
-    least = float(values.max())
-    left = math.exp(total) - overlap
-    return min(max(math.log(left) if left > 0 else least, least), 0.0)
+    return _joined(values, _correlations(found))
+
+
+def _gains(found: Sequence[Tilted]) -> tuple[float, ...]:
+    """The derivatives of log Pr of the union in each mode's own."""
+    if len(found) == 1:
+        return (1.0,)
+    values, correlations, step = np.array([_value(mode) for mode in found]), _correlations(found), 1e-4
+    ends = [[_joined(values + side * row, correlations) for side in (1.0, -1.0)] for row in step * np.eye(len(found))]
+    return tuple((above - below) / (2.0 * step) for above, below in ends)
+
+
+def _joined(values: Floats, correlations: Floats) -> float:
+    means = special.ndtri_exp(np.minimum(values, -1e-300))
+    parts = [float(values[0])]
+    for i in range(1, len(values)):  # each without those before it
+        rows = np.array([i, *range(i)])
+        signs = np.where(np.arange(i + 1) == 0, 1.0, -1.0)
+        cov = correlations[np.ix_(rows, rows)] * np.outer(signs, signs)
+        parts.append(float(log_orthant(special_numpy, (signs * means[rows])[None], cov)[0]))
+    return min(max(float(special.logsumexp(parts)), float(values.max())), 0.0)
+
+
+def _correlations(found: Sequence[Tilted]) -> Floats:
+    """Those of all modes: the correlation matrix nearest to one that is put together pair by pair."""
+    value, basis = np.linalg.eigh(np.array([[_correlation(one, other) for other in found] for one in found]))
+    found = (basis * np.maximum(value, 1e-9)) @ basis.T
+    scale = np.sqrt(np.diag(found))
+    return np.asarray(found / np.outer(scale, scale))
+
+
+def _correlation(one: Tilted, other: Tilted) -> float:
+    """Of the severities of two modes: what is linear in z, and, between branches, what layers have in common.
+
+    The noise of a layer is taken as each of them has it, and the middle of the two.
+    """
+    if one is other:
+        return 1.0
+    linear = float(one.direction @ other.direction) * math.sqrt(float(one.share * other.share))
+    if one.which == other.which:
+        return linear
+    noise = 0.0
+    for about in (one.about, other.about):
+        pairs = zip(about.layers, one.about.gains, other.about.gains, strict=True)
+        noise += 0.5 * sum(float(g @ layer.N @ h) for layer, g, h in pairs)
+    return float(np.clip(linear + noise / float(one.sd * other.sd), -1.0, 1.0))
 
 
 def _error(found: Sequence[Tilted]) -> float:

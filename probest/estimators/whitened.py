@@ -176,9 +176,13 @@ class _WhiteEvent:
         slope = None if found.severity_grad is None else found.severity_grad @ self.scale
         return Evaluation(found.severity, np.zeros(len(z)), slope)
 
-    def function(self, parts: Parts | None = None) -> Callable[[Array], Array]:
+    @property
+    def branches(self) -> Any:
+        return self.event.branches
+
+    def function(self, parts: Parts | None = None, *, apart: bool = False) -> Callable[[Array], Array]:
         """As :meth:`probest.programs.event.Event.function`."""
-        whole, put = self.event.function(parts), self.backend.from_host
+        whole, put = self.event.function(parts, apart=apart), self.backend.from_host
         mean, scale = put(self.mean), put(self.scale)
         return lambda u: whole(mean + scale @ u)
 

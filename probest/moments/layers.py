@@ -21,6 +21,7 @@ import numpy as np
 
 from probest.backends import special_numpy
 from probest.backends.base import Backend
+from probest.checkers import Branch
 from probest.moments.core import Library
 from probest.moments.gaussian import Gaussian
 from probest.moments.hermite import QUADRATURE, Quadrature
@@ -61,12 +62,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """A function ``(dim,) -> (J,)`` in layers. special: the functions of the library its arrays are of."""
+    """A function ``(dim,) -> (J,)`` in layers. special: the functions of the library its arrays are of.
+
+    branches: which of the outputs have to be positive together, in one of which ways.
+    """
 
     dim: int
     layers: tuple[Layer, ...]
     output: Linear
     special: Any
+    branches: tuple[Branch, ...] = (((0, 1.0),),)
 
     def __call__(self, z: Array) -> Array:
         """``(N, dim) -> (N, J)``, to compare with the function that was read."""
@@ -95,7 +100,7 @@ class Layers:
             return call
 
         found = (Layer(linear(one.linear), function(one), tuple(map(host, one.breaks))) for one in self.layers)
-        return Layers(self.dim, tuple(found), linear(self.output), special_numpy)
+        return Layers(self.dim, tuple(found), linear(self.output), special_numpy, self.branches)
 
     def shifted(self, by: Array) -> Layers:
         """The same of z + by."""
@@ -105,7 +110,16 @@ class Layers:
             return one if matrix is None else Linear(one.terms, one.shift + matrix @ by)
 
         moved = (Layer(linear(one.linear), one.function, one.breaks) for one in self.layers)
-        return Layers(self.dim, tuple(moved), linear(self.output), self.special)
+        return Layers(self.dim, tuple(moved), linear(self.output), self.special, self.branches)
+
+    def severity(self, z: Array) -> Array:
+        """``(N, dim) -> (N,)``: the largest of the branches."""
+        return self.special.xp.max(self.special.xp.stack([self.branch(one, z) for one in self.branches]), axis=0)
+
+    def branch(self, which: Branch, z: Array) -> Array:
+        """``(N, dim) -> (N,)``: the least of a branch's outputs."""
+        values = self(z)
+        return self.special.xp.min(self.special.xp.stack([sign * values[:, j] for j, sign in which]), axis=0)
 
     def used_later(self, k: int) -> set[Base]:
         """What the layers after k, or the output, are made of."""

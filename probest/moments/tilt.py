@@ -27,6 +27,11 @@ gives a δκ₂ of 4.2 % where sampling says 4.5 %, (1, 2) and the first of (2, 
 
 What it states as its error is a multiple of the size of the terms and of √κ, κ = max tr S² / (tr S)² of any layer: one
 over the number of directions that a layer's values use.
+
+*Several outputs together*, s ≥ 0 in all entries: with log Pr[N(μ − κ, Σ) ≥ 0] in place of log Φ(−β) and w its gradient,
+m ← Σ w_j a_j, δ_k ← N_k Σ w_j g_kj. The corrections are those of the sum c·s, c = w / Σ w, and D_r the derivatives
+along Σ c: what the entries' terms have apart from that direction is left out, and since they may cancel in the sum, the
+stated error is √J times as large.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from probest.checkers import Branch
 from probest.moments.hermite import (
     Expansion,
     Quadrature,
@@ -50,6 +56,7 @@ from probest.moments.hermite import (
     slope,
 )
 from probest.moments.layers import INPUT, Base, Layer, Layers, Linear
+from probest.moments.orthant import log_orthant, orthant
 from probest.moments.statistics import Statistics, statistics
 from probest.tuning import tuned
 
@@ -115,13 +122,16 @@ class Tilt(NamedTuple):
 class Tilted(NamedTuple):
     """What came of it.
 
-    log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by name, in nats; error: half of an
-    interval of 90 %; moved: by how much the last round moved log Φ(−β); left: how far the input's tilt still is from
-    its fixed point; kappa: see the module; beta; tilt; direction: a / |a|, of the severity's mean gradient, ``(dim,)``;
-    share: a·a / σ², the part of the severity's variance that is linear in z; shift, sd: mean and standard deviation of
-    the severity where the input alone is tilted, to first order; about: the propagation.
+    which: of which outputs together. log_prob, with the corrections; gaussian: log Φ(−β); terms: the corrections by
+    name, in nats; error: half of an interval of 90 %; moved: by how much the last round moved log Φ(−β); left: how far
+    the input's tilt still is from its fixed point; kappa: see the module; beta; tilt; direction: a / |a|, of the
+    severity's mean gradient, ``(dim,)``; share: a·a / σ², the part of the severity's variance that is linear in z;
+    foreseen: the log of the share of catastrophes where the input alone is tilted, to first order; sd: of the severity;
+    about: the propagation. Of several outputs together, direction, share, beta and sd are of the sum that stands for
+    them.
     """
 
+    which: Branch
     log_prob: Array
     gaussian: Array
     terms: Mapping[str, Array]
@@ -133,7 +143,7 @@ class Tilted(NamedTuple):
     tilt: Tilt
     direction: Array
     share: Array
-    shift: Array
+    foreseen: Array
     sd: Array
     about: _Pass
 
@@ -148,24 +158,44 @@ class _Layer(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A propagation. gains: mean gradient of s in each y, and ``a`` in z."""
+    """A propagation. gains: mean gradient of s in each y, and ``a`` in z, s the sum that stands for the outputs.
+
+    all: those of all outputs, each ``(J, n)``; means ``(J,)`` and cov ``(J, J)`` of these.
+    """
 
     layers: tuple[_Layer, ...]
     gains: tuple[Array, ...]
     a: Array
-    mean: Array
-    sd: Array
-    beta: Array
-    slope: Array
-    log_prob: Array
+    tail: _Tail
+    all: tuple[Array, ...]
+    means: Array
+    cov: Array
+
+    @property
+    def sd(self) -> Array:
+        return self.tail.sd
+
+    @property
+    def beta(self) -> Array:
+        return self.tail.beta
+
+    @property
+    def slope(self) -> Array:
+        return self.tail.slope
+
+    @property
+    def log_prob(self) -> Array:
+        return self.tail.log_prob
 
 
-def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: Tilting | None = None) -> Tilted:
-    """log Pr[output ``which`` ≥ 0].
+def tilted(
+    net: Layers, *, which: int | Branch = 0, start: Tilt | None = None, settings: Tilting | None = None
+) -> Tilted:
+    """log Pr[output ``which`` ≥ 0], or of several outputs together.
 
     Args:
         net: the severities, in layers.
-        which: which of them.
+        which: which of them; or the numbers and signs of those that have to be positive together.
         start: a tilt to start from; None: no shift.
         settings: the constants.
 
@@ -174,7 +204,7 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
     """
     settings = settings or Tilting()
     s = net.special
-    output = _one(net, which)
+    output = _some(net, which)
     zero = 0.0 * output.shift
     tilt = start or Tilt(_zeros(s, net.dim, zero), tuple(_zeros(s, layer.linear.size, zero) for layer in net.layers))
     found = _propagated(net, output, tilt, settings)
@@ -190,11 +220,13 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
     size = sum(abs(number(s, x)) for x in terms.values())
     kappa = max((_spread(s, layer.S) for layer in found.layers), default=0.0)
     length = s.xp.sqrt(s.xp.sum(found.a * found.a))
+    unshifted = found.means - sum((s.xp.sum(g * n, axis=1) for g, n in zip(found.all, tilt.noises, strict=True)), 0.0)
     return Tilted(
+        which=((which, 1.0),) if isinstance(which, int) else which,
         log_prob=found.log_prob + sum(terms.values(), 0.0 * found.log_prob),
         gaussian=found.log_prob,
         terms=terms,
-        error=settings.error * size * math.sqrt(kappa),
+        error=settings.error * size * math.sqrt(kappa * found.means.shape[0]),
         moved=moved,
         left=_left(s, found, tilt),
         kappa=kappa,
@@ -202,21 +234,28 @@ def tilted(net: Layers, *, which: int = 0, start: Tilt | None = None, settings: 
         tilt=tilt,
         direction=found.a / s.xp.where(length > 0, length, 1.0),
         share=length * length / s.xp.where(found.sd > 0, found.sd, 1.0) ** 2,
-        shift=found.mean - sum((s.xp.sum(g * n) for g, n in zip(found.gains, tilt.noises, strict=True)), 0.0),
+        foreseen=_log_positive(s, unshifted, found.cov),
         sd=found.sd,
         about=found,
     )
 
 
-def resettled(net: Layers, found: Tilted, start: Tilt, *, which: int = 0, settings: Tilting | None = None) -> Tilt:
+def resettled(
+    net: Layers, found: Tilted, start: Tilt, *, which: int | Branch = 0, settings: Tilting | None = None
+) -> Tilt:
     """Where the tilt goes from another start, by vectors alone: with covariances as ``found`` has them."""
-    return _settled(net, _one(net, which), found.about, start, settings or Tilting())
+    return _settled(net, _some(net, which), found.about, start, settings or Tilting())
 
 
-def _one(net: Layers, which: int) -> Linear:
-    """An output by itself."""
-    terms = {b: m[which : which + 1] for b, m in net.output.terms.items()}
-    return Linear(terms, net.output.shift[which : which + 1])
+def _some(net: Layers, which: int | Branch) -> Linear:
+    """An output by itself, or several together."""
+    chosen = ((which, 1.0),) if isinstance(which, int) else which
+
+    def rows(whole: Array) -> Array:
+        found: Array = net.special.xp.stack([whole[row] if sign == 1.0 else sign * whole[row] for row, sign in chosen])
+        return found
+
+    return Linear({b: rows(m) for b, m in net.output.terms.items()}, rows(net.output.shift))
 
 
 def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _Pass:
@@ -245,11 +284,24 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
             del means[b]
         for pair in [pair for pair in blocks if not set(pair) <= set(means)]:
             del blocks[pair]
-    mean = _mean(output, means)[0]
-    variance = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})[0, 0]
+    mean = _mean(output, means)
+    cov = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})
     gains, a = _gains(net, output, [layer.D for layer in known])
-    sd = _sd(s, variance)
-    return _Pass(tuple(known), gains, a, mean, sd, *_tail(s, mean, sd, a, gains, tilt))
+    tail = _tail(s, mean, cov, a, gains, tilt)
+    one, reduced = _weighed(tail, a), tuple(_weighed(tail, g) for g in gains)
+    return _Pass(tuple(known), reduced, one, tail, gains, mean, cov)
+
+
+def _weighed(tail: _Tail, rows: Array) -> Array:
+    """The rows ``(J, n)`` by their weights in the tail, ``(n,)``."""
+    return rows[0] if tail.weights is None else tail.weights @ rows
+
+
+def _log_positive(s: Any, mean: Array, cov: Array) -> Array:
+    """log Pr that all entries are."""
+    if mean.shape[0] == 1:
+        return s.log_ndtr(mean[0] / _sd(s, cov[0, 0]))
+    return log_orthant(s, mean[None], cov)[0]
 
 
 def _sd(s: Any, variance: Array) -> Array:
@@ -261,15 +313,47 @@ def _left(s: Any, found: _Pass, tilt: Tilt) -> float:
     return math.sqrt(number(s, s.xp.sum((found.slope * found.a - tilt.input) ** 2)))
 
 
-def _tail(s: Any, mean: Array, sd: Array, a: Array, gains: Sequence[Array], tilt: Tilt) -> tuple[Array, Array, Array]:
-    """β, the slope λ / σ of the tilt, and log Φ(−β)."""
+class _Tail(NamedTuple):
+    """The event as a Gaussian severity has it.
+
+    weights: of the outputs in the sum that stands for them, None of one alone; sd: of that; beta; slope: λ / σ of the
+    tilt; D2, D3, D4: derivatives of the probability in the mean, over it; E2 = D₃ − 2 t D₂ + t³ and E3 = D₄ − 3 t D₃ +
+    3 t² D₂ − t⁴, t the slope.
+    """
+
+    weights: Array | None
+    sd: Array
+    beta: Array
+    slope: Array
+    log_prob: Array
+    D2: Array
+    D3: Array
+    D4: Array
+    E2: Array
+    E3: Array
+
+
+def _tail(s: Any, mean: Array, cov: Array, a: Array, gains: Sequence[Array], tilt: Tilt) -> _Tail:
+    """Of means ``(J,)``, covariance ``(J, J)`` and gains ``(J, n)`` of the outputs; J = 1 in closed form."""
     xp = s.xp
-    along = xp.sum(a * tilt.input)
+    along = a @ tilt.input
     for g, noise in zip(gains, tilt.noises, strict=True):
-        along = along + xp.sum(g * noise)
-    beta = -(mean - along) / sd
+        along = along + g @ noise
+    if mean.shape[0] > 1:
+        sd = xp.sqrt(s.clip(xp.linalg.diagonal(cov), float(xp.finfo(cov.dtype).tiny), None))
+        o = orthant(s, mean - along, s.with_diagonal(cov, sd * sd))
+        t = o.slope
+        E2, E3 = o.third - 2 * t * o.second + t**3, o.fourth - 3 * t * o.third + 3 * t * t * o.second - t**4
+        beta = o.second * o.sd / t
+        return _Tail(o.weights, o.sd, beta, t, o.log_prob, o.second, o.third, o.fourth, E2, E3)
+    sd = _sd(s, cov[0, 0])
+    beta = -(mean - along)[0] / sd
     log_prob = s.log_ndtr(-beta)
-    return beta, xp.exp(-0.5 * beta * beta - 0.5 * math.log(2 * math.pi) - log_prob) / sd, log_prob
+    t = xp.exp(-0.5 * beta * beta - 0.5 * math.log(2 * math.pi) - log_prob) / sd
+    lam = t * sd
+    x = lam - beta
+    D2, D3, D4 = beta * lam / sd**2, (beta**2 - 1) * lam / sd**3, (beta**3 - 3 * beta) * lam / sd**4
+    return _Tail(None, sd, beta, t, log_prob, D2, D3, D4, lam * (x * x - 1) / sd**3, lam * (3 * x - x**3) / sd**4)
 
 
 def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Tilting) -> Tilt:
@@ -288,10 +372,14 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
             slopes.append(slope(s, expansion))
             means["x", k], means["y", k] = h, expansion.mean + tilt.noises[k]
         gains, a = _gains(net, output, slopes)
-        shaped = [layer.N @ g for layer, g in zip(about.layers, gains, strict=True)]
-        variance = xp.sum(a * a) + sum((xp.sum(g * n) for g, n in zip(gains, shaped, strict=True)), 0.0 * a[0])
-        steep = _tail(s, _mean(output, means)[0], _sd(s, variance), a, gains, tilt)[1]
-        way = Tilt(steep * a - tilt.input, tuple(steep * w - n for n, w in zip(tilt.noises, shaped, strict=True)))
+        shaped = [g @ layer.N for layer, g in zip(about.layers, gains, strict=True)]
+        cov = a @ a.T
+        for g, n in zip(gains, shaped, strict=True):
+            cov = cov + g @ n.T
+        tail = _tail(s, _mean(output, means), cov, a, gains, tilt)
+        steep, one = tail.slope, _weighed(tail, a)
+        pulled = [_weighed(tail, n) for n in shaped]
+        way = Tilt(steep * one - tilt.input, tuple(steep * w - n for n, w in zip(tilt.noises, pulled, strict=True)))
         left = math.sqrt(number(s, xp.sum(way.input**2)))
         if left > settings.shortening * before:
             share = max(share / 2, settings.least)
@@ -306,29 +394,27 @@ def _settled(net: Layers, output: Linear, about: _Pass, tilt: Tilt, settings: Ti
 
 
 def _gains(net: Layers, output: Linear, slopes: Sequence[Array]) -> tuple[tuple[Array, ...], Array]:
-    """Mean gradients of the output in every y, and in z."""
-    gains: dict[Base, Array] = {b: m[0] for b, m in output.terms.items()}
-    like = output.shift[0]
+    """Mean gradients of the outputs in every y, and in z, each ``(J, n)``."""
+    gains: dict[Base, Array] = dict(output.terms)
+    like = output.shift[:, None]
     found: list[Array] = []
     for k in reversed(range(len(net.layers))):
         layer, D = net.layers[k], slopes[k]
-        g = gains.pop(("y", k), 0.0 * D)
+        none = 0.0 * like * D
+        g = gains.pop(("y", k), none)
         found.append(g)
-        at_x = D * g + gains.pop(("x", k), 0.0 * D)
+        at_x = D * g + gains.pop(("x", k), none)
         for b, matrix in layer.linear.terms.items():
             gains[b] = gains.get(b, 0.0 * like) + at_x @ matrix
     a = gains.get(INPUT)
-    return tuple(reversed(found)), _zeros(net.special, net.dim, like) if a is None else a
+    return tuple(reversed(found)), like * _zeros(net.special, net.dim, like) if a is None else a
 
 
 def _corrections(net: Layers, o: _Pass, settings: Tilting) -> dict[str, Array]:
     """Prefactor, rings within layers and across layers, by name, in nats."""
     s, xp = net.special, net.special.xp
-    beta, sd, t = o.beta, o.sd, o.slope
-    lam = t * sd
-    x = lam - beta
-    D2, D3, D4 = beta * lam / sd**2, (beta**2 - 1) * lam / sd**3, (beta**3 - 3 * beta) * lam / sd**4
-    zero = 0.0 * o.mean
+    t, D2, D3, D4 = o.slope, o.tail.D2, o.tail.D3, o.tail.D4
+    zero = 0.0 * o.log_prob
     V = C = A = F = zero
     within = ("ring 3", "ring 4", "neuron 3", "neuron 4", "triangle")
     across = ("across 2", "across 3", "across 4", "cubic")
@@ -376,10 +462,10 @@ def _corrections(net: Layers, o: _Pass, settings: Tilting) -> dict[str, Array]:
         rings["cubic"] = rings["cubic"] + D2 * _cubic(net, o, known, k)
         forms.below(k, net.layers[k].linear, d1, s.with_diagonal(d1[:, None] * off * d1[None, :], d2))
     return {
-        "curvature": -lam * V / (2 * sd**3) * (1 - x * x),
+        "curvature": 0.5 * V * o.tail.E2,
         "covariance": 0.5 * C * (D3 - t * D2),
         "spread": 0.5 * A * (D4 - 2 * t * D3 + t * t * D2),
-        "third": F / 6 * lam / sd**4 * (3 * x - x**3),
+        "third": F / 6 * o.tail.E3,
         **rings,
     }
 
@@ -388,7 +474,7 @@ def _cubic(net: Layers, o: _Pass, known: Sequence[Statistics], k: int) -> Array:
     """Σ_i g f₃ K(x_i, x_i, x_i, s) / 6 over all neurons i above layer k, K the joint cumulant that layer k makes."""
     xp = net.special.xp
     f, g, S = known[k], o.gains[k], o.layers[k].S
-    total = 0.0 * o.mean
+    total = 0.0 * o.log_prob
     paths: dict[Base, Array] = {}
     for above in range(k + 1, len(net.layers)):
         linear = net.layers[above].linear

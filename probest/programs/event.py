@@ -165,6 +165,16 @@ class Composition:
         run = self.run(parts, z, held)
         return self._as_severity(run.value[2]), run.log_weight
 
+    def _apart(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
+        """The severities of all leaves of the checker, ``(J,)``."""
+
+        def judge(observation: PyTree, action: PyTree) -> tuple[Any, ...]:
+            return tuple(leaf(observation, action) for leaf in checkers.leaves(self.checker))
+
+        with self.frontend.recording(self._source(z), held, parts.params):
+            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, judge)()
+        return self.frontend.backend.special.xp.stack([self._as_severity(one) for one in value[2]])
+
     def _observe(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[PyTree, Array]:
         with self.frontend.recording(self._source(z), held, parts.params) as recording:
             observation = parts.adversary()
@@ -490,19 +500,29 @@ class Event:
         """Log-weight of observed sites and factors at each row of z, ``(n,)``."""
         return self.evaluate(z).log_weight
 
+    @property
+    def branches(self) -> tuple[checkers.Branch, ...]:
+        """Which leaves of the checker make a catastrophe together; none where there are too many such sets."""
+        return checkers.branches(self.composition.checker)
+
     def function(
-        self, parts: Parts | None = None, held: Mapping[str, np.ndarray] | None = None
+        self,
+        parts: Parts | None = None,
+        held: Mapping[str, np.ndarray] | None = None,
+        *,
+        apart: bool = False,
     ) -> Callable[[Array], Array]:
         """The severity of one case, ``(dim,) -> ()``, an operation of the library that can be traced.
 
-        held: values of discrete sites, by name; they are not read from z then.
+        held: values of discrete sites, by name; they are not read from z then. apart: the severities of all leaves of
+        the checker, ``(dim,) -> (J,)``.
         """
         whole, given = self.composition, self.parts if parts is None else parts
         values = {name: self.backend.from_host(value) for name, value in (held or {}).items()}
 
         def severity(z: Array) -> Array:
             with self._evaluating(given):
-                return whole._score(given, z, values)[0]
+                return whole._apart(given, z, values) if apart else whole._score(given, z, values)[0]
 
         return severity
 

@@ -26,6 +26,7 @@ import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 
 from probest.backends.base import Array, Backend, Parts
+from probest.checkers import Branch
 from probest.diagnostics import effective_sample_size, log_mean_exp, log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
@@ -155,9 +156,13 @@ class StratumEvent:
     def backend(self) -> Backend:
         return self.strata.event.backend
 
-    def function(self, parts: Parts | None = None) -> Callable[[Array], Array]:
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.strata.event.branches
+
+    def function(self, parts: Parts | None = None, *, apart: bool = False) -> Callable[[Array], Array]:
         """As :meth:`probest.programs.event.Event.function`, of the coordinates that are left."""
-        whole = self.strata.event.function(parts, self.held)
+        whole = self.strata.event.function(parts, self.held, apart=apart)
         place = self.backend.from_host(np.eye(self.strata.event.dim)[self.free])
         return lambda z: whole(z @ place)
 
