@@ -16,6 +16,9 @@ refined values beside them, where --reference says where they lie. Lines, a fami
 then the share of errors that the stated one covers (two standard errors of the truth allowed), how many were
 converged, and the largest error of those, in nats.
 
+--parts N: instead, N random networks of two to four outputs, of which any, or all, or the first or all others, have to
+pass limits, with correlations up to .95 between them: moment propagation and plain draws.
+
 --training: `train(objective="reading")` instead, on the output of random networks at 3.2 of its standard deviations, 30
 steps: log P by the default estimate before and after, as it was read last, and the audit, which reads nothing.
 """
@@ -63,10 +66,10 @@ class Case:
 
 def network(kind: str, dim: int, width: int, depth: int, outputs: int, rng: np.random.Generator) -> nn.Sequential:
     activation, gain = ACTIVATIONS[kind]
-    sizes, parts = [dim] + [width] * depth, []
+    sizes, chain = [dim] + [width] * depth, list[nn.Module]()
     for a, b in itertools.pairwise(sizes):
-        parts += [linear(rng.normal(size=(b, a)) * gain / math.sqrt(a), 0.3 * rng.normal(size=b)), activation()]
-    return nn.Sequential(*parts, linear(rng.normal(size=(outputs, width)) / math.sqrt(width), np.zeros(outputs)))
+        chain += [linear(rng.normal(size=(b, a)) * gain / math.sqrt(a), 0.3 * rng.normal(size=b)), activation()]
+    return nn.Sequential(*chain, linear(rng.normal(size=(outputs, width)) / math.sqrt(width), np.zeros(outputs)))
 
 
 def linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
@@ -145,6 +148,75 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             for width, depth in ((16, 2), (32, 2), (64, 3), (64, 1)):
                 yield sampled("narrow", kind, 10, width, depth, 6, args.samples, 10 * seed)
     yield far(args.samples // 10, 0)
+
+
+def parts(count: int, samples: int, console: Console) -> None:
+    """Combined checkers: errors in nats beside what is stated and the truth's own."""
+    import pyro
+    import pyro.distributions as dist
+
+    from probest import MomentPropagation, Problem, estimate
+    from probest.checkers import all_of, any_of
+
+    table = Table(
+        "network", "outputs", "correlation", "of them", "log P", "±", "error", "stated", "converged", "passes"
+    )
+    errors, covered, converged = [], [], []
+    for seed in range(count):
+        rng = np.random.default_rng([seed, 11])
+        kind, width, depth = list(ACTIVATIONS)[seed % 3], int(rng.choice([64, 128, 256])), int(rng.integers(1, 4))
+        dim, outputs, mix = int(rng.choice([32, 64, 128])), int(rng.integers(2, 5)), float(rng.choice([0.0, 0.7, 0.95]))
+        way = ("any", "all", "first or all others")[int(rng.integers(3))]
+        net = network(kind, dim, width, depth, outputs, rng).float()
+        with torch.no_grad():
+            common = torch.as_tensor(rng.normal(size=width) / math.sqrt(width), dtype=torch.float32)
+            net[-1].weight.mul_(math.sqrt(1.0 - mix)).add_(math.sqrt(mix) * common)  # type: ignore[union-attr]
+            plain = torch.cat(list(draws(net, dim, 200_000, seed)))
+        low, high = (2.6, 3.4) if way == "any" else (2.0, 2.8) if mix else (0.8, 1.6)
+        level = torch.as_tensor(rng.uniform(low, high, outputs), dtype=torch.float32)
+        if way == "first or all others":
+            level[0] = 3.0
+        limits = plain.mean(0) + level * plain.std(0)
+
+        def caught(y: Tensor, way: str = way, limits: Tensor = limits) -> Tensor:
+            beyond = y >= limits
+            if way == "first or all others":
+                return beyond[:, 0] | beyond[:, 1:].all(1)
+            return beyond.any(1) if way == "any" else beyond.all(1)
+
+        hits = sum(int(caught(y).sum()) for y in draws(net, dim, samples, seed + 1_000))
+        leaves = [lambda x, y, j=j, limits=limits: y[j] - limits[j] for j in range(outputs)]  # noqa: ARG005
+        checker = {
+            "any": lambda leaves=leaves: any_of(*leaves),
+            "all": lambda leaves=leaves: all_of(*leaves),
+            "first or all others": lambda leaves=leaves: any_of(leaves[0], all_of(*leaves[1:])),
+        }[way]()
+        problem = Problem(
+            lambda dim=dim: pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1)), net, checker
+        )
+        z = torch.randn(2_000, dim)
+        with torch.no_grad():
+            started = time.process_time()
+            net.double()(z.double())
+            one = (time.process_time() - started) / len(z)
+            net.float()
+        started = time.process_time()
+        found = estimate(problem, estimator=MomentPropagation(look=0), budget=1, progress=False).conclusion
+        passes = (time.process_time() - started) / one
+        done = estimate(problem, estimator=MomentPropagation(), budget=2_000, progress=False)
+        truth, own = math.log(hits / samples), 1.0 / math.sqrt(hits)
+        error = found.log_prob - truth
+        errors.append(abs(error))
+        covered.append(abs(error) <= found.std_error + 2.0 * own)
+        converged.append(done.converged)
+        table.add_row(
+            f"{kind} {dim}, {width}/{depth}", str(outputs), f"{mix:g}", way, f"{truth:.3f}", f"{own:.3f}",
+            f"{error:+.3f}", f"{found.std_error:.3f}", str(done.converged), f"{passes:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+    worst = max(error for error, good in zip(errors, converged, strict=True) if good)
+    console.print(f"median |error| {np.median(errors):.3f}, largest of the converged {worst:.3f} nats")
+    console.print(f"covered {np.mean(covered):.2f}, converged {np.mean(converged):.2f}")
 
 
 def layered(net: nn.Module, dim: int) -> Any:
@@ -240,7 +312,11 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="a folder with reference/ and prototypes/")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--training", action="store_true")
+    parser.add_argument("--parts", type=int, default=0, help="networks with combined checkers, instead")
     args = parser.parse_args()
+    if args.parts:
+        parts(args.parts, args.samples, Console(width=120))
+        return
     if args.training:
         training(args.seeds, Console(width=120))
         return

@@ -106,6 +106,28 @@ def test_parts_of_a_wide_network_against_sampling(backend: str, kind: str) -> No
     assert abs(result.log_prob - np.log(hits / len(s))) <= result.std_error + 4 / np.sqrt(hits)
 
 
+def test_each_part_is_what_it_is_alone(backend: str) -> None:
+    lib, rng = library(backend), np.random.default_rng(6)
+    W, w = rng.normal(size=(64, 20)) / np.sqrt(20), rng.normal(size=(3, 64)) / 8.0
+    arrays = [lib.xp.asarray(np.asarray(a, np.float32)) for a in (W, w)]
+    parts = [lambda x, y, j=j: y[j] - 1.5 for j in range(3)]
+
+    def model(x: Any) -> Any:
+        return arrays[1] @ lib.xp.tanh(arrays[0] @ x)
+
+    event = Problem(normal(lib, 20), model, any_of(*parts)).event
+    every = MomentPropagation().each(event, budget=1_000, seed=np.random.SeedSequence(0))
+    assert sum(line.calls for line in every) <= 1_000
+    for part, line in zip(parts, every, strict=True):
+        alone = read(normal(lib, 20), model, part).conclusion
+        assert line.log_prob == pytest.approx(alone.log_prob, abs=1e-6)
+        assert line.std_error == pytest.approx(alone.std_error, abs=1e-6)
+        assert line.converged
+    switched = Problem(lambda: lib.sample("k", lib.dist.Bernoulli(0.5)), lambda x: x, lambda x, y: 1.0 * y - 3.0)
+    with pytest.raises(UnmetNeedError, match=r"discrete sites|gradient"):
+        MomentPropagation().each(switched.event, budget=10, seed=np.random.SeedSequence(0))
+
+
 def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
     """In the limits of two half-spaces, together and apart, against differences of the same reading."""
     lib = library(backend)

@@ -39,7 +39,7 @@ from probest.evidence import Code, EventLike, Evidence, Floats, Note, Population
 from probest.moments.layers import Layers, layers
 from probest.moments.orthant import log_orthant
 from probest.moments.steps import MomentError
-from probest.moments.tilt import Tilt, Tilted, Tilting, resettled, tilted
+from probest.moments.tilt import Through, Tilt, Tilted, Tilting, resettled, tilted, untilted
 from probest.programs.event import Event
 from probest.programs.strata import Strata, StratumEvent, strata_of
 from probest.seeds import child_seed, generator
@@ -161,14 +161,47 @@ class MomentPropagation:
         note = Note(Code.UNREADABLE, f"the event cannot be read: {why}")
         return Run.of(Evidence.nothing(self.name, note, calls=0, seconds=meter.seconds))
 
+    def each(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> tuple[Evidence, ...]:
+        """log P of each part of a combined checker by itself, in their order: many events of one network at once.
+
+        Such as its output neurons, ``any_of`` them: the network is read once, the first propagation serves all, and one
+        look of ``budget`` calls is shared. What the parts are together in the checker does not matter.
+
+        Raises as :meth:`run`, and UnmetNeedError for discrete sites or an event that cannot be read.
+        """
+        check_needs(self, event)
+        meter = Meter(event, budget)
+        if getattr(event, "discrete_sites", ()):
+            raise UnmetNeedError(f"{self.name}: parts are not read one by one where there are discrete sites")
+        try:
+            net = read(event)
+            middle = untilted(net, self.tuning)
+        except (MomentError, ValueError) as why:
+            raise UnmetNeedError(f"{self.name}: the event cannot be read: {why}") from why
+        count = net.output.size
+        method = replace(self, look=max(self.look // count, min(self.look, self.tuning.least_look)))
+        found = []
+        for j in range(count):
+            modes = method._modes(net, ((j, 1.0),), middle, child_seed(seed, j))
+            before = meter.calls
+            line = method._evidence(net, modes, meter, generator(child_seed(seed, count + j)))[1]
+            found.append(replace(line, calls=meter.calls - before))
+        return tuple(found)
+
     def estimate(self, net: Layers, meter: Meter, seed: np.random.SeedSequence) -> Run:
         """As :meth:`run`, of an event that was read (:func:`read`) and has what this needs; meter: of that event."""
         try:
             found = self.modes(net, seed)
         except (MomentError, ValueError) as why:
             return self._unread(meter, why)
+        return Run(self._evidence(net, found, meter, generator(seed)), meter.calls)
+
+    def _evidence(
+        self, net: Layers, found: Sequence[Tilted], meter: Meter, rng: np.random.Generator
+    ) -> tuple[Evidence, Evidence]:
+        """The plain tilt's and the corrected value."""
         log_prob, error, doubts = self.concluded(found)
-        notes = (*self._look(meter, net, found, generator(seed)), *doubts)
+        notes = (*self._look(meter, net, found, rng), *doubts)
         figures = {
             "modes": float(len(found)),
             "beta": float(found[0].beta),
@@ -208,19 +241,24 @@ class MomentPropagation:
                 self.tuning,
             ),
         )
-        return Run((plain, corrected), meter.calls)
+        return plain, corrected
 
-    def modes(self, net: Layers, seed: np.random.SeedSequence) -> list[Tilted]:
-        """Those of every branch: outputs that have to be catastrophes together are tilted together, others apart."""
+    def modes(self, net: Layers, seed: np.random.SeedSequence, *, which: int | None = None) -> list[Tilted]:
+        """Those of every branch, or of one output.
+
+        Outputs that have to be catastrophes together are tilted together, others apart.
+        """
+        branches = net.branches if which is None else (((which, 1.0),),)
+        middle = untilted(net, self.tuning)
         return [
             mode
-            for k, branch in enumerate(net.branches)
-            for mode in self._modes(net, branch, child_seed(seed, k) if k else seed)
+            for k, branch in enumerate(branches)
+            for mode in self._modes(net, branch, middle, child_seed(seed, k) if k else seed)
         ]
 
-    def _modes(self, net: Layers, which: Branch, seed: np.random.SeedSequence) -> list[Tilted]:
+    def _modes(self, net: Layers, which: Branch, middle: Through, seed: np.random.SeedSequence) -> list[Tilted]:
         """The mode that the middle of the adversary leads to, and others that other starts lead to, of one branch."""
-        first = tilted(net, which=which, settings=self.tuning)
+        first = tilted(net, which=which, settings=self.tuning, first=middle)
         length = float(np.linalg.norm(first.tilt.input))
         lost = length < self.tuning.nowhere  # a place to start from, then, and not a mode
         distance = length if length > 1.0 else self.tuning.away

@@ -60,7 +60,7 @@ from probest.moments.orthant import log_orthant, orthant
 from probest.moments.statistics import Statistics, statistics
 from probest.tuning import tuned
 
-__all__ = ["Tilt", "Tilted", "Tilting", "resettled", "tilted"]
+__all__ = ["Through", "Tilt", "Tilted", "Tilting", "resettled", "tilted", "untilted"]
 
 Array = Any
 
@@ -188,8 +188,26 @@ class _Pass(NamedTuple):
         return self.tail.log_prob
 
 
+class Through(NamedTuple):
+    """A propagation through all layers, which all outputs have in common."""
+
+    layers: tuple[_Layer, ...]
+    means: Mapping[Base, Array]
+    blocks: Mapping[tuple[Base, Base], Array]
+
+
+def untilted(net: Layers, settings: Tilting | None = None) -> Through:
+    """The first propagation of every output of a network."""
+    return _through(net, _no_tilt(net), settings or Tilting())
+
+
 def tilted(
-    net: Layers, *, which: int | Branch = 0, start: Tilt | None = None, settings: Tilting | None = None
+    net: Layers,
+    *,
+    which: int | Branch = 0,
+    start: Tilt | None = None,
+    settings: Tilting | None = None,
+    first: Through | None = None,
 ) -> Tilted:
     """log Pr[output ``which`` ≥ 0], or of several outputs together.
 
@@ -198,6 +216,7 @@ def tilted(
         which: which of them; or the numbers and signs of those that have to be positive together.
         start: a tilt to start from; None: no shift.
         settings: the constants.
+        first: the propagation without a tilt, where it is known and there is no start.
 
     Raises:
         ValueError: a nonlinearity is not finite within reach of the tilt.
@@ -205,16 +224,16 @@ def tilted(
     settings = settings or Tilting()
     s = net.special
     output = _some(net, which)
-    zero = 0.0 * output.shift
-    tilt = start or Tilt(_zeros(s, net.dim, zero), tuple(_zeros(s, layer.linear.size, zero) for layer in net.layers))
-    found = _propagated(net, output, tilt, settings)
+    tilt = start or _no_tilt(net)
+    through = first if first is not None and start is None else _through(net, tilt, settings)
+    found = _ended(net, output, through, tilt)
     moved = math.inf
     for turn in range(settings.most_rounds - 1):
         if turn >= settings.rounds - 1 and moved <= settings.settled and _left(s, found, tilt) <= settings.near:
             break
         before = number(s, found.log_prob)
         tilt = _settled(net, output, found, tilt, settings)
-        found = _propagated(net, output, tilt, settings)
+        found = _ended(net, output, _through(net, tilt, settings), tilt)
         moved = abs(number(s, found.log_prob) - before)
     terms = _corrections(net, found, settings)
     size = sum(abs(number(s, x)) for x in terms.values())
@@ -258,7 +277,14 @@ def _some(net: Layers, which: int | Branch) -> Linear:
     return Linear({b: rows(m) for b, m in net.output.terms.items()}, rows(net.output.shift))
 
 
-def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _Pass:
+def _no_tilt(net: Layers) -> Tilt:
+    zero = 0.0 * net.output.shift
+    return Tilt(
+        _zeros(net.special, net.dim, zero), tuple(_zeros(net.special, layer.linear.size, zero) for layer in net.layers)
+    )
+
+
+def _through(net: Layers, tilt: Tilt, settings: Tilting) -> Through:
     """Means and covariances of all layers, about the tilt."""
     s, xp = net.special, net.special.xp
     means: dict[Base, Array] = {INPUT: tilt.input}
@@ -284,12 +310,18 @@ def _propagated(net: Layers, output: Linear, tilt: Tilt, settings: Tilting) -> _
             del means[b]
         for pair in [pair for pair in blocks if not set(pair) <= set(means)]:
             del blocks[pair]
+    return Through(tuple(known), means, blocks)
+
+
+def _ended(net: Layers, output: Linear, through: Through, tilt: Tilt) -> _Pass:
+    """What the propagation says of these outputs."""
+    s, (known, means, blocks) = net.special, through
     mean = _mean(output, means)
     cov = _quadratic(output, {b: _covariance(output, b, blocks) for b in output.terms})
     gains, a = _gains(net, output, [layer.D for layer in known])
     tail = _tail(s, mean, cov, a, gains, tilt)
     one, reduced = _weighed(tail, a), tuple(_weighed(tail, g) for g in gains)
-    return _Pass(tuple(known), reduced, one, tail, gains, mean, cov)
+    return _Pass(known, reduced, one, tail, gains, mean, cov)
 
 
 def _weighed(tail: _Tail, rows: Array) -> Array:
