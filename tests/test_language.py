@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,29 @@ def test_a_proposal_that_sits_on_one_text_is_not_preferred() -> None:
     assert result.converged
     assert result.calls < 60_000
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
+
+
+def test_a_steered_model_is_a_proposal() -> None:
+    """Towards catastrophes: more of them, and, as a guide, log P by enumeration; the model itself stays as it is."""
+    problem, lm, every, hit = text_problem(4)
+    with torch.no_grad():
+        before = lm().log_prob(every)
+        truth = float(before[hit].logsumexp(0))
+        steered = lm.steered(every[hit], lm().sample((500,)), part="transformer.h.0", strength=1.5)
+        assert float(steered().log_prob(every).exp().sum()) == pytest.approx(1.0, abs=1e-6)
+        assert float(steered().log_prob(every)[hit].logsumexp(0)) > truth + 1.0
+        torch.testing.assert_close(lm().log_prob(every), before)
+        again = copy.deepcopy(steered)
+        steered.steering.vector.zero_()
+        torch.testing.assert_close(steered().log_prob(every), before, atol=1e-5, rtol=0.0)
+        assert float(again().log_prob(every)[hit].logsumexp(0)) > truth + 1.0
+    result = estimate(problem, guide=lambda: pyro.sample("text", again()), budget=8_000, progress=False)
+    assert abs(result.log_prob - truth) < 4.0 * result.std_error
+    assert result.std_error < 0.1
+    with pytest.raises(LanguageModelError, match="part='layers': the model has transformer, lm_head"):
+        lm.steered(every[hit], every, part="layers")
+    with pytest.raises(LanguageModelError, match="at least one text"):
+        lm.steered(every[:0], every, part="transformer.h.0")
 
 
 def test_text_is_placed_where_it_is_drawn_from() -> None:

@@ -205,6 +205,65 @@ class CausalLM(nn.Module):
         twin = copy.deepcopy(self)
         return twin.requires_grad_(False)
 
+    def steered(self, towards: Tensor, away: Tensor, *, part: str, strength: float = 1.0) -> CausalLM:
+        """A copy that writes more like some texts and less like others, by a vector added to its activations.
+
+        The law of a proposal: ``estimate(problem, guide=lambda: pyro.sample("text", lm.steered(...)()))``, say towards
+        catastrophes and away from plain draws.
+
+        Args:
+            towards: texts ``(n, max_new_tokens)``, after the (first) prompt.
+            away: others.
+            part: name of the module of the model whose output is shifted, such as ``"transformer.h.1"``.
+            strength: times the difference of its mean output over the tokens of both.
+
+        Raises:
+            LanguageModelError: the model has no such part, or its output is no hidden states.
+
+        Reference: Turner et al. (2023), Activation addition: steering language models without optimization.
+        """
+        self._assert_deterministic()
+        if part not in dict(self.model.named_modules()):
+            raise LanguageModelError(
+                f"part={part!r}: the model has {', '.join(n for n, _ in self.model.named_children())}"
+            )
+        twin = copy.deepcopy(self)
+        difference = self._mean_output(towards, part) - self._mean_output(away, part)
+        steering = _Steering(strength * difference)
+        twin.steering = steering  # its parameter is one of the copy's
+        twin.model.get_submodule(part).register_forward_hook(steering.shifted)
+        return twin
+
+    @torch.no_grad()
+    def _mean_output(self, texts: Tensor, part: str) -> Tensor:
+        """Of a part of the model, ``(width,)``: over the tokens of texts."""
+        found: list[Tensor] = []
+
+        def heard(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        texts = texts.reshape(-1, self.max_new_tokens).long()
+        prompt = Prompt(self.prompt_ids[0], self.prompt_mask[0]).flat((len(texts),))
+        sums, count = [], 0
+        hook = self.model.get_submodule(part).register_forward_hook(heard)
+        try:
+            for i in range(0, len(texts), self.batch_size):
+                at = slice(i, i + self.batch_size)
+                self._read(prompt.at(at), texts[at])
+                output = found.pop()
+                if output.ndim != 3 or output.shape[1] < self.max_new_tokens:
+                    raise LanguageModelError(
+                        f"part={part!r}: its output has shape {tuple(output.shape)}, no hidden states"
+                    )
+                alive = self._alive(texts[at])[..., None]
+                sums.append((output[:, -self.max_new_tokens :] * alive).sum((0, 1)))
+                count += int(alive.sum())
+        finally:
+            hook.remove()
+        if not count:
+            raise LanguageModelError("steered: give at least one text on either side")
+        return torch.stack(sums).sum(0) / count
+
     def decode(self, tokens: Tensor) -> str | list[Any]:
         """The text of sequences ``(..., max_new_tokens)``, as nested lists for the leading axes."""
         if self.tokenizer is None:
@@ -662,6 +721,19 @@ class LanguageAdversary(nn.Module):
         for lm in self.models:
             own = cast(CausalLM, lm)
             own.model = get_peft_model(own.model, lora).eval()
+
+
+class _Steering(nn.Module):
+    """A vector that is added to the output of a part of a model, as a hook of it."""
+
+    def __init__(self, vector: Tensor) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(vector)
+
+    def shifted(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + self.vector.to(output[0].dtype), *output[1:])
+        return output + self.vector.to(output.dtype)
 
 
 class _Answering(nn.Module):
