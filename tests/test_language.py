@@ -475,6 +475,21 @@ def test_estimates_with_a_model_that_answers_agree_with_enumeration(least: int) 
     assert abs(split.log_prob - truth) < 4.0 * split.std_error
 
 
+def test_a_model_that_cannot_be_batched_is_split() -> None:
+    class Asking(Answerer):
+        def forward(self, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(text if text[0].item() >= 0 else -text)
+
+    whole, exact = dialogue(3)
+    problem = Problem(whole.adversary, Asking(), whole.checker, batching="loop")
+    with pytest.raises(UnmetNeedError, match="a model that can be batched"):
+        estimate(problem, budget=500, estimator=LearnedProposal(), progress=False)
+    found = estimate(problem, budget=1_500, progress=False)
+    assert found.conclusion.method == "splitting"
+    with torch.no_grad():
+        assert abs(found.log_prob - float(exact(problem.model))) < 4.0 * found.std_error
+
+
 def test_gradients_in_both_language_models_are_those_of_enumeration() -> None:
     problem, exact = dialogue(4)
     result = estimate(problem, budget=40_000, precision=0.02, progress=False)

@@ -71,6 +71,8 @@ def obstacle(event: EventLike, budget: int) -> str:
             "the learned proposal needs an adversary that draws text alone, from a CausalLM, and a model that draws "
             "nothing else. Use Tempering, or Splitting"
         )
+    if event.composition.interleaved and event.composition.batching != "vmap":
+        return "the learned proposal needs a model that can be batched, where that draws text too. Use Splitting"
     try:
         found = models_of(event.program)
     except LanguageModelError as error:
