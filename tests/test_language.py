@@ -230,7 +230,7 @@ def text_problem(least: int, token: int = 2, steps: int = 6) -> tuple[Problem, C
     return problem, lm, every, (every == token).sum(1) >= least
 
 
-@pytest.mark.parametrize("least", [3, 4, 5])
+@pytest.mark.parametrize("least", [3, 5])
 def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
     problem, lm, every, hit = text_problem(least)
     with torch.no_grad():
@@ -251,9 +251,9 @@ def test_a_proposal_that_sits_on_one_text_is_not_preferred() -> None:
     problem, lm, every, hit = text_problem(5)
     with torch.no_grad():
         truth = float(lm().log_prob(every)[hit].logsumexp(0))
-    result = estimate(problem, budget=100_000, precision=0.015, seed=1, progress=False)
+    result = estimate(problem, budget=50_000, precision=0.02, seed=1, progress=False)
     assert result.converged
-    assert result.calls < 60_000
+    assert result.calls < 40_000
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
 
 
@@ -399,7 +399,7 @@ def test_a_program_is_run_with_its_own_models() -> None:
 def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:
     problem, lm, _, _ = text_problem(5)
     own = LanguageAdversary(lm, twist=True, budget=5_000)
-    found = search(problem, own, kl=4.0, budget=10_000, steps=40, refine=30, progress=False)
+    found = search(problem, own, kl=4.0, budget=6_000, steps=20, refine=10, judge=2_000, progress=False)
     assert found.kl < 4.3
     assert found.efficiency > 0.5
     with torch.no_grad():
@@ -460,9 +460,8 @@ def test_answers_have_the_law_of_what_follows(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(masked.log_prob(every[0])[0], lm.after(texts[0][[0, 2]]).log_prob(every[0]))
 
 
-@pytest.mark.parametrize("least", [4, 5])
-def test_estimates_with_a_model_that_answers_agree_with_enumeration(least: int) -> None:
-    problem, exact = dialogue(least)
+def test_estimates_with_a_model_that_answers_agree_with_enumeration() -> None:
+    problem, exact = dialogue(5)
     with torch.no_grad():
         truth = float(exact(problem.model))
     result = estimate(problem, budget=20_000, progress=False)
@@ -484,7 +483,7 @@ def test_a_model_that_cannot_be_batched_is_split() -> None:
     problem = Problem(whole.adversary, Asking(), whole.checker, batching="loop")
     with pytest.raises(UnmetNeedError, match="a model that can be batched"):
         estimate(problem, budget=500, estimator=LearnedProposal(), progress=False)
-    found = estimate(problem, budget=1_500, progress=False)
+    found = estimate(problem, budget=800, progress=False)
     assert found.conclusion.method == "splitting"
     with torch.no_grad():
         assert abs(found.log_prob - float(exact(problem.model))) < 4.0 * found.std_error
@@ -512,7 +511,7 @@ def test_what_a_model_does_beside_writing_has_no_gradient() -> None:
             return answer, (self.lm.model.transformer.wte.weight.sum() * answer.sum() > 0.0).long()
 
     problem = Problem(lambda: pyro.sample("text", lm()), Rater(), lambda x, y: 1.0 * (y[0] == 2).sum() - 1.5)
-    result = estimate(problem, budget=2_000, progress=False)
+    result = estimate(problem, budget=600, estimator=MonteCarlo(), progress=False)
     with pytest.raises(GradientError, match="the severity is piecewise constant"):
         result.log_prob_at(model=problem.model)
 

@@ -128,6 +128,7 @@ def test_each_part_is_what_it_is_alone(backend: str) -> None:
         MomentPropagation().each(switched.event, budget=10, seed=np.random.SeedSequence(0))
 
 
+@pytest.mark.parametrize("backend", ["pyro"], indirect=True)  # in JAX nothing of it is compiled: half a minute
 def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
     """In the limits of two half-spaces, together and apart, against differences of the same reading."""
     lib = library(backend)
@@ -137,7 +138,7 @@ def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
         parts = [lambda x, y: y[0] - 1.0, lambda x, y: y[1] - 1.5]
         return Problem(normal(lib, 3), model, combine(*parts)), model
 
-    for combine in (all_of, any_of) if backend == "pyro" else (all_of,):  # seconds in JAX, not compiled
+    for combine in (all_of, any_of):
         there, model = problem(0.2, combine)
         result = estimate(there, estimator=MomentPropagation(), **QUIET)
         value, slopes = gradient(backend, result, model=model)

@@ -50,8 +50,10 @@ def test_too_small_a_budget_is_said(budget: int) -> None:
 def test_a_severity_without_grades_is_said() -> None:
     event = ExactEvent("never", 3, -np.inf, lambda z: np.full(len(z), -1.0))
     run = Splitting().run(event, budget=20_000, seed=seed(0))
-    assert run.conclusion.codes == {Code.FLAT}
+    assert run.conclusion.codes == {Code.FLAT, Code.NO_HITS}
     assert run.conclusion.log_prob == -np.inf
+    assert run.calls == 20_000  # what is left bounds P
+    assert run.conclusion.interval[1] < math.log(4.0 / 19_000)
 
 
 def test_ties_are_levels_of_their_own() -> None:

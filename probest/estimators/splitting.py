@@ -24,7 +24,7 @@ Efficient Monte Carlo simulation via the generalized splitting method; Au & Beck
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, NamedTuple
 
@@ -33,6 +33,7 @@ import numpy as np
 from probest import diagnostics
 from probest.budget import Meter
 from probest.estimators.base import Need, check_least, check_needs, check_precision
+from probest.estimators.monte_carlo import MonteCarlo
 from probest.evidence import Code, EventLike, Evidence, Floats, Level, Note, Particles, Run
 from probest.seeds import child_seed, generator
 from probest.smc.moves import rewritten
@@ -49,6 +50,7 @@ class Stream(IntEnum):
 
     PILOT = 0
     ISLAND = 1
+    PLAIN = 2
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ class _Campaign:
         method, tuning = self.method, self.method.tuning
         pilot = self._pilot(generator(child_seed(self.seed, Stream.PILOT)))
         if isinstance(pilot, Note):
-            return Evidence.nothing(method.name, pilot, calls=self.meter.calls, seconds=self.meter.seconds)
+            return self._plainly(pilot)
         cost = method.particles * (1 + method.sweeps * (len(pilot) - 1))
         room = self.meter.left // cost
         if room < 2:
             note = Note(Code.BUDGET_SPENT, f"the budget leaves room for {room} islands of {cost} calls: raise it.")
-            return Evidence.nothing(method.name, note, calls=self.meter.calls, seconds=self.meter.seconds)
+            return self._plainly(note)
         islands = [self._climb(pilot, i) for i in range(min(room, tuning.first))]
         wanted = room
         if method.precision is not None:
@@ -128,6 +130,25 @@ class _Campaign:
             wanted = room if not math.isfinite(spread) else math.ceil(1.5 * (spread / method.precision) ** 2)
         islands += [self._climb(pilot, i) for i in range(len(islands), min(room, wanted))]
         return self._conclude(islands)
+
+    def _plainly(self, why: Note) -> Evidence:
+        """What is left of the budget as plain draws, where no way leads up: they find something, or bound P."""
+        method, left = self.method, self.meter.left
+        if left < 1:
+            return Evidence.nothing(method.name, why, calls=self.meter.calls, seconds=self.meter.seconds)
+        plain = MonteCarlo(precision=method.precision)
+        run = plain.run(self.event, budget=left, seed=child_seed(self.seed, Stream.PLAIN))
+        self.meter.charge(run.calls)
+        found = run.conclusion
+        notes = found.notes if found.converged else (*found.notes, why)
+        return replace(
+            found,
+            method=method.name,
+            calls=self.meter.calls,
+            seconds=self.meter.seconds,
+            notes=notes,
+            claim="consistent",
+        )
 
     def _pilot(self, rng: np.random.Generator) -> list[float] | Note:
         """Levels up to 0; or why there are none."""
