@@ -382,7 +382,7 @@ ANSWER_TRAINING = {
     "learning_rate": 3e-4,
     "max_pressure": 0.3,
     "particles": 64,
-    "steps": 150,
+    "steps": 100,
     "budget": 10_000,
     "check_budget": 5_000,
 }
