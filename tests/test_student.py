@@ -21,7 +21,7 @@ from probest.surrogates.network import Lesson, Network, _forward, _pulled, taugh
 from probest.surrogates.student import Distilled, Sketch, Student
 from probest.surrogates.watched import Watched
 from probest.testing import FAILURE_RATE
-from probest.testing.events import ExactEvent, half_space, numeric_gradient
+from probest.testing.events import ExactEvent, conditioned, half_space, numeric_gradient
 
 DIM = 30
 
@@ -193,6 +193,17 @@ def test_looks_whose_moves_a_student_proposes_are_unbiased() -> None:
     ratios = np.exp(np.array([run.log_prob for run in runs]) - BENT_LOG_PROB)
     error = float(np.std(ratios)) / math.sqrt(len(ratios))
     assert abs(float(ratios.mean()) - 1.0) < special.stdtrit(len(ratios) - 1, 1.0 - FAILURE_RATE / 2) * error
+
+
+def test_a_student_of_another_adversary_is_refused() -> None:
+    watched = Watched(bent_event())
+    watched.evaluate(np.random.default_rng(8).standard_normal((200, DIM)), gradient=True)
+    student = Student()
+    student.teach(watched.cases(), np.random.default_rng(9))
+    with pytest.raises(ValueError, match="was taught 30 coordinates, the problem has 4"):
+        Tempering(student=student).run(half_space(4, 3.0), budget=5_000, seed=seed(0))
+    with pytest.raises(ValueError, match="does not know of observations"):
+        Tempering(student=student).run(conditioned(DIM, 3.0, 1.0, 0.5), budget=5_000, seed=seed(0))
 
 
 @pytest.mark.parametrize("method", [Combined(), Importance(guides=("mixture", "distilled"))], ids=lambda m: m.name)

@@ -111,6 +111,15 @@ class Tempering:
         if self.max_moves < 1:
             raise ValueError(f"max_moves must be at least 1, got {self.max_moves}")
 
+    def _check_student(self, event: EventLike) -> None:
+        if self.student is None:
+            return
+        if event.weighted:
+            raise ValueError("student: what it proposes does not know of observations; temper without it")
+        if self.student.known is not None and len(self.student.known.basis) != event.dim:
+            sizes = f"{len(self.student.known.basis)} coordinates, the problem has {event.dim}"
+            raise ValueError(f"student is of another adversary: it was taught {sizes}; give a new Student()")
+
     @property
     def name(self) -> str:
         return "tempering"
@@ -118,9 +127,11 @@ class Tempering:
     def run(self, event: EventLike, *, budget: int, seed: np.random.SeedSequence) -> Run:
         """Temper until the particles are catastrophes or the budget is spent; with the populations, if they are.
 
-        Raises ValueError if ``warm_start`` belongs to another adversary.
+        Raises ValueError if ``warm_start`` or ``student`` belongs to another adversary, or a student is given for one
+        that is conditioned.
         """
         meter = Meter(event, budget)
+        self._check_student(event)
         rng = generator(seed)
         if meter.budget < 4 * self.islands:
             sentence = (
