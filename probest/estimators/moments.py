@@ -444,8 +444,9 @@ def read(event: Any, most: int | None = None) -> Layers:
 
 def _function(event: Any, parts: Parts | None = None) -> tuple[Callable[[Array], Array], tuple[Branch, ...]]:
     """The severities to be read, and which of them are a catastrophe together."""
-    if event.branches and event.branches != WHOLE:
-        return event.function(parts, apart=True), event.branches
+    branches = getattr(event, "branches", WHOLE)
+    if branches and branches != WHOLE:
+        return event.function(parts, apart=True), branches
     return event.function(parts), WHOLE
 
 
