@@ -226,7 +226,7 @@ def test_black_boxes_and_other_estimators() -> None:
 
 @pytest.mark.parametrize(
     ("strength", "library", "budget", "within"),
-    [("direction", "pyro", 50_000, 0.2), ("direction", "numpyro", 50_000, 0.2), ("tests", "pyro", 100_000, 0.5)],
+    [("direction", "pyro", 50_000, 0.2), ("direction", "numpyro", 50_000, 0.2), ("tests", "pyro", 60_000, 0.5)],
 )
 def test_triggers_that_can_be_found(strength: Any, library: Any, budget: int, within: float) -> None:
     result = estimate(trigger.problem(strength, library), budget=budget, **QUIET)
