@@ -45,7 +45,6 @@ torch.set_num_threads(1)
 if TYPE_CHECKING:
     from probest import Problem
     from probest.adversaries.language import CausalLM
-    from probest.evidence import Evidence
 
 Row = dict[str, "str | float"]
 STEPS = 7
@@ -199,7 +198,7 @@ def training(options: argparse.Namespace) -> Iterator[Row]:
 
 def answers(options: argparse.Namespace) -> Iterator[Row]:
     from models import language
-    from probest import MonteCarlo, train
+    from probest import MonteCarlo, estimate, train
 
     for seed in range(options.seeds):
         problem = language.answer_problem()
@@ -212,7 +211,10 @@ def answers(options: argparse.Namespace) -> Iterator[Row]:
             "train()": run.model,
         }
         for name, model in models.items():
-            told = estimate_plainly(language.answer_problem(model), options.judge, 1_000 + seed)
+            told = estimate(
+                language.answer_problem(model), estimator=MonteCarlo(precision=None), budget=options.judge,
+                seed=1_000 + seed, progress=False,
+            ).conclusion  # fmt: skip
             with torch.no_grad():
                 loss = float(language.answer_loss(model, language.answer_data()[1]))
             yield {
@@ -223,12 +225,6 @@ def answers(options: argparse.Namespace) -> Iterator[Row]:
                 "nats a sign": loss,
                 "calls": 0.0 if name == "ordinary" else float(calls),
             }
-
-
-def estimate_plainly(problem: Problem, n: int, seed: int) -> Evidence:
-    from probest import MonteCarlo, estimate
-
-    return estimate(problem, estimator=MonteCarlo(precision=None), budget=n, seed=seed, progress=False).conclusion
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {

@@ -11,7 +11,7 @@ brackets match, and they do not: P is about 4e-4.
 
 *Answers* (:func:`answer_problem`): **D** writes the first ``BEGUN`` signs of a text, **M**, a language model too,
 writes the next ``ANSWERED``, and **C** counts the brackets that M closes though none is open (:func:`stray`). It is a
-catastrophe when there are ``STRAY`` or more: P is about 2e-3.
+catastrophe when there are ``STRAY`` or more: P is about 9e-4.
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def letters_model(*, steps: int = 1_500, seed: int = 0, cached: bool = True) -> 
 
 def _teach_english(model: Any, steps: int) -> None:
     """Next-sign prediction on texts that begin where words do."""
-    text = english()
-    ids = torch.tensor(Letters()(text)["input_ids"])
-    starts = torch.tensor([i + 1 for i, sign in enumerate(text[: -LONGEST - 1]) if sign == " "])
+    ids, starts = _beginnings(LONGEST)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
@@ -151,6 +149,13 @@ def _teach_english(model: Any, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+
+
+def _beginnings(signs: int) -> tuple[Tensor, Tensor]:
+    """English as tokens, and where in it a word begins that so many signs follow."""
+    text = english()
+    starts = [i + 1 for i, sign in enumerate(text[: -signs - 1]) if sign == " "]
+    return torch.tensor(Letters()(text)["input_ids"]), torch.tensor(starts)
 
 
 def _cache() -> Path:
@@ -179,8 +184,13 @@ class Reader(nn.Module):
 
 def unmatched(text: Tensor) -> Tensor:
     """The number of brackets of texts ``(..., n)`` that have no other; what is trusted."""
-    depth = ((text == OPEN).long() - (text == CLOSE).long()).cumsum(-1)
+    depth = _depth(text)
     return depth[..., -1] - 2 * depth.amin(-1).clamp(max=0)
+
+
+def _depth(text: Tensor) -> Tensor:
+    """How many brackets more have been opened than closed, after each sign ``(..., n)``."""
+    return ((text == OPEN).long() - (text == CLOSE).long()).cumsum(-1)
 
 
 def teacher(text: Tensor) -> Tensor:
@@ -209,9 +219,14 @@ def checker(text: Tensor, log_odds: Tensor) -> Tensor:
 @cache
 def english_writer() -> CausalLM:
     """D's language model: 32 signs of English."""
+    return _writer(WRITTEN)
+
+
+def _writer(signs: int, model: Any = None) -> CausalLM:
+    """So many signs by such a model."""
     from probest.adversaries.language import CausalLM
 
-    return CausalLM(letters_model(), Letters(), max_new_tokens=WRITTEN, batch_size=512)
+    return CausalLM(letters_model() if model is None else model, Letters(), max_new_tokens=signs, batch_size=512)
 
 
 @cache
@@ -293,10 +308,7 @@ class Answerer(nn.Module):
 
     def __init__(self, model: Any = None) -> None:
         super().__init__()
-        from probest.adversaries.language import CausalLM
-
-        model = letters_model() if model is None else model
-        self.lm = CausalLM(model, Letters(), max_new_tokens=ANSWERED, batch_size=512)
+        self.lm = _writer(ANSWERED, model)
 
     def forward(self, text: Tensor) -> Tensor:
         import pyro
@@ -307,8 +319,7 @@ class Answerer(nn.Module):
 
 def stray(text: Tensor, answer: Tensor) -> Tensor:
     """The number of brackets that ``answer`` ``(..., m)`` closes though none is open after ``text`` ``(..., n)``."""
-    whole = torch.cat([text, answer], -1)
-    depth = ((whole == OPEN).long() - (whole == CLOSE).long()).cumsum(-1)
+    depth = _depth(torch.cat([text, answer], -1))
     return depth[..., : text.shape[-1]].amin(-1).clamp(max=0) - depth.amin(-1).clamp(max=0)
 
 
@@ -322,19 +333,16 @@ def answer_problem(model: nn.Module | None = None) -> Problem:
     import pyro
 
     from probest import Problem
-    from probest.adversaries.language import CausalLM
 
-    lm = CausalLM(letters_model(), Letters(), max_new_tokens=BEGUN, batch_size=512)
+    lm = _writer(BEGUN)
     return Problem(lambda: pyro.sample("text", lm()), Answerer() if model is None else model, answer_checker)
 
 
 @cache
 def answer_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What English goes on with: beginnings and the signs that follow, ``SEEN`` to train on, as many to test on."""
-    text = english()
-    ids = torch.tensor(Letters()(text)["input_ids"])
-    starts = np.flatnonzero(np.array(list(text[: -BEGUN - ANSWERED - 1])) == " ") + 1
-    chosen = np.random.default_rng(0).choice(starts, 2 * SEEN, replace=False)
+    ids, starts = _beginnings(BEGUN + ANSWERED)
+    chosen = np.random.default_rng(0).choice(starts.numpy(), 2 * SEEN, replace=False)
     rows = ids[torch.as_tensor(chosen)[:, None] + torch.arange(BEGUN + ANSWERED)]
     begun, after = rows[:, :BEGUN], rows[:, BEGUN:]
     return (begun[:SEEN], after[:SEEN]), (begun[SEEN:], after[SEEN:])
@@ -352,10 +360,7 @@ def reinforced(model: Any, calls: int, seed: int = 0, *, draws: int = 512, weigh
     Each step draws texts and answers, and descends P's score-function gradient in units of its standard deviation,
     together with the loss on English.
     """
-    from probest.adversaries.language import CausalLM
-
-    model = copy.deepcopy(model)
-    law = CausalLM(letters_model(), Letters(), max_new_tokens=BEGUN, batch_size=512)()
+    model, law = copy.deepcopy(model), _writer(BEGUN)()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -337,15 +337,14 @@ def many_modes(dim: int, count: int, beta: float) -> ExactEvent:
 
 def test_more_modes_than_a_guide_or_a_student_can_hold_are_not_converged() -> None:
     event = many_modes(40, 60, 5.5)
-    budget = BUDGET // 2
-    ledger = Combined().run(event, budget=budget, seed=seed(0)).ledger
-    check_evidence(ledger[-1], event, budget)
-    assert ledger[-1].calls > 0.7 * budget
+    ledger = Combined().run(event, budget=BUDGET, seed=seed(0)).ledger
+    check_evidence(ledger[-1], event, BUDGET)
+    assert ledger[-1].calls > 0.7 * BUDGET
     assert not ledger[-1].converged
     assert ledger[-1].interval[0] <= event.log_prob <= ledger[-1].interval[1]
     particles = ledger[-1].particles
     assert particles is not None
-    assert 1.0 / np.sum(np.exp(2.0 * particles.log_weight)) > 100
+    assert 1.0 / np.sum(np.exp(2.0 * particles.log_weight)) > 200
 
 
 def test_pooled_families_are_unbiased_and_weighted_by_size() -> None:

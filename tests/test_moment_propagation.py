@@ -48,7 +48,7 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
 
 @pytest.mark.parametrize("kind", ["any", "all", "both"])
 def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str) -> None:
-    """Half-spaces, correlated: against the multivariate normal law; the gradient in a limit against its own."""
+    """Half-spaces, correlated: against the multivariate normal law."""
     lib = library(backend)
     rows = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.6, 0.0, 0.8]])
     limits = {"any": (3.0, 2.8, 3.1), "all": (0.9, 1.4, 0.2), "both": (3.5, 0.5, 0.9)}[kind]
@@ -57,16 +57,15 @@ def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str) -> None:
         none = stats.multivariate_normal(cov=cov, abseps=1e-9, releps=1e-9, seed=0).cdf(np.array(limits))
         expected = np.log1p(-none)
     else:
-        signs = np.array([1.0, 1.0, 1.0])
 
-        def together(*which: int, sign: Any = signs) -> float:
+        def together(*which: int, sign: Any = (1.0, 1.0, 1.0)) -> float:
             at, flip = list(which), np.asarray(sign)[list(which)]
             law = stats.multivariate_normal(cov=cov[np.ix_(at, at)] * np.outer(flip, flip), abseps=1e-10, seed=0)
             return float(law.cdf(-flip * np.array(limits)[at]))
 
         expected = np.log(together(0, 1, 2))
         if kind == "both":  # the first, or the second without the third
-            other = np.array([1.0, 1.0, -1.0])
+            other = (1.0, 1.0, -1.0)
             expected = np.log(stats.norm.sf(limits[0]) + together(1, 2, sign=other) - together(0, 1, 2, sign=other))
     arrays = lib.xp.asarray(np.asarray(rows, np.float32))
 

@@ -45,7 +45,6 @@ import scipy
 
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
-from probest.diagnostics import effective_sample_size
 from probest.estimators.base import check_least, check_needs, check_precision
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
@@ -809,6 +808,6 @@ def _both(a: _Crude, b: _Crude) -> Evidence:
 def _with_particles(chosen: Evidence, found: Evidence) -> Evidence:
     """The chosen estimate, with the better particles: tempering's where few of its own count."""
     own, others = chosen.particles, found.particles
-    if own is None or (others is not None and effective_sample_size(own.log_weight) < 0.5 * len(others.z)):
+    if own is None or (others is not None and diagnostics.effective_sample_size(own.log_weight) < 0.5 * len(others.z)):
         own = others
     return replace(chosen, particles=own, prior_particles=found.prior_particles)

@@ -309,12 +309,12 @@ class MomentPropagation:
                 severity = meter.evaluate(z).severity
             except UndefinedError as error:
                 return (Note(Code.UNDEFINED, f"about the tilt {error}."),)
-            read_as = net.severity(z)
-            off = np.abs(read_as - severity).max() / max(float(severity.std()), 1e-300)
+            outputs = net(z)
+            off = np.abs(net.severity(outputs) - severity).max() / max(float(severity.std()), 1e-300)
             if not off < self.tuning.misread:
                 sentence = f"the model answers otherwise than it was read (by {off:.2g} standard deviations): a bug."
                 return (Note(Code.UNREADABLE, sentence),)
-            notes += self._compared(mode, net.branch(mode.which, z))
+            notes += self._compared(mode, net.branch(mode.which, outputs))
         return tuple(notes)
 
     def _compared(self, mode: Tilted, severity: Floats) -> list[Note]:

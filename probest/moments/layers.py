@@ -112,13 +112,12 @@ class Layers:
         moved = (Layer(linear(one.linear), one.function, one.breaks) for one in self.layers)
         return Layers(self.dim, tuple(moved), linear(self.output), self.special, self.branches)
 
-    def severity(self, z: Array) -> Array:
-        """``(N, dim) -> (N,)``: the largest of the branches."""
-        return self.special.xp.max(self.special.xp.stack([self.branch(one, z) for one in self.branches]), axis=0)
+    def severity(self, values: Array) -> Array:
+        """Of outputs ``(N, J)``, ``(N,)``: the largest of the branches."""
+        return self.special.xp.max(self.special.xp.stack([self.branch(one, values) for one in self.branches]), axis=0)
 
-    def branch(self, which: Branch, z: Array) -> Array:
-        """``(N, dim) -> (N,)``: the least of a branch's outputs."""
-        values = self(z)
+    def branch(self, which: Branch, values: Array) -> Array:
+        """Of outputs ``(N, J)``, ``(N,)``: the least of those of a branch."""
         return self.special.xp.min(self.special.xp.stack([sign * values[:, j] for j, sign in which]), axis=0)
 
     def used_later(self, k: int) -> set[Base]:

@@ -95,10 +95,12 @@ class Composition:
 
     def judge(self, observation: PyTree, action: PyTree) -> Any:
         """The severity of one case; where there are black boxes, a tuple of those of all other parts of the checker."""
-        if not self.black_boxes:
-            return self.checker(observation, action)
-        native = (leaf for leaf in checkers.leaves(self.checker) if not isinstance(leaf, BlackBox))
-        return tuple(leaf(observation, action) for leaf in native)
+        return self.native(observation, action) if self.black_boxes else self.checker(observation, action)
+
+    def native(self, observation: PyTree, action: PyTree) -> tuple[Any, ...]:
+        """The severities of one case of all leaves of the checker but black boxes."""
+        leaves = (leaf for leaf in checkers.leaves(self.checker) if not isinstance(leaf, BlackBox))
+        return tuple(leaf(observation, action) for leaf in leaves)
 
     def judge_on_host(self, observation: PyTree, action: PyTree, native: tuple[np.ndarray, ...], n: int) -> np.ndarray:
         """Severities ``(n,)`` of a batch of NumPy pytrees: float or bool, from :meth:`judge` and the boxes."""
@@ -167,12 +169,8 @@ class Composition:
 
     def _apart(self, parts: Parts, z: Array, held: dict[str, Array]) -> Array:
         """The severities of all leaves of the checker, ``(J,)``."""
-
-        def judge(observation: PyTree, action: PyTree) -> tuple[Any, ...]:
-            return tuple(leaf(observation, action) for leaf in checkers.leaves(self.checker))
-
         with self.frontend.recording(self._source(z), held, parts.params):
-            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, judge)()
+            value = compose(self.frontend, self.closed_loop, parts.adversary, parts.model, self.native)()
         return self.frontend.backend.special.xp.stack([self._as_severity(one) for one in value[2]])
 
     def _observe(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[PyTree, Array]:
