@@ -30,8 +30,8 @@ from probest import MonteCarlo, Problem, estimate, search, train
 from probest.adversaries.language import CausalLM, LanguageAdversary
 
 QUICK = bool(os.environ.get("PROBEST_QUICK"))  # smaller settings, for tests
-SIGNS = 12 if QUICK else 32
-LEAST = 4 if QUICK else 8
+SIGNS = 8 if QUICK else 32
+LEAST = 3 if QUICK else 8
 
 writer = language.letters_model(steps=15, cached=False) if QUICK else language.letters_model()
 lm = CausalLM(writer, language.Letters(), max_new_tokens=SIGNS, batch_size=512)
@@ -80,7 +80,7 @@ if result.catastrophes is not None:
 
 # %%
 NATS = 3.0 if QUICK else 8.0
-settings = {"steps": 5, "refine": 3, "judge": 200} if QUICK else {}
+settings = {"steps": 3, "refine": 2, "judge": 100} if QUICK else {}
 if result.catastrophes is not None:
     family = LanguageAdversary(lm, twist=True, budget=500 if QUICK else 20_000)
     found = search(problem, family, kl=NATS, base=result, progress=False, **settings)
