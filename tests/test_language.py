@@ -398,8 +398,8 @@ def test_a_program_is_run_with_its_own_models() -> None:
 
 def test_the_worst_adversary_within_nats_writes_catastrophes() -> None:
     problem, lm, _, _ = text_problem(5)
-    own = LanguageAdversary(lm, twist=True, budget=5_000)
-    found = search(problem, own, kl=4.0, budget=6_000, steps=20, refine=10, judge=2_000, progress=False)
+    own = LanguageAdversary(lm, twist=True, budget=3_000)
+    found = search(problem, own, kl=4.0, budget=6_000, steps=10, refine=10, judge=1_000, progress=False)
     assert found.kl < 4.3
     assert found.efficiency > 0.5
     with torch.no_grad():
@@ -541,8 +541,8 @@ def test_a_model_that_answers_is_trained() -> None:
 
 def test_an_adversary_of_a_model_that_answers_is_searched_for() -> None:
     problem, _ = dialogue(5)
-    own = LanguageAdversary(problem.adversary, twist=True, budget=2_000)
-    found = search(problem, own, kl=2.0, budget=8_000, steps=20, refine=5, judge=1_000, progress=False)
+    own = LanguageAdversary(problem.adversary, twist=True, budget=1_500)
+    found = search(problem, own, kl=2.0, budget=6_000, steps=10, refine=5, judge=1_000, progress=False)
     assert found.kl < 2.3
     assert found.log_prob > found.base.log_prob + 1.0
     judged = estimate(found.problem, budget=4_000, estimator=MonteCarlo(), progress=False)
