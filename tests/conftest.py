@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Programs that JAX compiled are kept, also for the next run: most of its tests' time is compilation. One folder for each
-# worker, since two that write at once would read each other's halves.
+# Programs that JAX compiled are kept, also for the next run: most of its tests' time is compilation. One folder for
+# each worker, since two that write at once would read each other's halves.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(__file__).parents[1] / "build" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")),
