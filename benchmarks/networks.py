@@ -2,11 +2,12 @@
 
     python benchmarks/networks.py --seeds 10 --out networks.json
     python benchmarks/networks.py --problems digits --seeds 5
+    python benchmarks/networks.py --problems drawn --budget 400000 --seeds 5
     python benchmarks/networks.py --make-reference --problems "digits ordinary" --calls 20000000
 
 Networks: models/digits.py with the class held, trained the ordinary way, by `train()` and on labelled hard cases, ten
-classes each; random ReLU, GELU and tanh networks of 10 to 200 inputs and 1 to 4 layers; models/pendulum.py before and
-after training.
+classes each, and with the class drawn ("drawn": ten strata, for the budget of ten); random ReLU, GELU and tanh networks
+of 10 to 200 inputs and 1 to 4 layers; models/pendulum.py before and after training.
 
 The random networks' limits are chosen by their own draws, so that P lies between about 1e-4 and 1e-14; networks whose
 limit no search reaches are left out.
@@ -151,6 +152,7 @@ def problems(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pr
     for training in ("ordinary", "trained", "labelled"):
         for held in range(digits.CLASSES):
             yield f"digits {training} {held}", lambda t=training, h=held: digits.problem(digits_network(t), held=h)
+        yield f"digits {training} drawn", lambda t=training: digits.problem(digits_network(t))
     for net in random_networks(options.random):
         yield net.name, lambda net=net: random_problem(net, options.backend)
     for training in ("ordinary", "labelled"):
@@ -214,9 +216,24 @@ def known_references() -> dict[str, dict[str, Any]]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
+def summed(known: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """References with the class drawn: the mean of P over classes. These are recognised as their first class is."""
+    found = {}
+    for name, _ in problems(options):
+        of = name.removesuffix("drawn")
+        classes = [known[one] for one in (f"{of}{held}" for held in range(digits.CLASSES)) if one in known]
+        if of != name and len(classes) == digits.CLASSES:
+            log_p, error = (np.array([one[key] for one in classes]) for key in ("log_prob", "std_error"))
+            total = diagnostics.log_sum_exp(log_p)
+            own = math.hypot(*(np.exp(log_p - total) * error))
+            found[name] = {"log_prob": total - math.log(len(classes)), "std_error": own}
+    return found
+
+
 def make_references(options: argparse.Namespace, console: Console) -> None:
-    names = chosen([name for name, _ in problems(options)], options)
-    for name, problem in problems(options):
+    every = [(name, problem) for name, problem in problems(options) if not name.endswith("drawn")]
+    names = chosen([name for name, _ in every], options)
+    for name, problem in every:
         if name in names:
             found = reference(problem().event, options)
             console.print(name, found, highlight=False)
@@ -226,13 +243,16 @@ def make_references(options: argparse.Namespace, console: Console) -> None:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    known = known_references()
-    names = chosen([name for name, _ in problems(options) if name in known], options)
-    for name, problem in problems(options):
+    kept = known_references()
+    known, every = kept | summed(kept, options), dict(problems(options))
+    names = chosen([name for name in every if name in known], options)
+    for name, problem in every.items():
         if name not in names:
             continue
         made, entry = problem(), known[name]
-        if np.allclose(probed(made.event), entry["severities"], rtol=0.02, atol=0.02):
+        first = name.replace("drawn", "0")
+        probe = made if first == name else every[first]()
+        if np.allclose(probed(probe.event), kept[first]["severities"], rtol=0.02, atol=0.02):
             yield of_problem(name, entry["log_prob"], made, options, entry["std_error"])
         else:
             print(f"{name} is another network than that of its reference: --make-reference", file=sys.stderr)

@@ -162,6 +162,7 @@ class CombinedTuning:
     far_from: float = tuned(1.5, "times the precision, the same where a student may learn instead", _LEARNED)
     sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
     most_numbers: int = tuned(30_000_000, "of z in one run, at most", "memory.py")
+    most_kept: int = tuned(30_000_000, "of z and gradients, that are kept for a student", "memory.py")
     # a learned severity
     learn_left: int = tuned(1000, "calls left below which nothing is learned", _EXACT)
     learn_share: float = tuned(0.7, "of the budget that is left, for a severity without a gradient", _EXACT)
@@ -177,7 +178,7 @@ class Combined:
     look: size of the first crude sample where line sampling may follow; pilot: where it does not, or did not do.
     particles: of each of the first three looks; later ones take twice as many as the one before.
     read: whether the severity of a wide network is read from its weights first.
-    taught: whether a student may learn the severity, which takes up to a minute; strata are not taught.
+    taught: whether a student may learn the severity, which takes up to a minute.
     bound: where nothing is found, spend what is left of the budget on plain draws, which bound P by 3 in their number.
     tuning: how the budget is divided.
     warm_start: particles of an earlier run, for tempering (:class:`probest.estimators.tempering.Tempering`).
@@ -208,9 +209,9 @@ class Combined:
         """
         return self.begin(event, seed).spend(budget)
 
-    def begin(self, event: EventLike, seed: np.random.SeedSequence) -> Campaign:
-        """A run whose budget comes in parts."""
-        return Campaign(self, event, seed)
+    def begin(self, event: EventLike, seed: np.random.SeedSequence, numbers: int | None = None) -> Campaign:
+        """A run whose budget comes in parts. numbers: that are kept for a student, at most."""
+        return Campaign(self, event, seed, numbers=numbers or self.tuning.most_kept)
 
 
 @dataclass
@@ -251,17 +252,18 @@ class Campaign:
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
     prior: Memory = field(default_factory=Memory)
+    numbers: int = CombinedTuning.most_kept
 
     def __post_init__(self) -> None:
         self.source = self.event
         discrete = getattr(self.event, "discrete_sites", ())
         if self.method.taught and self.event.differentiable and not self.event.weighted and not discrete:
-            self.event = Watched(self.event)
+            self.event = Watched(self.event, self.numbers)
 
     @property
     def _watched(self) -> bool:
-        """Whether answers are kept for a student."""
-        return isinstance(self.event, Watched)
+        """Whether answers are kept for a student, and one may learn from them."""
+        return self.method.taught and isinstance(self.event, Watched)
 
     @property
     def searched(self) -> bool:

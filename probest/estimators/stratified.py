@@ -122,6 +122,10 @@ class StratifiedTuning:
     doubt: float = tuned(
         0.02, "of what a stratum may hold at most, against its error, where it has not converged", _PROGRAMS
     )
+    taught: int = tuned(
+        10_000, "calls of one stratum, from which a student is worth its time", "networks.py --problems drawn"
+    )
+    kept: int = tuned(3, "times what is kept for a student, for those of all strata", "memory.py")
     slack: float = tuned(
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
@@ -610,9 +614,7 @@ class _Campaign:
             estimated = [part for part in self.parts if part.evidence is not None]
             wanting = [(self._worth(part, total), part) for part in estimated if not part.refined]
             wanting = [(worth, part) for worth, part in wanting if worth > 0.0]
-            shares = [math.exp(min(part.joint - total, 0.0)) if math.isfinite(total) else 0.0 for part in estimated]
-            error = math.hypot(*(share * min(part.error, 1.0) for share, part in zip(shares, estimated, strict=True)))
-            if not wanting or (self.method.precision is not None and error <= self.aim and self._settled()):
+            if not wanting or (self.method.precision is not None and max(self._errors()) <= self.aim):
                 return
             part = max(wanting, key=lambda one: (one[0], -one[1].calls))[1]
             on = part.campaign is not None and part.campaign.searched
@@ -638,16 +640,25 @@ class _Campaign:
             return 0.0
         return share * min(part.error, 1.0) + (self.tuning.doubt * most if open_ else 0.0)
 
-    def _settled(self) -> bool:
-        """Whether every stratum that counts is converged."""
+    def _errors(self) -> tuple[float, float]:
+        """Of log P: the standard error, and by how much strata that are not converged may change it.
+
+        Each of these may be off by all that its interval allows, and all of them together.
+        """
         total = self._joint()
-        return all(
-            part.evidence is None
-            or part.empty
-            or part.evidence.converged
-            or part.upper < total + math.log(self.tuning.negligible)
-            for part in self.parts
-        )
+        if not math.isfinite(total):
+            return math.inf, math.inf
+        error, doubt = 0.0, 0.0
+        for part in self.parts:
+            if not part.known or part.empty or not math.isfinite(part.joint):
+                continue
+            share = math.exp(min(part.joint - total, 0.0))
+            error = math.hypot(error, share * min(part.error, 1e3))
+            if part.evidence is not None and not part.evidence.converged:
+                low, high = part.evidence.interval
+                above = math.exp(min(part.log_p + high - total, 50.0)) - share
+                doubt += max(above, -share * math.expm1(low - part.log_prob))
+        return error, doubt
 
     def _precision(self, share: float) -> float:
         return min(self.tuning.vaguest, self.aim / math.sqrt(share))
@@ -664,10 +675,12 @@ class _Campaign:
             inner = self.method.inner
             if self.reads is None:  # strata are of one function: where the first is no wide network, none is
                 self.reads = inner.read and wide(StratumEvent(self.strata, part.k), inner.tuning) is not None
-            inner = replace(inner, warm_start=warm, bound=False, read=self.reads, taught=False)
+            inner = replace(inner, warm_start=warm, bound=False, read=self.reads)
             seed = child_seed(self.seed, stream, part.k, part.calls)
-            part.campaign = inner.begin(StratumEvent(self.strata, part.k), seed)
-        part.campaign.method = replace(part.campaign.method, precision=precision)
+            numbers = inner.tuning.most_kept * min(self.tuning.kept, len(self.parts)) // len(self.parts)
+            part.campaign = inner.begin(StratumEvent(self.strata, part.k), seed, numbers)
+        taught = self.method.inner.taught and part.calls + budget >= self.tuning.taught
+        part.campaign.method = replace(part.campaign.method, precision=precision, taught=taught)
         run = part.campaign.spend(budget)
         self.left -= run.calls
         part.calls += run.calls
@@ -686,12 +699,13 @@ class _Campaign:
         total = self._joint()
         known = [part for part in self.parts if part.known and math.isfinite(part.joint)]
         shares = np.array([math.exp(part.joint - total) for part in known])
-        error = float(np.sqrt(np.sum((shares * np.minimum([part.error for part in known], 1e3)) ** 2)))
+        errors = self._errors()
+        error = errors[0]
         missing = [part.upper for part in self.parts if not (part.empty or (part.known and math.isfinite(part.joint)))]
         missing = [bound for bound in (*missing, self.strata.left_out) if bound > -math.inf]
         beyond = diagnostics.log_sum_exp(np.array(missing)) - total if missing else -math.inf
         lower, upper = self._interval(known, shares, total, beyond)
-        notes = self._notes(known, shares, error, beyond, total, interrupted)
+        notes = self._notes(known, shares, errors, beyond, interrupted)
         prior = self._prior() if self.strata.event.weighted else None  # paid for, as is the bound within the interval
         line = Evidence(
             method=self.method.name,
@@ -767,23 +781,20 @@ class _Campaign:
         return run.conclusion.interval[1]
 
     def _notes(
-        self, known: list[_Part], shares: Floats, error: float, beyond: float, total: float, interrupted: bool
+        self, known: list[_Part], shares: Floats, errors: tuple[float, float], beyond: float, interrupted: bool
     ) -> tuple[Note, ...]:
         notes = []
         if interrupted:
             notes.append(Note(Code.INTERRUPTED, "interrupted: this is the evidence gathered until then."))
         if not known:
             return (*notes, Note(Code.NO_HITS, "no catastrophe was found in any stratum: raise the budget."))
-        open_ = [
-            p
-            for p, share in zip(known, shares, strict=True)
-            if share > 0.01 and p.evidence and not p.evidence.converged
-        ]
-        if open_:
-            first = open_[0].evidence
-            assert first is not None
-            reason = f" ({first.notes[0]})" if first.notes else ""
-            where = self.strata.label(open_[0].k)
+        wanted = wanted_error(self.method.precision)
+        open_ = [part for part in known if part.evidence and not part.empty and not part.evidence.converged]
+        if open_ and math.hypot(*errors) > wanted:
+            worst = max(open_, key=lambda part: part.upper)
+            assert worst.evidence is not None
+            reason = f" ({worst.evidence.notes[0]})" if worst.evidence.notes else ""
+            where = self.strata.label(worst.k)
             notes.append(Note(Code.UNREACHED, f"{len(open_)} strata have not converged, {where} first{reason}"))
         if any(share > 0.01 and part.evidence and not part.asked for part, share in zip(known, shares, strict=True)):
             sentence = "the budget did not allow to ask whether strata that look alike are alike: raise it."
@@ -792,7 +803,7 @@ class _Campaign:
             times = math.exp(min(beyond, 50.0))
             sentence = f"strata where nothing was found may hold {times:.2g} times as much: raise the budget."
             notes.append(Note(Code.UNSEEN, sentence))
-        return (*notes, *imprecise(error, wanted_error(self.method.precision)))
+        return (*notes, *imprecise(errors[0], wanted))
 
     def _rows(self, known: list[_Part]) -> list[Evidence]:
         """A row for each of the largest strata, with what it adds to P."""
