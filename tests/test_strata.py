@@ -12,7 +12,8 @@ from library import gradient, library, parameters
 from scipy import integrate, special, stats
 
 from probest import Combined, CrossEntropy, Problem, Stratified, Tempering, estimate
-from probest.evidence import Code
+from probest.estimators.combined import Campaign
+from probest.evidence import Code, Evidence, Run
 from probest.programs.strata import strata_of
 from probest.testing import check_run
 
@@ -656,6 +657,28 @@ def test_what_the_budget_does_not_reach_is_in_the_interval(backend: str) -> None
     assert not conclusion.converged
     assert conclusion.interval[1] >= truth
     assert conclusion.codes & {Code.UNSEEN, Code.NO_HITS, Code.UNREACHED}
+
+
+@pytest.mark.parametrize(("top", "converged"), [(-9.5, True), (-4.0, False)])
+def test_a_stratum_that_is_not_converged_counts_with_all_that_it_may_hold(
+    backend: str, monkeypatch: pytest.MonkeyPatch, top: float, converged: bool
+) -> None:
+    """Both are as likely; the second seems to hold a thousandth of P, and may hold a hundredth, or more than all."""
+    built, _ = half_spaces(named(backend), count=2, dim=4)
+
+    def spend(self: Campaign, budget: int) -> Run:
+        sure = self.source.k == 0
+        low, log_prob, high = (-5.1, -5.0, -4.9) if sure else (-14.0, -12.0, top)
+        found = Evidence("made up", log_prob, 0.05 if sure else 0.8, (low, high), "consistent", budget, 0.0, sure)
+        return Run((found,), budget)
+
+    monkeypatch.setattr(Campaign, "spend", spend)
+    conclusion = Stratified().run(built.event, budget=4_000, seed=seed(0)).conclusion
+    assert conclusion.log_prob == pytest.approx(np.logaddexp(-5.0, -12.0) + math.log(0.5), abs=1e-6)
+    assert conclusion.std_error == pytest.approx(0.05, abs=0.002)
+    assert conclusion.converged == converged
+    assert (Code.UNREACHED in conclusion.codes) != converged
+    assert converged or conclusion.interval[1] >= math.log(0.5) + top - 0.1
 
 
 def test_other_methods_work_within_strata(backend: str) -> None:
