@@ -255,6 +255,8 @@ def train(
             "adversaries: the problem's own is conditioned on observations, so none can be searched for within nats of "
             "it. Leave them out"
         )
+    if adversaries is not None:
+        adversaries.family.check_playable(event)
     if objective == "reading" and adversaries is not None:
         raise ValueError("adversaries: a reading is of the problem's own adversary alone; use objective='log_prob'")
     backend = event.backend
@@ -299,7 +301,7 @@ def train(
             rows=rows, path=None if checkpoint is None else Path(checkpoint), recognised=_recognised(before),
         )  # fmt: skip
         state = TrainingState(last=steps, costs=costs)
-        opponents = None if adversaries is None else Opponents(event, adversaries.most)
+        opponents = None if adversaries is None else Opponents(event, adversaries)
         descent = Descent(
             problem, trainer, data, taught, options, root, line, state, ladder, Memory(memory), adversaries, opponents,
             tuple(callbacks),
@@ -338,7 +340,7 @@ def train(
         converged=not advice,
         advice=advice,
         costs=state.costs,
-        adversaries=() if opponents is None else tuple(law.program(law.parts, 1.0) for law in opponents.laws),
+        adversaries=() if opponents is None else tuple(law.played() for law in opponents.laws),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
@@ -22,6 +23,7 @@ from probest import (
     GradientError,
     LearnedProposal,
     MonteCarlo,
+    Pool,
     Problem,
     Splitting,
     UnmetNeedError,
@@ -603,6 +605,75 @@ class Reads(torch.nn.Module):
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         counts = torch.stack([(text == token).float().sum(-1) for token in range(language.TOKENS)], -1)
         return counts @ self.weight + self.bias
+
+
+def test_a_pool_of_language_adversaries_is_played_against() -> None:
+    """M is to be unsure of what opponents write."""
+    lm = CausalLM(language.tiny(1), max_new_tokens=6, batch_size=4096)
+    texts = lm().sample((500,))
+    problem = Problem(
+        lambda: pyro.sample("text", lm()), Reads(), lambda x, y: torch.where((x == 2).sum(-1) >= 3, y, -5.0)
+    )
+    pool = Pool(kl=2.0, every=5, steps=10, most=2, family=LanguageAdversary(lm, twist=True, budget=500))
+    options: dict[str, Any] = {
+        "task": lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        "data": (texts, 2.0 - 1.0 * (texts == 2).sum(-1)), "until_log_prob": -30.0, "steps": 6, "learning_rate": 0.01,
+        "particles": 64, "budget": 1_000, "check_budget": 1_000, "check_every": 10, "audit": MonteCarlo(),
+        "audit_rounds": 0, "progress": False, "adversaries": pool,
+    }  # fmt: skip
+    run = train(problem, **options)
+    assert len(run.adversaries) == 1
+    with torch.no_grad():
+        many = torch.stack([run.adversaries[-1]() for _ in range(300)])
+    given = float(((texts == 2).sum(-1) >= 3).double().mean())
+    assert float(((many == 2).sum(-1) >= 3).double().mean()) > given + 0.1
+
+    with pytest.raises(LanguageModelError, match="site 'k' is no text"):
+        train(
+            problem.replaced(adversary=lambda: (pyro.sample("k", dist.Normal(0.0, 1.0)), problem.adversary())[1]),
+            **options,
+        )
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_what_an_opponent_writes_is_found_in_the_given_adversarys_coordinates(answers: bool) -> None:
+    if answers:
+        problem, lm = dialogue(5)[0], None
+        family = LanguageAdversary(problem.adversary)
+    else:
+        problem, lm, _, _ = text_problem(5)
+        family = LanguageAdversary(lm)
+    own = family.models[0]
+    with torch.no_grad():
+        for weight in own.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    family.check_playable(problem.event)
+    law = family._law(problem.event)
+    writer, rng = family.opponent(problem.event, law, law.parts), np.random.default_rng(0)
+    z, _ = writer.cases(problem.event, 4_000, rng)
+    assert len(z) > 3_990
+    name = family.sites[0]
+    drawn = torch.as_tensor(problem.event.site_values(z)[name]).long()
+    every = language.sequences(drawn.shape[1])
+    with torch.no_grad():
+        expected = own().log_prob(every).exp().double().numpy()
+    index = (drawn * torch.tensor([5**k for k in range(drawn.shape[1])])).sum(1)
+    place = (every * torch.tensor([5**k for k in range(every.shape[1])])).sum(1)
+    order = {int(p): i for i, p in enumerate(place)}
+    counts = np.bincount([order[int(i)] for i in index], minlength=len(every))
+    rare = expected * len(z) < 8
+    seen, wanted = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+    assert stats.chisquare(seen, wanted / wanted.sum() * len(z)).pvalue > FAILURE_RATE
+    # another with its weights is at no distance, the given one at KL
+    twin = LanguageAdversary(problem.adversary if answers else lm).restored(problem.event, writer.arrays())
+    assert writer.distance(twin, rng) == pytest.approx(0.0, abs=1e-6)
+    plain = LanguageAdversary(problem.adversary if answers else lm)
+    given = plain._law(problem.event)
+    with torch.no_grad():
+        gap = np.log(expected) - plain.models[0]().log_prob(every).double().numpy()
+    kl = float(expected @ gap)
+    far = writer.distance(plain.opponent(problem.event, given, given.parts), rng)
+    assert far == pytest.approx(kl, abs=5.0 * math.sqrt(float(expected @ gap**2) / 1_024))
 
 
 @pytest.mark.parametrize("taught", [True, False])

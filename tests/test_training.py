@@ -517,7 +517,7 @@ def test_opponents_are_searched_for_kept_and_played_against(backend: str, tmp_pa
 def test_an_opponent_replaces_the_one_that_it_resembles(backend: str) -> None:
     problem = half_space(backend)
     rng = np.random.default_rng(0)
-    opponents = Opponents(problem.event, 2)
+    opponents = Opponents(problem.event, Pool(most=2))
     found = [search(problem, kl=2.0, steps=5, refine=0, seed=seed, progress=False) for seed in range(2)]
     for one in found:
         opponents.add(one, rng)
@@ -527,14 +527,19 @@ def test_an_opponent_replaces_the_one_that_it_resembles(backend: str) -> None:
     cases = opponents.cases(problem.event, ladder, 64, rng)
     assert cases.share.sum() == pytest.approx(1.0)
     assert (cases.severity > -2.0).mean() > 0.9  # all but catastrophes, where draws of the adversary are at -4
-    again = Opponents(problem.event, 2)
+    again = Opponents(problem.event, Pool(most=2))
     again.restore(opponents.arrays())
     drawn = [one.laws[0].draw(one.laws[0].parts, 5, np.random.default_rng(1))["z"] for one in (opponents, again)]
     assert drawn[0] == pytest.approx(drawn[1], abs=1e-5)
 
 
 def test_what_a_pool_may_not_be() -> None:
-    for words, change in (("kl=", {"kl": 0.0}), ("every=", {"every": 0}), ("family", {"family": "worse"})):
+    for words, change in (
+        ("kl=", {"kl": 0.0}),
+        ("every=", {"every": 0}),
+        ("steps=", {"steps": 0}),
+        ("family", {"family": "worse"}),
+    ):
         with pytest.raises(ValueError, match=words):
             Pool(**change)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from probest.backends.base import Array, Parts
 from probest.evidence import Floats, Particles
 from probest.programs.event import Event
 
-__all__ = ["Drawn", "Family", "Law", "Points"]
+__all__ = ["Drawn", "Family", "Law", "Opponent", "Playable", "Points"]
 
 Points = dict[str, np.ndarray]
 """Draws as the law knows them: named arrays ``(n, ...)``."""
@@ -56,3 +56,37 @@ class Family(Protocol):
 
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> Law:
         """A law of this kind to begin with. particles: catastrophes of the given adversary."""
+
+
+class Opponent(Protocol):
+    """A law with its parameters that :func:`probest.train` plays against (:mod:`probest.training.opponents`)."""
+
+    def cases(self, event: Event, n: int, rng: np.random.Generator) -> tuple[Floats, np.ndarray | None]:
+        """About n draws as coordinates ``(n, dim)`` from which the event's adversary draws the same, and the strata
+        that they are in, where the coordinates do not say.
+        """
+
+    def distance(self, other: Any, rng: np.random.Generator) -> float:
+        """KL(this ‖ other) in nats, of another of its kind; infinite for one of another kind."""
+
+    def played(self) -> Callable[..., Any]:
+        """As a program of its library."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its parameters by name, for a checkpoint."""
+
+
+class Playable(Family, Protocol):
+    """A family whose laws can be opponents."""
+
+    def check_playable(self, event: Event) -> None:
+        """Raises ProblemError where its laws of this event cannot be."""
+
+    def turned(self, turn: int) -> Family:
+        """What begins the search of so many: not always from the same place."""
+
+    def opponent(self, event: Event, law: Law, parts: Parts) -> Opponent:
+        """A law that was learnt, as an opponent."""
+
+    def restored(self, event: Event, arrays: dict[str, np.ndarray]) -> Opponent:
+        """The opponent with these parameters, as :meth:`Opponent.arrays` gives them."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from probest.adversaries.base import Law, Opponent
     from probest.adversaries.programs import ProgramLaw
+    from probest.backends.base import Parts
     from probest.evidence import Particles
     from probest.programs.event import Event
     from probest.search import SearchTuning
@@ -647,13 +650,44 @@ class LanguageAdversary(nn.Module):
 
         Where the model draws text too, that is drawn and weighed with it, and is not learned.
         """
+        return (self._searched(event, rng) if self.is_untwisted else self)._law(event)
+
+    def _law(self, event: Event) -> ProgramLaw:
         from probest.adversaries.programs import Learnable, answered
 
-        program = self._searched(event, rng) if self.is_untwisted else self
         if event.composition.late and not event.composition.closed_loop:
-            learnable = Learnable(_Answering(program, event))
-            return answered(event, learnable.build(event.opened(), particles, rng))
-        return Learnable(program).build(event, particles, rng)
+            return answered(event, Learnable(_Answering(self, event)).law(event.opened()))
+        return Learnable(self).law(event)
+
+    def check_playable(self, event: Event) -> None:
+        """Raises LanguageModelError where the given adversary draws what is no text, or the model runs before it."""
+        if event.composition.closed_loop:
+            raise LanguageModelError("adversaries: opponents that write do not play against a closed loop")
+        with torch.random.fork_rng(), torch.no_grad():
+            nodes = pyro.poutine.trace(event.parts.adversary).get_trace().nodes
+        for name, node in nodes.items():
+            if node["type"] == "sample" and name not in self.sites and not pyro.poutine.util.site_is_subsample(node):
+                raise LanguageModelError(f"adversaries: site {name!r} is no text that the opponent writes")
+
+    def turned(self, turn: int) -> LanguageAdversary:
+        """A copy: every search begins with the given weights, against another model."""
+        return copy.deepcopy(self)
+
+    def opponent(self, event: Event, law: Law, parts: Parts) -> Opponent:
+        """What was learnt, to be played against."""
+        from probest.adversaries.writers import Writer
+
+        learnt = parts.adversary
+        return Writer(
+            replace(cast(Any, law), parts=parts), learnt.adversary if isinstance(learnt, _Answering) else learnt
+        )
+
+    def restored(self, event: Event, arrays: dict[str, np.ndarray]) -> Opponent:
+        """The opponent with these weights."""
+        twin = copy.deepcopy(self)
+        twin.load_state_dict({name: torch.as_tensor(value) for name, value in arrays.items()})
+        law = twin._law(event)
+        return self.opponent(event, law, law.parts)
 
     def _searched(self, event: Event, rng: np.random.Generator) -> LanguageAdversary:
         """A copy with the twists of a search over all text that is drawn, the model's too."""

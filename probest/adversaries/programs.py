@@ -32,6 +32,10 @@ class Learnable:
     params: Mapping[str, Array] = field(default_factory=dict)
 
     def build(self, event: Event, particles: Particles, rng: np.random.Generator) -> ProgramLaw:
+        return self.law(event)
+
+    def law(self, event: Event) -> ProgramLaw:
+        """The program as it is."""
         bound = ProgramGuide(self.program, params=self.params).bind(event)
         backend = event.backend
         if not bound.parts.params and not backend.parameters(self.program):

@@ -12,12 +12,13 @@ Reference: Au & Beck (1999) and Papaioannou, Geyer & Straub (2019) fit such mixt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from probest.adversaries.base import Law
 from probest.backends.base import Array, Backend, Parts
 from probest.diagnostics import systematic_resample
 from probest.evidence import Floats, Particles
@@ -78,6 +79,22 @@ class Tilt:
             "choice": np.log(choice),
         }
         return TiltLaw.of(event, params | {"basis": basis}, strata)
+
+    def check_playable(self, event: Event) -> None:
+        """Every event's tilts can be opponents."""
+
+    def turned(self, turn: int) -> Tilt:
+        """By turns from random places and from the catastrophes."""
+        return replace(self, from_particles=turn % 2 == 1)
+
+    def opponent(self, event: Event, law: Law, parts: Parts) -> TiltLaw:
+        """The law with these parameters."""
+        assert isinstance(law, TiltLaw)
+        return replace(law, parts=parts)
+
+    def restored(self, event: Event, arrays: dict[str, np.ndarray]) -> TiltLaw:
+        """The law with these parameters, as :meth:`TiltLaw.arrays` gives them."""
+        return TiltLaw.of(event, arrays)
 
     def _fitted(
         self,
@@ -163,7 +180,10 @@ def _log_sum(xp: Any, values: Array, axis: int) -> Array:
 
 @dataclass
 class TiltLaw:
-    """A :class:`~probest.adversaries.base.Law`; its points are ``u`` ``(n, r)``, ``z`` ``(n, dim)``, strata ``k``."""
+    """A :class:`~probest.adversaries.base.Law`; its points are ``u`` ``(n, r)``, ``z`` ``(n, dim)``, strata ``k``.
+
+    And an :class:`~probest.adversaries.base.Opponent`.
+    """
 
     event: Event
     basis: Floats
@@ -209,6 +229,26 @@ class TiltLaw:
             return points["u"]
         apart = _APART * np.eye(len(self.strata))[points["k"]]
         return np.concatenate([points["u"], apart], axis=1)
+
+    def cases(self, event: Event, n: int, rng: np.random.Generator) -> tuple[Floats, np.ndarray | None]:
+        drawn = self.draw(self.parts, n, rng)
+        return drawn["z"], None if self.strata is None else drawn["k"]
+
+    def distance(self, other: Any, rng: np.random.Generator) -> float:
+        if not isinstance(other, TiltLaw):
+            return float("inf")
+        points = self.draw(self.parts, 1_024, rng)
+        there = {**points, "u": points["z"] @ other.basis}
+        return float(np.mean(self._log_ratio(points) - other._log_ratio(there)))
+
+    def played(self) -> Callable[..., Any]:
+        return self.program(self.parts, 1.0)
+
+    def _log_ratio(self, points: dict[str, np.ndarray]) -> Floats:
+        backend = self.event.backend
+        with backend.no_gradient():
+            value = self.log_ratio(self.parts, {name: backend.from_host(v) for name, v in points.items()})
+        return np.asarray(backend.to_host(value), dtype=np.float64)
 
     def severity(self, points: dict[str, np.ndarray]) -> Floats:
         held = None if self.strata is None else self.strata.held(points["k"])

@@ -212,7 +212,7 @@ class Texts:
     def of(cls, adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> Texts:
         """Of values of the sites, each ``(n, ..., length)``."""
         readings, owner = [], []
-        tokens = _tokens(adversary, values)
+        tokens = tokens_of(adversary, values)
         for i, (law, value) in enumerate(zip(laws_given(adversary, tokens), tokens.values(), strict=True)):
             lm = law.lm
             assert isinstance(lm, TwistedLM)
@@ -374,7 +374,7 @@ def to_normals(
     adversary: LanguageAdversary, values: dict[str, np.ndarray], uniform: dict[str, np.ndarray]
 ) -> dict[str, Floats]:
     """Coordinates from which the untwisted program draws these values of its sites; see TokenSequences.to_normals."""
-    tokens, found = _tokens(adversary, values), {}
+    tokens, found = tokens_of(adversary, values), {}
     for law, (name, value) in zip(laws_given(adversary, tokens), tokens.items(), strict=True):
         assert isinstance(law.lm, TwistedLM)
         plain = TokenSequences(law.lm.base, law.prompt.expand(value.shape[:-1]))
@@ -382,12 +382,12 @@ def to_normals(
     return found
 
 
-def _tokens(adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def tokens_of(adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Values of the adversary's sites, in its order."""
     found = {}
     for name, lm in zip(adversary.sites, adversary.models, strict=True):
-        assert isinstance(lm, TwistedLM)
-        found[name] = torch.as_tensor(values[name], device=lm.base.prompt_ids.device).long()
+        device = cast(CausalLM, lm.base if isinstance(lm, TwistedLM) else lm).prompt_ids.device
+        found[name] = torch.as_tensor(values[name], device=device).long()
     return found
 
 

@@ -62,7 +62,9 @@ class DistillingTuning:
     wide_share: float = tuned(0.3, "of the samples, from that part", _BY)
     affordable: float = tuned(0.4, "of the budget that is left, for fresh samples that would do", _BY)
     particles: int = tuned(1_024, "of the temperings while it learns, which cost no model calls", _BY)
-    last_particles: int = tuned(8_192, "of each of the last", _BY)
+    last_particles: int = tuned(8_192, "of each of the last, at most", _BY)
+    least_last: int = tuned(2_048, "the same, at least", _BY)
+    one_error: float = tuned(5.0, "over the root of their number: the usual error of one of them, in nats", _BY)
     moves: int = tuned(4, "of each particle on each level, at most", _BY)
     runs: int = tuned(6, "last temperings, at most", _BY)
     exact: float = tuned(0.6, "times the precision: the error of its mass that ends them", _BY)
@@ -172,11 +174,12 @@ def _guide(student: Student, error: float, seed: np.random.SeedSequence, tuning:
     """Temper on the student until both masses are known to ``error`` nats."""
     assert student.known is not None
     parts: list[DistilledGuide] = []
+    size = int(np.clip((tuning.one_error / error) ** 2, tuning.least_last, tuning.last_particles))
     for k, known in enumerate(_both(student.known, tuning)):
         own = child_seed(seed, Stream.LAST, k)
         runs: list[Run] = []
         while len(runs) < tuning.runs:
-            run = _tempered(known, tuning.last_particles, tuning, child_seed(own, len(runs)))
+            run = _tempered(known, size, tuning, child_seed(own, len(runs)))
             if run is not None:
                 runs.append(run)
             elif not runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
@@ -304,10 +304,10 @@ class Descent:
         self.welcome(base, state.step, Stream.OPPONENTS)
         calls, turn = base.calls, state.step // self.pool.every
         if math.isfinite(base.log_prob) and base.conclusion.particles is not None:
-            family = replace(self.pool.family, from_particles=turn % 2 == 1)
+            family = self.pool.family.turned(turn)
             found = search(
-                problem, family, kl=self.pool.kl, base=base, steps=200, refine=0, judge=512, seed=seed, progress=False,
-                tuning=QUICK,
+                problem, family, kl=self.pool.kl, base=base, steps=self.pool.steps, refine=0, judge=512, seed=seed,
+                progress=False, tuning=getattr(family, "tuning", QUICK),
             )  # fmt: skip
             calls += found.calls
             self.opponents.add(found, generator(child_seed(self.root, Stream.OPPONENTS, state.step, 2)))

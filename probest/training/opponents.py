@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import log_ndtr
 
-from probest.adversaries.tilts import Tilt, TiltLaw
+from probest.adversaries.base import Opponent, Playable
+from probest.adversaries.tilts import Tilt
 from probest.diagnostics import log_sum_exp
 from probest.evidence import Floats
 from probest.guides.base import allocate
 from probest.programs.event import Event
-from probest.search import Search, SearchTuning, ratio_of
+from probest.search import Search, SearchTuning
 from probest.training.follower import Cases, Follower
 from probest.tuning import tuned
 
@@ -37,23 +38,26 @@ QUICK = SearchTuning(particles=512, draws=256, final=4_096)
 class Pool:
     """What ``train(adversaries=Pool(kl=3.0))`` plays against.
 
-    kl: nats that an opponent may be away from the given adversary. every: steps between searches. most: opponents that
-    are kept. family: a tilt.
+    kl: nats that an opponent may be away from the given adversary. every: steps of training between searches. steps: of
+    each search, at most. most: opponents that are kept. family: a tilt, or a language adversary
+    (:class:`probest.adversaries.language.LanguageAdversary`).
     """
 
     kl: float = 3.0
     every: int = 200
+    steps: int = 200
     most: int = 4
-    family: Tilt = field(default_factory=Tilt)
+    family: Playable = field(default_factory=Tilt)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.kl) and self.kl > 0.0):
             raise ValueError(f"kl={self.kl!r}: expected a positive number of nats")
-        for name in ("every", "most"):
+        for name in ("every", "steps", "most"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number of at least 1")
-        if not isinstance(self.family, Tilt):
-            raise ValueError(f"family is a {type(self.family).__name__}: opponents in training are tilts")
+        if not hasattr(self.family, "check_playable"):
+            kind = type(self.family).__name__
+            raise ValueError(f"family is a {kind}: opponents in training are tilts, or language adversaries")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ class OpponentsTuning:
 
 @dataclass
 class Opponents:
-    """laws: of the opponents, with their parameters. level: log of the running mean of Φ(severity/σ) under each."""
+    """laws: the opponents. level: log of the running mean of Φ(severity/σ) under each."""
 
     event: Event
-    most: int
-    laws: list[TiltLaw] = field(default_factory=list)
+    pool: Pool
+    laws: list[Opponent] = field(default_factory=list)
     level: list[float] = field(default_factory=list)
     tuning: OpponentsTuning = field(default_factory=OpponentsTuning)
 
@@ -80,15 +84,14 @@ class Opponents:
 
     def add(self, found: Search, rng: np.random.Generator) -> None:
         """Keep an opponent; the one that it resembles, or the least dangerous of too many, leaves."""
-        assert isinstance(found.law, TiltLaw)
-        law = TiltLaw(found.law.event, found.law.basis, found.law.strata, found.parts)
+        law = self.pool.family.opponent(self.event, found.law, found.parts)
         for i, old in enumerate(self.laws):
-            if self._distance(law, old, rng) < self.tuning.alike:
+            if law.distance(old, rng) < self.tuning.alike:
                 self.laws[i], self.level[i] = law, 0.0
                 return
         self.laws.append(law)
         self.level.append(0.0)
-        if len(self.laws) > self.most:
+        if len(self.laws) > self.pool.most:
             weakest = int(np.argmin(self.level[:-1]))
             del self.laws[weakest], self.level[weakest]
 
@@ -99,16 +102,11 @@ class Opponents:
             return self._judged(event, ladder, z, self._group(None, z, ladder), np.full(count, -1))
         weight = np.exp(np.array(self.level) - log_sum_exp(np.array(self.level)))
         weight = self.tuning.least / len(weight) + (1.0 - self.tuning.least) * weight
-        owner = np.repeat(np.arange(len(self.laws)), allocate(count, weight, rng))
-        drawn = [law.draw(law.parts, int((owner == i).sum()), rng) for i, law in enumerate(self.laws)]
-        z = np.concatenate([points["z"] for points in drawn])
-        group = np.concatenate(
-            [
-                self._group(points["k"] if law.strata is not None else None, points["z"], ladder)
-                for law, points in zip(self.laws, drawn, strict=True)
-            ]
-        )
-        return self._judged(event, ladder, z, group, owner)
+        counts = allocate(count, weight, rng)
+        drawn = [law.cases(event, int(n), rng) for law, n in zip(self.laws, counts, strict=True)]
+        owner = np.repeat(np.arange(len(self.laws)), [len(z) for z, _ in drawn])
+        group = np.concatenate([self._group(k, z, ladder) for z, k in drawn])
+        return self._judged(event, ladder, np.concatenate([z for z, _ in drawn]), group, owner)
 
     def _group(self, k: np.ndarray | None, z: Floats, ladder: Follower) -> np.ndarray:
         if k is not None or ladder.strata is None:
@@ -131,14 +129,6 @@ class Opponents:
         held = {} if ladder.strata is None else ladder.strata.held(group)
         return Cases(z, held, severity, noise, share, group)
 
-    def _distance(self, new: TiltLaw, old: TiltLaw, rng: np.random.Generator) -> float:
-        """KL(new ‖ old), from draws of the new one."""
-        backend = self.event.backend
-        points = new.draw(new.parts, 1_024, rng)
-        there = {**points, "u": points["z"] @ old.basis}
-        gap = ratio_of(backend, new, new.parts, points) - ratio_of(backend, old, old.parts, there)
-        return float(np.mean(gap))
-
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it, by name, for a checkpoint."""
         kept = {"level": np.array(self.level, dtype=np.float64)}
@@ -148,7 +138,8 @@ class Opponents:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         self.level = [float(level) for level in arrays["level"]]
-        self.laws = [
-            TiltLaw.of(self.event, {n.removeprefix(f"{i}."): v for n, v in arrays.items() if n.startswith(f"{i}.")})
+        own = [
+            {n.removeprefix(f"{i}."): v for n, v in arrays.items() if n.startswith(f"{i}.")}
             for i in range(len(self.level))
         ]
+        self.laws = [self.pool.family.restored(self.event, each) for each in own]
