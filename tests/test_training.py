@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.special import log_ndtr
 
 import probest
 from probest import Pool, Problem, Tempering, audit, estimate, search, train
+from probest.audit import Audit
 from probest.backends.base import Losses
 from probest.budget import Meter
 from probest.evidence import Evidence, Run
@@ -484,6 +486,32 @@ def test_where_training_has_fooled_an_estimator_the_audit_says_so(
     assert any("not known to be below" in line for line in run.advice)
     assert any("fooled says" in line for line in run.advice)
     assert len(run.history) == 30 + 10  # a further round, from what the audit found
+
+
+@pytest.mark.parametrize(
+    ("lines", "chosen"),
+    [
+        (((-11.8, 0.06, False), (-10.8, 1.0, False)), 0),  # one hit, by chance
+        (((-41.8, 0.2, False), (-34.2, 1.4, False)), 1),  # not by chance
+        (((-11.8, 0.06, False), (-10.8, 0.9, True)), 0),
+        (((-11.8, 0.06, True), (-11.0, 0.2, False)), 1),  # refuted
+        (((-11.8, 0.06, True), (-11.7, 0.02, False)), 0),
+        (((-11.8, 1.2, False), (-11.0, 1.0, False), (-math.inf, math.inf, False)), 1),
+    ],
+)
+def test_whom_an_audit_believes(lines: tuple[tuple[float, float, bool], ...], chosen: int) -> None:
+    """log P, its standard error, and whether it has converged."""
+    estimates = [
+        SimpleNamespace(
+            log_prob=log_prob, std_error=error, converged=converged, upper=log_prob + 2.0 * error,
+            conclusion=Evidence(
+                "made up", log_prob, error, (log_prob - 2.0 * error, min(log_prob + 2.0 * error, 0.0))
+                if math.isfinite(error) else (-math.inf, -9.0), "consistent", 1, 0.0, converged,
+            ),
+        )
+        for log_prob, error, converged in lines
+    ]  # fmt: skip
+    assert Audit(tuple(estimates), 0.0).estimate is estimates[chosen]  # type: ignore[arg-type]
 
 
 # Opponents ------------------------------------------------------------------------------------------------------------
