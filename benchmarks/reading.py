@@ -17,7 +17,8 @@ then the share of errors that the stated one covers (two standard errors of the 
 converged, and the largest error of those, in nats.
 
 --parts N: instead, N random networks of two to four outputs, of which any, or all, or the first or all others, have to
-pass limits, with correlations up to .95 between them: moment propagation and plain draws.
+pass limits, with correlations up to .95 between them: moment propagation and plain draws. --by-hand: the checker is one
+function with maxima and minima in its code, instead of `any_of` and `all_of`.
 
 --training: `train(objective="reading")` instead, on the output of random networks at 3.2 of its standard deviations, 30
 steps: log P by the default estimate before and after, as it was read last, and the audit, which reads nothing.
@@ -150,7 +151,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     yield far(args.samples // 10, 0)
 
 
-def parts(count: int, samples: int, console: Console) -> None:
+def parts(count: int, samples: int, by_hand: bool, console: Console) -> None:
     """Combined checkers: errors in nats beside what is stated and the truth's own."""
     import pyro
     import pyro.distributions as dist
@@ -191,6 +192,14 @@ def parts(count: int, samples: int, console: Console) -> None:
             "all": lambda leaves=leaves: all_of(*leaves),
             "first or all others": lambda leaves=leaves: any_of(leaves[0], all_of(*leaves[1:])),
         }[way]()
+        if by_hand:
+            checker = {
+                "any": lambda x, y, limits=limits: (y - limits).amax(),  # noqa: ARG005
+                "all": lambda x, y, limits=limits: (y - limits).amin(),  # noqa: ARG005
+                "first or all others": lambda x, y, limits=limits: torch.maximum(  # noqa: ARG005
+                    y[0] - limits[0], (y - limits)[1:].amin()
+                ),
+            }[way]
         problem = Problem(
             lambda dim=dim: pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1)), net, checker
         )
@@ -313,9 +322,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--training", action="store_true")
     parser.add_argument("--parts", type=int, default=0, help="networks with combined checkers, instead")
+    parser.add_argument("--by-hand", action="store_true", help="these checkers as one function")
     args = parser.parse_args()
     if args.parts:
-        parts(args.parts, args.samples, Console(width=120))
+        parts(args.parts, args.samples, args.by_hand, Console(width=120))
         return
     if args.training:
         training(args.seeds, Console(width=120))

@@ -17,6 +17,7 @@ from probest.estimators.moments import advance, elsewhere
 from probest.estimators.moments import read as event_layers
 from probest.evidence import Code, Population
 from probest.moments.layers import layers
+from probest.moments.parting import parted
 from probest.moments.tilt import Tilting
 from tests.library import gradient, library
 
@@ -46,9 +47,10 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
     assert result.log_prob == pytest.approx(np.log(stats.norm.sf(3.0) + stats.norm.sf(2.9)), abs=0.02)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("kind", ["any", "all", "both"])
-def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str) -> None:
-    """Half-spaces, correlated: against the multivariate normal law."""
+def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, by_hand: bool) -> None:
+    """Half-spaces, correlated: against the multivariate normal law. by_hand: maxima and minima in a checker's code."""
     lib = library(backend)
     rows = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.6, 0.0, 0.8]])
     limits = {"any": (3.0, 2.8, 3.1), "all": (0.9, 1.4, 0.2), "both": (3.5, 0.5, 0.9)}[kind]
@@ -78,6 +80,13 @@ def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str) -> None:
         "all": lambda: all_of(*parts),
         "both": lambda: any_of(parts[0], all_of(parts[1], negate(parts[2]))),
     }[kind]()
+    if by_hand:
+        ends = lib.xp.asarray(np.asarray(limits, np.float32))
+        checker = {
+            "any": lambda x, y: (y - ends).max(),
+            "all": lambda x, y: (y - ends).min(),
+            "both": lambda x, y: lib.xp.maximum(y[0] - ends[0], lib.xp.minimum(y[1] - ends[1], ends[2] - y[2])),
+        }[kind]
     result = read(normal(lib, 3), lambda x: arrays @ x, checker)
     assert result.converged, result.advice
     assert result.log_prob == pytest.approx(expected, abs=2e-3)
@@ -137,7 +146,10 @@ def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
         parts = [lambda x, y: y[0] - 1.0, lambda x, y: y[1] - 1.5]
         return Problem(normal(lib, 3), model, combine(*parts)), model
 
-    for combine in (all_of, any_of):
+    def larger(one: Any, other: Any) -> Any:
+        return lambda x, y: lib.xp.maximum(one(x, y), 2.0 * other(x, y))
+
+    for combine in (all_of, any_of, larger):
         there, model = problem(0.2, combine)
         result = estimate(there, estimator=MomentPropagation(), **QUIET)
         value, slopes = gradient(backend, result, model=model)
@@ -287,6 +299,42 @@ def test_layers_are_the_function(backend: str, case: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("case", "branches", "together"),
+    [
+        ("sum", 4, 1),
+        ("range", 4, 1),
+        ("least", 2, 4),
+        ("smooth", 1, 1),
+        ("narrow", 4, 1),
+        ("many", 1, 1),
+        ("slope", 2, 1),
+    ],
+)
+def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: int, together: int) -> None:
+    """The largest of the branches is the function's own value, at random points."""
+    lib, rng = library(backend), np.random.default_rng(9)
+    xp = lib.xp
+    A, B = (xp.asarray(np.asarray(rng.normal(size=shape) / 2, np.float32)) for shape in ((4, 5), (9, 5)))
+    functions = {
+        "sum": lambda x: xp.maximum(x[0], x[1]) + xp.abs(xp.tanh(A @ x)[2] - 0.3),
+        "range": lambda x: 2.0 * (A @ xp.tanh(x)).max() - 1.0,
+        "least": lambda x: xp.maximum(xp.minimum(x[0], x[1]), (A @ x)[2:].min() - xp.abs(x[4])) - 0.1,
+        "smooth": lambda x: xp.tanh(A @ x).sum(),
+        "narrow": lambda x: (xp.maximum(A[:2] @ x, 0.0 * x[:2])).sum() + x[0],
+        "many": lambda x: (B @ x).max(),
+        "slope": lambda x: xp.maximum(0.1 * x[0], 3.0 * x[0]) + x[1],
+    }
+    fn = functions[case]
+    z = rng.standard_normal((20, 5))
+    inside = load_backend("torch" if backend == "pyro" else "jax")
+    found = parted(layers(fn, inside.from_host(np.zeros(5))).on_host(inside))
+    assert len(found.branches) == branches
+    assert max(len(branch) for branch in found.branches) >= together
+    expected = np.stack([np.asarray(inside.to_host(fn(inside.from_host(row)))) for row in z])
+    np.testing.assert_allclose(found.severity(found(z)), expected, rtol=2e-3, atol=2e-4)
+
+
 def test_the_default_reads_a_wide_network_and_another_search_bears_it_out(backend: str) -> None:
     """96 wide, P about 1e-4: 1e6 draws of an independent forward pass, 4 standard errors and what is stated."""
     lib, rng = library(backend), np.random.default_rng(7)
@@ -328,9 +376,14 @@ def test_the_mean_of_catastrophes_is_foreseen() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_catastrophes_elsewhere_are_seen(share: float) -> None:
-    """Two half-spaces, one of which a reading from the middle alone does not know of."""
+    """Two half-spaces, rounded off where they meet, one of which a reading from the middle alone does not know of."""
     lib, rng = library("pyro"), np.random.default_rng(0)
-    problem = Problem(normal(lib, 3), lambda x: x, lambda _, y: lib.xp.maximum(y[0] - 3.0, y[1] - 3.5))
+
+    def larger(_: Any, y: Any) -> Any:
+        one, other = y[0] - 3.0, y[1] - 3.5
+        return 0.5 * (one + other + lib.xp.sqrt((one - other) ** 2 + 1e-2))
+
+    problem = Problem(normal(lib, 3), lambda x: x, larger)
     reading = estimate(problem, estimator=MomentPropagation(starts=0), **QUIET).conclusion
     z = rng.standard_normal((2000, 3))
     known = np.abs(reading.weigher.tilts[0].input[:2]).argmax()

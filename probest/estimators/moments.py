@@ -38,6 +38,7 @@ from probest.estimators.base import Need, UnmetNeedError, check_least, check_nee
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Population, Run
 from probest.moments.layers import Layers, layers
 from probest.moments.orthant import log_orthant
+from probest.moments.parting import parted
 from probest.moments.steps import MomentError
 from probest.moments.tilt import Through, Tilt, Tilted, Tilting, resettled, tilted, untilted
 from probest.programs.event import Event
@@ -174,7 +175,7 @@ class MomentPropagation:
         if getattr(event, "discrete_sites", ()):
             raise UnmetNeedError(f"{self.name}: parts are not read one by one where there are discrete sites")
         try:
-            net = read(event)
+            net = read(event, ends=False)
             middle = untilted(net, self.tuning)
         except (MomentError, ValueError) as why:
             raise UnmetNeedError(f"{self.name}: the event cannot be read: {why}") from why
@@ -384,7 +385,10 @@ class Reading:
         tuning = replace(self.tuning, rounds=3, most_rounds=3, between=self.tuning.followed, close=0.0)
 
         def log_prob_at(parts: Parts) -> Array:
-            net = layers(_function(event, parts)[0], zeros)
+            function, branches = _function(event, parts)
+            net = replace(layers(function, zeros), branches=branches)
+            if max(j for branch in self.branches for j, _ in branch) >= net.output.size:
+                net = parted(net, lambda x: backend.to_host(backend.constant(x)))
             total = 0.0 * zeros[0] + self.log_prob
             for share, tilt, branch in zip(self.gains, self.tilts, self.branches, strict=True):
                 start = Tilt(put(tilt.input), tuple(map(put, tilt.noises)))
@@ -433,13 +437,15 @@ def elsewhere(reading: Evidence, expected: float, found: Population, independent
     return 1.0 - mean / expected, error / expected
 
 
-def read(event: Any, most: int | None = None) -> Layers:
+def read(event: Any, most: int | None = None, *, ends: bool = True) -> Layers:
     """The severity of an event in layers, in NumPy: those of the parts of a combined checker, where there are not too
-    many. MomentError where the layers are more than ``most``.
+    many. MomentError where the layers are more than ``most``. ends: whether maxima and minima that it ends in are taken
+    apart too.
     """
     function, branches = _function(event)
     found = layers(function, event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)
-    return replace(found, branches=branches)
+    found = replace(found, branches=branches)
+    return parted(found) if ends else found
 
 
 def _function(event: Any, parts: Parts | None = None) -> tuple[Callable[[Array], Array], tuple[Branch, ...]]:

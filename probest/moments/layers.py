@@ -30,7 +30,7 @@ from probest.moments.propagate import interpret
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError
 
-__all__ = ["INPUT", "Base", "Layer", "Layers", "Linear", "layers"]
+__all__ = ["INPUT", "Base", "Layer", "Layers", "Linear", "layers", "reached"]
 
 Array = Any
 Call = Callable[..., Array]
@@ -139,11 +139,11 @@ def layers(fn: Callable[[Array], Array], mean: Array, most: int | None = None) -
     """
     p, _, found = interpret(fn, mean, rules=partial(_Reading, most=most))
     assert isinstance(p, _Reading)
-    kept, output = _reached(p.layers, p.linear(p.gaussian(found)))
+    kept, output = reached(p.layers, p.linear(p.gaussian(found)))
     return Layers(math.prod(mean.shape), kept, output, p.s)
 
 
-def _reached(found: Sequence[Layer], output: Linear) -> tuple[tuple[Layer, ...], Linear]:
+def reached(found: Sequence[Layer], output: Linear) -> tuple[tuple[Layer, ...], Linear]:
     """The layers whose functions the output depends on, renumbered. What else is computed, as log-probabilities are, is
     left out; where the linear part of such a layer is used, it is put in.
     """

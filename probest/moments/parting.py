@@ -1,0 +1,165 @@
+r"""Maxima and minima at the end of a function, taken apart.
+
+A severity that ends in a maximum is a union of events, one in a minimum an intersection, whoever wrote it: the checker
+with ``any_of`` and ``all_of``, or ``y.max()`` in its code. In layers (:mod:`probest.moments.layers`) such an end is a
+last layer of few entries whose functions bend once,
+
+.. math:: s = r + c\, f(x), \qquad f(x) = v + \max(\alpha (x - a), \beta (x - a)),
+
+which is the larger of its two affine sides for c > 0 and the smaller for c < 0. Each side is a function of the layers
+before it, and may end in a maximum again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from probest.checkers import Branch
+from probest.moments.layers import Base, Layer, Layers, Linear, reached
+
+__all__ = ["parted"]
+
+Array = Any
+_NARROW = 4  # entries of a layer that may be an end, at most: a hidden layer has more
+
+
+class _Side(NamedTuple):
+    """One side of a bend: what is affine about ``at``, with the value ``value`` there; all may depend on parameters."""
+
+    slope: Array
+    at: Array
+    value: Array
+
+
+class _Node(NamedTuple):
+    """A union (``any``) or an intersection of parts, or the number of a leaf."""
+
+    any: bool
+    parts: tuple[_Node, ...]
+    leaf: int = -1
+
+
+def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8) -> Layers:
+    """The same severity with more outputs and ``branches``, where it ends in maxima or minima of few parts.
+
+    host: an array of the network's library in NumPy. most: branches.
+    """
+    found = _Parting(net, host)
+    nodes = [found.node(_row(net.output, j)) for j in range(net.output.size)]
+    if all(not node.parts for node in nodes):
+        return net
+    branches: list[Branch] = []
+    for branch in net.branches:
+        each = [_branches(nodes[j], sign) for j, sign in branch]
+        if math.prod(map(len, each)) > most:
+            return net
+        branches += [tuple(itertools.chain(*together)) for together in itertools.product(*each)]
+    if len(branches) > most or not all(_varies(leaf) for leaf in found.leaves):
+        return net
+    kept, output = reached(net.layers, _stacked(net, found.leaves, host))
+    return Layers(net.dim, kept, output, net.special, tuple(branches))
+
+
+class _Parting:
+    """The leaves so far."""
+
+    def __init__(self, net: Layers, host: Callable[[Array], Any]) -> None:
+        self.net, self.host = net, host
+        self.leaves: list[Linear] = []
+
+    def node(self, one: Linear) -> _Node:
+        """What one output ``(1,)`` comes to."""
+        one = self._plain(one)
+        for k in reversed(range(len(self.net.layers))):
+            base, layer = ("y", k), self.net.layers[k]
+            if base not in one.terms:
+                continue
+            row = np.asarray(self.host(one.terms[base]), dtype=np.float64)[0]
+            i = int(np.argmax(np.abs(row)))
+            sides = self._sides(layer, i) if layer.linear.size <= _NARROW else None
+            if sides is None:
+                continue
+            left, right = (float(self.host(side.slope)) for side in sides)
+            larger = row[i] * (right - left) > 0.0
+            return _Node(larger, tuple(self.node(self._on(one, k, i, side)) for side in sides))
+        self.leaves.append(one)
+        return _Node(False, (), len(self.leaves) - 1)
+
+    def _plain(self, one: Linear) -> Linear:
+        """Without what is zero, and with what narrow layers are applied to in its own terms."""
+        terms, shift = dict(one.terms), one.shift
+        for k in reversed(range(len(self.net.layers))):
+            inner = self.net.layers[k].linear
+            if ("x", k) in terms and inner.size <= _NARROW:
+                matrix = terms.pop(("x", k))
+                shift = shift + matrix @ inner.shift
+                for base, own in inner.terms.items():
+                    terms[base] = terms[base] + matrix @ own if base in terms else matrix @ own
+        size = max((float(np.abs(self.host(m)).max()) for m in terms.values()), default=0.0)
+        least = 1e-6 * size  # what cancels leaves rounding, in single precision
+        return Linear({b: m for b, m in terms.items() if np.abs(self.host(m)).max() > least}, shift)
+
+    def _on(self, one: Linear, k: int, i: int, side: _Side) -> Linear:
+        """One output with the i-th entry of a layer on one side of its bend."""
+        inner, base = self.net.layers[k].linear, ("y", k)
+        by = one.terms[base][:, i : i + 1]
+        terms = dict(one.terms)
+        keep = self.net.special.array(np.arange(inner.size) != i, by) * 1.0
+        terms[base] = one.terms[base] * keep
+        for other, own in inner.terms.items():
+            added = side.slope * (by @ own[i : i + 1])
+            terms[other] = terms[other] + added if other in terms else added
+        shift = one.shift + by[:, 0] * (side.value + side.slope * (inner.shift[i] - side.at))
+        return Linear(terms, shift)
+
+    def _sides(self, layer: Layer, i: int) -> tuple[_Side, _Side] | None:
+        """Both sides of a function that bends once and is affine on either; None for another."""
+        if len(layer.breaks) != 1:
+            return None
+        at = layer.breaks[0]
+        middle = np.asarray(self.host(at), dtype=np.float64)
+        steps = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+        asked = self.net.special.array(middle + steps[:, None], at)
+        said = np.asarray(self.host(layer.function(asked)), dtype=np.float64)[:, i]
+        slopes = np.diff(said)
+        close = 1e-4 * max(float(np.abs(slopes).max()), 1e-300)
+        if not (np.isfinite(slopes).all() and np.abs(slopes[[0, 2]] - slopes[[1, 3]]).max() < close):
+            return None
+        if abs(slopes[3] - slopes[0]) < close:
+            return None
+        before, value, after = (layer.function((at + step)[None])[0][i] for step in (-1.0, 0.0, 1.0))
+        return _Side(value - before, at[i], value), _Side(after - value, at[i], value)
+
+
+def _branches(node: _Node, sign: float) -> list[Branch]:
+    """How it comes to a catastrophe, or, for a negative sign, does not."""
+    if not node.parts:
+        return [((node.leaf, sign),)]
+    found = [_branches(part, sign) for part in node.parts]
+    if node.any == (sign > 0.0):
+        return [branch for some in found for branch in some]
+    return [tuple(itertools.chain(*together)) for together in itertools.product(*found)]
+
+
+def _row(output: Linear, j: int) -> Linear:
+    return Linear({base: matrix[j : j + 1] for base, matrix in output.terms.items()}, output.shift[j : j + 1])
+
+
+def _varies(leaf: Linear) -> bool:
+    return bool(leaf.terms)
+
+
+def _stacked(net: Layers, leaves: list[Linear], host: Callable[[Array], Any]) -> Linear:
+    xp = net.special.xp
+    bases: list[Base] = list(dict.fromkeys(itertools.chain(*(leaf.terms for leaf in leaves))))
+    terms = {}
+    for base in bases:
+        like = next(leaf.terms[base] for leaf in leaves if base in leaf.terms)
+        none = net.special.array(np.zeros(np.shape(host(like))), like)
+        terms[base] = xp.concat([leaf.terms.get(base, none) for leaf in leaves])
+    return Linear(terms, xp.concat([leaf.shift for leaf in leaves]))
