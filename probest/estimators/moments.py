@@ -239,6 +239,7 @@ class MomentPropagation:
                 _gains(found),
                 tuple(mode.tilt for mode in found),
                 tuple(mode.which for mode in found),
+                net.output.size,
                 self.tuning,
             ),
         )
@@ -368,7 +369,7 @@ class Reading:
     parameters.
 
     shares: of each mode in the sum of all; gains: of log P by the log of each mode's probability, less for what modes
-    have in common.
+    have in common. outputs: of what was read, more than the severities where their ends were taken apart.
     """
 
     log_prob: float
@@ -376,6 +377,7 @@ class Reading:
     gains: tuple[float, ...]
     tilts: tuple[Tilt, ...]
     branches: tuple[Branch, ...]
+    outputs: int
     tuning: Tilting
 
     def __call__(self, event: Any) -> Callable[[Parts], Array]:
@@ -387,7 +389,7 @@ class Reading:
         def log_prob_at(parts: Parts) -> Array:
             function, branches = _function(event, parts)
             net = replace(layers(function, zeros), branches=branches)
-            if max(j for branch in self.branches for j, _ in branch) >= net.output.size:
+            if net.output.size != self.outputs:
                 net = parted(net, lambda x: backend.to_host(backend.constant(x)))
             total = 0.0 * zeros[0] + self.log_prob
             for share, tilt, branch in zip(self.gains, self.tilts, self.branches, strict=True):
