@@ -681,6 +681,24 @@ def test_a_stratum_that_is_not_converged_counts_with_all_that_it_may_hold(
     assert converged or conclusion.interval[1] >= math.log(0.5) + top - 0.1
 
 
+@pytest.mark.parametrize(("budget", "taught"), [(4_000, False), (60_000, True)])
+def test_strata_that_are_worth_it_are_taught(
+    backend: str, monkeypatch: pytest.MonkeyPatch, budget: int, taught: bool
+) -> None:
+    """A student takes seconds; what it learns from is kept for all strata together."""
+    built, _ = half_spaces(named(backend), count=2, dim=4)
+    seen = []
+
+    def spend(self: Campaign, budget: int) -> Run:
+        seen.append((self.method.taught, self._watched, self.event.most))  # type: ignore[attr-defined]
+        return Run((Evidence("made up", -5.0, 0.01, (-5.02, -4.98), "consistent", budget, 0.0, True),), budget)
+
+    monkeypatch.setattr(Campaign, "spend", spend)
+    Stratified().run(built.event, budget=budget, seed=seed(0))
+    most = Combined().tuning.most_kept
+    assert seen == [(taught, taught, most)] * 2
+
+
 def test_other_methods_work_within_strata(backend: str) -> None:
     built, truth = half_spaces(named(backend), count=3, dim=4)
     method = Stratified(precision=None, inner=Combined())
