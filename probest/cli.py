@@ -44,6 +44,7 @@ CONVERGED, BAD_INPUT, NOT_CONVERGED = 0, 2, 3
 DEMOS = ("digits", "pendulum", "language")
 DEMO_NATS = 12.0  # how much less likely the demo makes the catastrophe
 DEMO_STEPS = 400
+DEMO_AUDIT = 2  # times an estimate's budget, for each audit
 DEMO_QUICK = {"steps": 50, "budget": 10_000, "check_budget": 10_000}
 
 
@@ -311,10 +312,10 @@ def _demo(options: argparse.Namespace) -> int:
     budget = settings["budget"]
 
     def judged(name: str, model: Any, calls: int, seconds: float) -> Candidate:
-        """An estimate of ``model``, and an audit of it by the methods and budget that train() uses for its own."""
+        """An estimate of ``model``, and an audit of it as train() makes its own."""
         problem = module.problem(model)
         found = estimate(problem, budget=budget, seed=1)
-        checked = audit(problem, budget=4 * budget, seed=2)
+        checked = audit(problem, budget=DEMO_AUDIT * budget, seed=2)
         return Candidate(name, module.accuracy(model), found, checked, calls, seconds)
 
     console.print(f"Training M ({options.model}) the ordinary way")
@@ -331,6 +332,7 @@ def _demo(options: argparse.Namespace) -> int:
         task=module.task_loss,
         data=module.load_data()[0],
         seed=3,
+        audit_budget=DEMO_AUDIT * budget,
         **({"until_log_prob": ordinary.estimate.log_prob - DEMO_NATS} | settings),
     )
     console.print(run.after)

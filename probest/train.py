@@ -151,6 +151,7 @@ def train(
     budget: int = 50_000,
     check_budget: int = 20_000,
     audit: Estimator | Sequence[Estimator] | None = None,
+    audit_budget: int | None = None,
     audit_rounds: int = 1,
     adversaries: Pool | None = None,
     objective: Literal["log_prob", "lower_bound", "reading"] = "log_prob",
@@ -196,8 +197,9 @@ def train(
         check_every: steps between fresh looks, where they are due.
         budget: model calls of each full estimate (before, after).
         check_budget: model calls of each fresh look.
-        audit: a method, or several, which share four times ``budget``. By default what ``estimate`` does by itself,
+        audit: a method, or several, which share ``audit_budget``. By default what ``estimate`` does by itself,
             tempering with many particles, and plain sampling.
+        audit_budget: model calls of each audit; four times ``budget`` by default.
         audit_rounds: how often training goes on from what an audit found, for a quarter of ``steps`` each, at most.
         adversaries: adversaries to search for during training and to play against beside the given one; None for none.
         objective: ``"log_prob"``: the ladder. ``"lower_bound"``: what the model steps down is a variational lower bound
@@ -241,7 +243,9 @@ def train(
         raise ValueError(f"teacher is a {type(teacher).__name__}: expected a function of one observation")
     if objective not in FOLLOWERS:
         raise ValueError(f"objective={objective!r}: expected one of {', '.join(map(repr, FOLLOWERS))}")
-    audits = panel(audit, 4 * budget)
+    if audit_budget is not None:
+        check_whole("audit_budget", audit_budget, least=1)
+    audits = panel(audit, audit_budget or 4 * budget)
     event = problem.event
     if not event.trainable:
         raise ValueError(

@@ -119,9 +119,11 @@ def test_what_a_model_draws_is_trained_by_its_probability(backend: str) -> None:
 
     run = train(
         problem, task=task, data=np.ones(64), until_log_prob=-30.0, steps=20, learning_rate=0.1, max_pressure=0.1,
-        particles=64, budget=2_000, check_budget=500, check_every=20, audit=MonteCarlo(), audit_rounds=0,
-        progress=False,
+        particles=64, budget=2_000, check_budget=500, check_every=20, audit=MonteCarlo(),
+        audit_budget=3_000, audit_rounds=0, progress=False,
     )  # fmt: skip
+    assert run.audit is not None
+    assert run.audit.calls <= 3_000
     after = weights(run.model)
     assert after["risk"] < -3.7
     assert after["gain"] == pytest.approx(1.0, abs=0.5)
@@ -166,6 +168,8 @@ def test_a_reading_is_loss_enough(backend: str) -> None:
     assert abs(run.before.log_prob - read.log_prob) < 0.3
     assert run.audit is not None
     assert run.audit.estimate.log_prob < run.before.log_prob - 10.0
+    with pytest.raises(ValueError, match="audit_budget"):
+        train(problem, **data, **(options | {"audit_budget": 0}))
     with pytest.raises(ValueError, match="adversaries: a reading"):
         train(problem, **data, **(options | {"adversaries": Pool()}))
 
