@@ -681,7 +681,7 @@ def test_a_stratum_that_is_not_converged_counts_with_all_that_it_may_hold(
     assert converged or conclusion.interval[1] >= math.log(0.5) + top - 0.1
 
 
-@pytest.mark.parametrize(("budget", "taught"), [(4_000, False), (60_000, True)])
+@pytest.mark.parametrize(("budget", "taught"), [(4_000, False), (80_000, True)])
 def test_strata_that_are_worth_it_are_taught(
     backend: str, monkeypatch: pytest.MonkeyPatch, budget: int, taught: bool
 ) -> None:

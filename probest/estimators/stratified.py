@@ -123,7 +123,7 @@ class StratifiedTuning:
         0.02, "of what a stratum may hold at most, against its error, where it has not converged", _PROGRAMS
     )
     taught: int = tuned(
-        10_000, "calls of one stratum, from which a student is worth its time", "networks.py --problems drawn"
+        20_000, "calls of one stratum, from which a student is worth its time", "networks.py --problems drawn"
     )
     kept: int = tuned(3, "times what is kept for a student, for those of all strata", "memory.py")
     slack: float = tuned(
