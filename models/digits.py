@@ -66,7 +66,7 @@ TRAINING = {
     "steps": 700,
     "check_every": 100,
     "check_budget": 50_000,
-    "budget": 200_000,
+    "budget": 120_000,
 }
 
 
