@@ -97,16 +97,15 @@ class Opponents:
 
     def cases(self, event: Event, ladder: Follower, count: int, rng: np.random.Generator) -> Cases:
         """``count`` draws of all opponents; of the given adversary where there are none. A call each."""
-        if not self.laws:
-            z = rng.standard_normal((count, event.dim))
-            return self._judged(event, ladder, z, self._group(None, z, ladder), np.full(count, -1))
-        weight = np.exp(np.array(self.level) - log_sum_exp(np.array(self.level)))
-        weight = self.tuning.least / len(weight) + (1.0 - self.tuning.least) * weight
-        counts = allocate(count, weight, rng)
-        drawn = [law.cases(event, int(n), rng) for law, n in zip(self.laws, counts, strict=True)]
-        owner = np.repeat(np.arange(len(self.laws)), [len(z) for z, _ in drawn])
-        group = np.concatenate([self._group(k, z, ladder) for z, k in drawn])
-        return self._judged(event, ladder, np.concatenate([z for z, _ in drawn]), group, owner)
+        weight = np.exp(np.array(self.level) - log_sum_exp(np.array(self.level))) if self.laws else np.empty(0)
+        weight = self.tuning.least / max(len(weight), 1) + (1.0 - self.tuning.least) * weight
+        counts = allocate(count, weight, rng) if self.laws else ()
+        drawn = [(i, *self.laws[i].cases(event, int(n), rng)) for i, n in enumerate(counts) if n]
+        if not any(len(z) for _, z, _ in drawn):
+            drawn = [(-1, rng.standard_normal((count, event.dim)), None)]
+        owner = np.repeat([i for i, _, _ in drawn], [len(z) for _, z, _ in drawn])
+        group = np.concatenate([self._group(k, z, ladder) for _, z, k in drawn])
+        return self._judged(event, ladder, np.concatenate([z for _, z, _ in drawn]), group, owner)
 
     def _group(self, k: np.ndarray | None, z: Floats, ladder: Follower) -> np.ndarray:
         if k is not None or ladder.strata is None:
