@@ -44,7 +44,7 @@ from scipy import optimize
 from scipy.spatial import cKDTree
 
 from probest.adversaries import Learnable, Tilt
-from probest.adversaries.base import Family, Law, Points
+from probest.adversaries.base import Family, Law, Points, ratio_of
 from probest.adversaries.tilts import subspace
 from probest.backends.base import Array, Backend, Parts
 from probest.budget import Meter
@@ -356,14 +356,6 @@ class _Learner:
     def _ratio(self, parts: Parts, points: Points) -> Floats:
         """log q − log p on the host."""
         return ratio_of(self.backend, self.law, parts, points)
-
-
-def ratio_of(backend: Backend, law: Law, parts: Parts, points: Points) -> Floats:
-    """log q_θ − log p₀ at points ``(n,)``, on the host; ``-inf`` where q draws nothing."""
-    with backend.no_gradient():
-        value = law.log_ratio(parts, {name: backend.from_host(v) for name, v in points.items()})
-    found = backend.to_host(value)
-    return np.asarray(np.where(np.isnan(found), -math.inf, found), dtype=np.float64)
 
 
 def _mixed(share: float, log_ratio: Floats) -> Floats:

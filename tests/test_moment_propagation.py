@@ -312,6 +312,7 @@ def test_layers_are_the_function(backend: str, case: str) -> None:
         ("narrow", 4, 1),
         ("many", 1, 1),
         ("slope", 2, 1),
+        ("deep", 1, 1),
     ],
 )
 def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: int, together: int) -> None:
@@ -328,7 +329,13 @@ def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: in
         "many": lambda x: (B @ x).max(),
         "slope": lambda x: xp.maximum(0.1 * x[0], 3.0 * x[0]) + x[1],
     }
-    fn = functions[case]
+
+    def deep(x: Any) -> Any:  # 2^16 sides, taken one by one
+        for _ in range(8):
+            x = xp.maximum(A[:, :4] @ x[:4], 0.0 * x[:4]) - 0.1
+        return x.sum()
+
+    fn = (functions | {"deep": deep})[case]
     z = rng.standard_normal((20, 5))
     inside = load_backend("torch" if backend == "pyro" else "jax")
     found = parted(layers(fn, inside.from_host(np.zeros(5))).on_host(inside))

@@ -14,9 +14,9 @@ from scipy.special import log_ndtr
 
 from probest import Problem, ProblemError, Tempering, estimate, search
 from probest.adversaries import Flow, Learnable, Tilt
+from probest.adversaries.base import ratio_of
 from probest.adversaries.tilts import TiltLaw
 from probest.guides.mixture import Mixture
-from probest.search import ratio_of
 from probest.testing import FAILURE_RATE
 
 DIM = 6

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from probest.backends.base import Array, Parts
+from probest.backends.base import Array, Backend, Parts
 from probest.evidence import Floats, Particles
 from probest.programs.event import Event
 
-__all__ = ["Drawn", "Family", "Law", "Opponent", "Playable", "Points"]
+__all__ = ["Drawn", "Family", "Law", "Opponent", "Playable", "Points", "ratio_of"]
 
 Points = dict[str, np.ndarray]
 """Draws as the law knows them: named arrays ``(n, ...)``."""
@@ -67,7 +68,7 @@ class Opponent(Protocol):
         """
 
     def distance(self, other: Any, rng: np.random.Generator) -> float:
-        """KL(this ‖ other) in nats, of another of its kind; infinite for one of another kind."""
+        """KL(this ‖ other) in nats, of another of its kind."""
 
     def played(self) -> Callable[..., Any]:
         """As a program of its library."""
@@ -90,3 +91,11 @@ class Playable(Family, Protocol):
 
     def restored(self, event: Event, arrays: dict[str, np.ndarray]) -> Opponent:
         """The opponent with these parameters, as :meth:`Opponent.arrays` gives them."""
+
+
+def ratio_of(backend: Backend, law: Law, parts: Parts, points: Points) -> Floats:
+    """log q_θ − log p₀ at points ``(n,)``, on the host; ``-inf`` where q draws nothing."""
+    with backend.no_gradient():
+        value = law.log_ratio(parts, {name: backend.from_host(v) for name, v in points.items()})
+    found = backend.to_host(value)
+    return np.asarray(np.where(np.isnan(found), -math.inf, found), dtype=np.float64)

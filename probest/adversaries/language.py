@@ -675,10 +675,10 @@ class LanguageAdversary(nn.Module):
 
     def opponent(self, event: Event, law: Law, parts: Parts) -> Opponent:
         """What was learnt, to be played against."""
-        from probest.adversaries.writers import Writer
+        from probest.adversaries.writers import TextOpponent
 
         learnt = parts.adversary
-        return Writer(
+        return TextOpponent(
             replace(cast(Any, law), parts=parts), learnt.adversary if isinstance(learnt, _Answering) else learnt
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from probest.adversaries.base import Law
+from probest.adversaries.base import Law, ratio_of
 from probest.backends.base import Array, Backend, Parts
 from probest.diagnostics import systematic_resample
 from probest.evidence import Floats, Particles
@@ -235,20 +235,13 @@ class TiltLaw:
         return drawn["z"], None if self.strata is None else drawn["k"]
 
     def distance(self, other: Any, rng: np.random.Generator) -> float:
-        if not isinstance(other, TiltLaw):
-            return float("inf")
-        points = self.draw(self.parts, 1_024, rng)
+        points, backend = self.draw(self.parts, 1_024, rng), self.event.backend
         there = {**points, "u": points["z"] @ other.basis}
-        return float(np.mean(self._log_ratio(points) - other._log_ratio(there)))
+        gap = ratio_of(backend, self, self.parts, points) - ratio_of(backend, other, other.parts, there)
+        return float(np.mean(gap))
 
     def played(self) -> Callable[..., Any]:
         return self.program(self.parts, 1.0)
-
-    def _log_ratio(self, points: dict[str, np.ndarray]) -> Floats:
-        backend = self.event.backend
-        with backend.no_gradient():
-            value = self.log_ratio(self.parts, {name: backend.from_host(v) for name, v in points.items()})
-        return np.asarray(backend.to_host(value), dtype=np.float64)
 
     def severity(self, points: dict[str, np.ndarray]) -> Floats:
         held = None if self.strata is None else self.strata.held(points["k"])

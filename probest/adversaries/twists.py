@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from probest.adversaries.language import CausalLM, LanguageAdversary, Prompt, Shared, TokenSequences, Writer
 from probest.evidence import Floats
+from probest.programs.event import Event
 from probest.tuning import tuned
 
 __all__ = ["Fit", "Texts", "Twist", "TwistedLM", "at_level", "to_normals", "untwisted"]
@@ -380,6 +381,17 @@ def to_normals(
         plain = TokenSequences(law.lm.base, law.prompt.expand(value.shape[:-1]))
         found[name] = _host(plain.to_normals(value, torch.as_tensor(uniform[name], device=value.device)))
     return found
+
+
+def placed(
+    event: Event, adversary: LanguageAdversary, values: dict[str, np.ndarray], z: Floats, rng: np.random.Generator
+) -> tuple[Floats, np.ndarray]:
+    """z ``(n, dim)`` with coordinates at which the event's sites have these values, and which rows do."""
+    inside = {name: rng.uniform(1e-3, 1.0 - 1e-3, size=value.shape) for name, value in values.items()}
+    for name, normals in to_normals(adversary, values, inside).items():
+        z[:, event.composition.slices[name]] = normals.reshape(len(z), -1)
+    drawn = event.site_values(z, tuple(values))
+    return z, np.all([(drawn[name] == value).reshape(len(z), -1).all(axis=1) for name, value in values.items()], axis=0)
 
 
 def tokens_of(adversary: LanguageAdversary, values: dict[str, np.ndarray]) -> dict[str, Tensor]:

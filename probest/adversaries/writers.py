@@ -11,15 +11,15 @@ import torch
 
 from probest.adversaries.language import LanguageAdversary
 from probest.adversaries.programs import ProgramLaw
-from probest.adversaries.twists import laws_given, to_normals, tokens_of, untwisted
+from probest.adversaries.twists import laws_given, placed, tokens_of, untwisted
 from probest.evidence import Floats
 from probest.programs.event import Event
 
-__all__ = ["Writer"]
+__all__ = ["TextOpponent"]
 
 
 @dataclass
-class Writer:
+class TextOpponent:
     """An :class:`~probest.adversaries.base.Opponent`: what it writes is found in the given adversary's coordinates.
 
     law: of all sites, the model's text too where it draws any. adversary: what writes, with its learnt weights.
@@ -34,19 +34,11 @@ class Writer:
         m is n, but for texts that it cannot draw by rounding.
         """
         values = self._written(n, rng)
-        inside = {name: rng.uniform(1e-3, 1.0 - 1e-3, size=value.shape) for name, value in values.items()}
-        placed = to_normals(untwisted(event.parts.adversary), values, inside)
-        z = rng.standard_normal((n, event.dim))
-        for name, normals in placed.items():
-            z[:, event.composition.slices[name]] = normals.reshape(n, -1)
-        drawn = event.site_values(z, tuple(values))
-        right = [(drawn[name] == value).reshape(n, -1).all(axis=1) for name, value in values.items()]
-        return z[np.all(right, axis=0)], None
+        z, right = placed(event, untwisted(event.parts.adversary), values, rng.standard_normal((n, event.dim)), rng)
+        return z[right], None
 
     def distance(self, other: Any, rng: np.random.Generator) -> float:
         """KL(this ‖ other) of what is written, from draws of this one."""
-        if not isinstance(other, Writer):
-            return float("inf")
         values = self._written(1_024, rng)
         return float(np.mean(_log_density(self.adversary, values) - _log_density(other.adversary, values)))
 

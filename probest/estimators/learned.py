@@ -363,23 +363,11 @@ class _Campaign:
         rows, share = diagnostics.thinned(weight[hits], self.method.tuning.kept)
         rows = hits[rows]
         values = {name: np.concatenate([pool.values[name] for pool in pools])[rows] for name in pools[0].values}
-        z, right = self._placed(values, rng)
+        z, right = self.twists.placed(self.event, self.untwisted, values, np.zeros((len(rows), self.event.dim)), rng)
         if not right.any():
             return None
         severity = np.concatenate([pool.severity for pool in pools])[rows]
         return Particles(z[right], np.log(share[right] / share[right].sum()), severity[right])
-
-    def _placed(self, values: Values, rng: np.random.Generator) -> tuple[Floats, np.ndarray]:
-        """Coordinates at which the adversary draws these, and which rows it does."""
-        z = np.zeros((len(next(iter(values.values()))), self.event.dim))
-        ends = np.cumsum([0, *(site.size for site in self.event.sites)])
-        inside = {name: rng.uniform(1e-3, 1.0 - 1e-3, size=value.shape) for name, value in values.items()}
-        placed = self.twists.to_normals(self.untwisted, values, inside)
-        for site, a, b in zip(self.event.sites, ends, ends[1:], strict=False):
-            z[:, a:b] = placed[site.name].reshape(len(z), -1)
-        drawn = self.event.site_values(z)
-        right = [(drawn[name] == value).reshape(len(z), -1).all(axis=1) for name, value in values.items()]
-        return z, np.all(right, axis=0)
 
     def _nothing(self, note: Note, upper: float = 0.0) -> Evidence:
         calls, seconds = self.meter.calls, self.meter.seconds

@@ -26,6 +26,7 @@ __all__ = ["parted"]
 
 Array = Any
 _NARROW = 4  # entries of a layer that may be an end, at most: a hidden layer has more
+_LEAVES = 32  # at most: deep narrow networks have as many as sides of all their bends together
 
 
 class _Side(NamedTuple):
@@ -51,7 +52,7 @@ def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8
     """
     found = _Parting(net, host)
     nodes = [found.node(_row(net.output, j)) for j in range(net.output.size)]
-    if all(not node.parts for node in nodes):
+    if len(found.leaves) > _LEAVES or all(not node.parts for node in nodes):
         return net
     branches: list[Branch] = []
     for branch in net.branches:
@@ -59,7 +60,7 @@ def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8
         if math.prod(map(len, each)) > most:
             return net
         branches += [tuple(itertools.chain(*together)) for together in itertools.product(*each)]
-    if len(branches) > most or not all(_varies(leaf) for leaf in found.leaves):
+    if len(branches) > most or not all(leaf.terms for leaf in found.leaves):
         return net
     kept, output = reached(net.layers, _stacked(net, found.leaves, host))
     return Layers(net.dim, kept, output, net.special, tuple(branches))
@@ -73,9 +74,9 @@ class _Parting:
         self.leaves: list[Linear] = []
 
     def node(self, one: Linear) -> _Node:
-        """What one output ``(1,)`` comes to."""
+        """What one output ``(1,)`` comes to. Nothing more is taken apart once there are too many leaves."""
         one = self._plain(one)
-        for k in reversed(range(len(self.net.layers))):
+        for k in reversed(range(len(self.net.layers) if len(self.leaves) <= _LEAVES else 0)):
             base, layer = ("y", k), self.net.layers[k]
             if base not in one.terms:
                 continue
@@ -122,18 +123,17 @@ class _Parting:
         if len(layer.breaks) != 1:
             return None
         at = layer.breaks[0]
-        middle = np.asarray(self.host(at), dtype=np.float64)
-        steps = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
-        asked = self.net.special.array(middle + steps[:, None], at)
-        said = np.asarray(self.host(layer.function(asked)), dtype=np.float64)[:, i]
+        asked = at + self.net.special.array(np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None], at)
+        values = layer.function(asked)[:, i]
+        said = np.asarray(self.host(values), dtype=np.float64)
         slopes = np.diff(said)
         close = 1e-4 * max(float(np.abs(slopes).max()), 1e-300)
         if not (np.isfinite(slopes).all() and np.abs(slopes[[0, 2]] - slopes[[1, 3]]).max() < close):
             return None
         if abs(slopes[3] - slopes[0]) < close:
             return None
-        before, value, after = (layer.function((at + step)[None])[0][i] for step in (-1.0, 0.0, 1.0))
-        return _Side(value - before, at[i], value), _Side(after - value, at[i], value)
+        left, right = values[2] - values[1], values[3] - values[2]
+        return _Side(left, at[i], values[2]), _Side(right, at[i], values[2])
 
 
 def _branches(node: _Node, sign: float) -> list[Branch]:
@@ -148,10 +148,6 @@ def _branches(node: _Node, sign: float) -> list[Branch]:
 
 def _row(output: Linear, j: int) -> Linear:
     return Linear({base: matrix[j : j + 1] for base, matrix in output.terms.items()}, output.shift[j : j + 1])
-
-
-def _varies(leaf: Linear) -> bool:
-    return bool(leaf.terms)
 
 
 def _stacked(net: Layers, leaves: list[Linear], host: Callable[[Array], Any]) -> Linear:
