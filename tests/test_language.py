@@ -648,7 +648,7 @@ def test_what_an_opponent_writes_is_found_in_the_given_adversarys_coordinates(an
         for weight in own.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     family.check_playable(problem.event)
-    law = family._law(problem.event)
+    law = family.law(problem.event)
     writer, rng = family.opponent(problem.event, law, law.parts), np.random.default_rng(0)
     z, _ = writer.cases(problem.event, 4_000, rng)
     assert len(z) > 3_990
@@ -668,7 +668,7 @@ def test_what_an_opponent_writes_is_found_in_the_given_adversarys_coordinates(an
     twin = LanguageAdversary(problem.adversary if answers else lm).restored(problem.event, writer.arrays())
     assert writer.distance(twin, rng) == pytest.approx(0.0, abs=1e-6)
     plain = LanguageAdversary(problem.adversary if answers else lm)
-    given = plain._law(problem.event)
+    given = plain.law(problem.event)
     with torch.no_grad():
         gap = np.log(expected) - plain.models[0]().log_prob(every).double().numpy()
     kl = float(expected @ gap)

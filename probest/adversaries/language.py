@@ -650,9 +650,10 @@ class LanguageAdversary(nn.Module):
 
         Where the model draws text too, that is drawn and weighed with it, and is not learned.
         """
-        return (self._searched(event, rng) if self.is_untwisted else self)._law(event)
+        return (self._searched(event, rng) if self.is_untwisted else self).law(event)
 
-    def _law(self, event: Event) -> ProgramLaw:
+    def law(self, event: Event) -> ProgramLaw:
+        """The adversary as it is."""
         from probest.adversaries.programs import Learnable, answered
 
         if event.composition.late and not event.composition.closed_loop:
@@ -686,7 +687,7 @@ class LanguageAdversary(nn.Module):
         """The opponent with these weights."""
         twin = copy.deepcopy(self)
         twin.load_state_dict({name: torch.as_tensor(value) for name, value in arrays.items()})
-        law = twin._law(event)
+        law = twin.law(event)
         return self.opponent(event, law, law.parts)
 
     def _searched(self, event: Event, rng: np.random.Generator) -> LanguageAdversary:

@@ -162,7 +162,7 @@ class CombinedTuning:
     far_from: float = tuned(1.5, "times the precision, the same where a student may learn instead", _LEARNED)
     sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
     most_numbers: int = tuned(30_000_000, "of z in one run, at most", "memory.py")
-    most_kept: int = tuned(30_000_000, "of z and gradients, that are kept for a student", "memory.py")
+    most_kept: int = tuned(30_000_000, "of z and gradients, that are kept for a student", "memory")
     # a learned severity
     learn_left: int = tuned(1000, "calls left below which nothing is learned", _EXACT)
     learn_share: float = tuned(0.7, "of the budget that is left, for a severity without a gradient", _EXACT)
@@ -211,7 +211,7 @@ class Combined:
 
     def begin(self, event: EventLike, seed: np.random.SeedSequence, numbers: int | None = None) -> Campaign:
         """A run whose budget comes in parts. numbers: that are kept for a student, at most."""
-        return Campaign(self, event, seed, numbers=numbers or self.tuning.most_kept)
+        return Campaign(self, event, seed, numbers or self.tuning.most_kept)
 
 
 @dataclass
@@ -233,6 +233,7 @@ class Campaign:
     method: Combined
     event: EventLike
     seed: np.random.SeedSequence
+    numbers: int  # that are kept for a student, at most
     left: int = 0
     rounds: int = 0
     lines: list[Evidence] = field(default_factory=list)
@@ -252,7 +253,6 @@ class Campaign:
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
     prior: Memory = field(default_factory=Memory)
-    numbers: int = CombinedTuning.most_kept
 
     def __post_init__(self) -> None:
         self.source = self.event

@@ -125,7 +125,7 @@ class StratifiedTuning:
     taught: int = tuned(
         20_000, "calls of one stratum, from which a student is worth its time", "networks.py --problems drawn"
     )
-    kept: int = tuned(3, "times what is kept for a student, for those of all strata", "memory.py")
+    kept: int = tuned(3, "times what is kept for a student, for those of all strata", "memory")
     slack: float = tuned(
         1.3, "times the error that its share asks for, at which a stratum is estimated again", _PROGRAMS
     )
@@ -700,7 +700,6 @@ class _Campaign:
         known = [part for part in self.parts if part.known and math.isfinite(part.joint)]
         shares = np.array([math.exp(part.joint - total) for part in known])
         errors = self._errors()
-        error = errors[0]
         missing = [part.upper for part in self.parts if not (part.empty or (part.known and math.isfinite(part.joint)))]
         missing = [bound for bound in (*missing, self.strata.left_out) if bound > -math.inf]
         beyond = diagnostics.log_sum_exp(np.array(missing)) - total if missing else -math.inf
@@ -710,7 +709,7 @@ class _Campaign:
         line = Evidence(
             method=self.method.name,
             log_prob=min(total, 0.0),
-            std_error=error if known else math.inf,
+            std_error=errors[0] if known else math.inf,
             interval=(lower, upper),
             claim="consistent" if known else "upper",
             calls=self.budget - self.left,

@@ -38,9 +38,9 @@ class _Side(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """A union (``any``) or an intersection of parts, or the number of a leaf."""
+    """A union or an intersection of parts, or the number of a leaf."""
 
-    any: bool
+    union: bool
     parts: tuple[_Node, ...]
     leaf: int = -1
 
@@ -141,7 +141,7 @@ def _branches(node: _Node, sign: float) -> list[Branch]:
     if not node.parts:
         return [((node.leaf, sign),)]
     found = [_branches(part, sign) for part in node.parts]
-    if node.any == (sign > 0.0):
+    if node.union == (sign > 0.0):
         return [branch for some in found for branch in some]
     return [tuple(itertools.chain(*together)) for together in itertools.product(*found)]
 
