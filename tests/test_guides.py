@@ -126,6 +126,24 @@ def test_a_cone_beyond_a_radius_is_directional() -> None:
     assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
 
 
+def test_a_sample_is_enlarged_to_what_is_enough_where_spare_calls_reach_it() -> None:
+    event = cone(40, 9.0, 0.5)
+    z = cone_sample(40, 9.0, 0.5, 600, rng(5))
+    population = Population(z, np.zeros(600), np.zeros(600), None, 600.0)
+
+    def errors(enough: float | None = None, spare: int = 0) -> tuple[float, int]:
+        memory, own = Memory.of(population), np.random.SeedSequence(0)
+        method = Importance(precision=0.1, rounds=0, first_batch=100)
+        found = importance_sample(method, event, memory, None, budget=1_500, seed=own, enough=enough, spare=spare)
+        return found.std_error, found.calls
+
+    usual, calls = errors()
+    wanted = 0.7 * usual
+    assert errors(enough=wanted, spare=20_000)[0] < wanted
+    assert errors(enough=wanted, spare=0) == (usual, calls), "calls for something else were taken"
+    assert errors(enough=1.1 * usual, spare=20_000) == (usual, calls), "what was enough was enlarged"
+
+
 def test_allocation_is_even_and_right_on_average() -> None:
     shares = (0.78, 0.13, 0.05, 0.02, 0.02)
     random = rng(7)

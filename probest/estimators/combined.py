@@ -750,7 +750,14 @@ class Campaign:
             give_up = self.tuning.far_from * self.aim
         method = Importance(precision=self.method.precision, give_up=give_up, guides=guides, wary=wary)
         budget = max(1, int(share * self.left))
-        run = Run.of(importance_sample(method, self.event, memory, prior, budget=budget, seed=seed, trial=trial))
+        room = room_left(self.worth, self.new) if memory is self.memory else 0.0
+        wanted = wanted_error(self.method.precision)
+        enough = math.sqrt(wanted**2 - room**2) if room < wanted else None
+        evidence = importance_sample(
+            method, self.event, memory, prior, budget=budget, seed=seed, trial=trial, enough=enough,
+            spare=self.left - budget,
+        )  # fmt: skip
+        run = Run.of(evidence)
         self.weighed.append(self._add(run).conclusion)
         return self.weighed[-1]
 

@@ -100,6 +100,7 @@ class ImportanceTuning:
     least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
     far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
     enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
+    safe: float = tuned(1.2, "times the samples that will just do, where it is enlarged to what is enough", _NETWORKS)
     distil_beyond: float = tuned(
         0.3, "of the budget that is left, for fresh samples: beyond, a student learns", _NETWORKS
     )
@@ -226,19 +227,23 @@ def importance_sample(
     seed: np.random.SeedSequence,
     fitted: Fitted | None = None,
     trial: bool = False,
+    enough: float | None = None,
+    spare: int = 0,
 ) -> Evidence:
     """Fit a guide to what is known (and, for a conditioned adversary, one to ``prior``) and sample afresh.
 
     memory: gets the samples, and the guide that new looks are held against. trial: stop when the guide is chosen; what
-    there is to say then rests on the trial's few samples, and is never converged.
+    there is to say then rests on the trial's few samples, and is never converged. enough: standard error that a sample
+    is enlarged for, once, where the calls that this takes are there; ``spare``, beyond the budget, count as there.
     """
-    meter = Meter(event, budget)
+    meter = Meter(event, budget + spare)
     precision = method.precision
-    reserve = 0
+    reserve = spare
     if event.weighted:
         precision = None if precision is None else precision / math.sqrt(2.0)
+        enough = None if enough is None else enough / math.sqrt(2.0)
         reserve = meter.budget // 2
-    plan = _Plan(method, meter, precision, trial)
+    plan = _Plan(method, meter, precision, trial, enough, 0 if event.weighted else spare)
     joint = _sample_target(plan, memory, fitted, reserve, child_seed(seed, Target.EVENT), True)
     below: Outcome | None = None
     if event.weighted:
@@ -249,12 +254,16 @@ def importance_sample(
 
 
 class _Plan(NamedTuple):
-    """What both targets have in common. precision: wanted standard error of one target's log-mean."""
+    """What both targets have in common. precision: wanted standard error of one target's log-mean, enough: the largest
+    one that will do, for which ``spare`` calls may be drawn from what is reserved.
+    """
 
     method: Importance
     meter: Meter
     precision: float | None
     trial: bool
+    enough: float | None
+    spare: int
 
 
 class _Aim(NamedTuple):
@@ -286,7 +295,7 @@ def _sample_target(
         if not aim.fresh and left > 0:  # the batches that picked a guide among several favour low estimates
             total = draw(meter, best.guide, min(left, len(tried.log_w)), rng, inside)
     elif not whole:
-        total = _conclude(method, meter, best.guide, aim.cost, tried, plan.precision, reserve, rng, inside)
+        total = _conclude(plan, best, aim.cost, tried, reserve, rng, inside)
     if fitted is None and total is not tried:
         memory.keep(best.guide, total)
     memory.conclude(best.guide, total.log_w)
@@ -441,22 +450,16 @@ def _hopeless(method: Importance, tried: Batch, left: int) -> bool:
 
 
 def _conclude(
-    method: Importance,
-    meter: Meter,
-    guide: Guide | BoundProgram,
-    cost: float,
-    tried: Batch,
-    precision: float | None,
-    reserve: int,
-    rng: np.random.Generator,
-    inside: bool,
+    plan: _Plan, fitted: Fitted, cost: float, tried: Batch, reserve: int, rng: np.random.Generator, inside: bool
 ) -> Batch:
     """Fresh samples of a fixed guide, in a number that the trial fixes; the trial itself does not count.
 
     To stop as soon as the error of the samples themselves looks small is to stop early when large weights happen to be
     missing, and their mean is then too low. So nothing is looked at until the samples are drawn (Stein 1945). Only
-    where the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled.
+    where the trial was far off (an error above 1.5 times the precision) is the sample enlarged, once, and pooled; and
+    once more to what is enough, where that can be reached.
     """
+    method, meter, precision, guide = plan.method, plan.meter, plan.precision, fitted.guide
     room = min(meter.left - reserve, method.max_samples)
     if room < 1:
         return tried
@@ -469,6 +472,12 @@ def _conclude(
         more = _samples_for(precision, cost, total.log_w) - len(total.log_w)
         most = method.tuning.enlarged * len(total.log_w)
         total = join(total, draw(meter, guide, int(max(1, min(room, more, most))), rng, inside))
+    if plan.enough is not None and plan.enough > fitted.error:
+        error = diagnostics.log_mean_exp(total.log_w)[1] / math.sqrt(plan.enough**2 - fitted.error**2)
+        room = min(meter.left - reserve + plan.spare, method.max_samples - len(total.log_w))
+        if error > 1.0 and (method.tuning.safe * error**2 - 1.0) * len(total.log_w) <= room:
+            more = math.ceil((method.tuning.safe * error**2 - 1.0) * len(total.log_w))
+            total = join(total, draw(meter, guide, more, rng, inside))
     return total
 
 
