@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,13 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
     assert result.log_prob == pytest.approx(np.log(stats.norm.sf(3.0) + stats.norm.sf(2.9)), abs=0.02)
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("written", ["combined", "by hand", "monotone"])
 @pytest.mark.parametrize("kind", ["any", "all", "both"])
-def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, by_hand: bool) -> None:
-    """Half-spaces, correlated: against the multivariate normal law. by_hand: maxima and minima in a checker's code."""
+def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, written: str) -> None:
+    """Half-spaces, correlated: against the multivariate normal law.
+
+    By hand: maxima and minima in a checker's code; monotone: a function of them that has the same sign.
+    """
     lib = library(backend)
     rows = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.6, 0.0, 0.8]])
     limits = {"any": (3.0, 2.8, 3.1), "all": (0.9, 1.4, 0.2), "both": (3.5, 0.5, 0.9)}[kind]
@@ -80,12 +84,19 @@ def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, by_hand:
         "all": lambda: all_of(*parts),
         "both": lambda: any_of(parts[0], all_of(parts[1], negate(parts[2]))),
     }[kind]()
-    if by_hand:
+    if written != "combined":
         ends = lib.xp.asarray(np.asarray(limits, np.float32))
         checker = {
             "any": lambda x, y: (y - ends).max(),
             "all": lambda x, y: (y - ends).min(),
             "both": lambda x, y: lib.xp.maximum(y[0] - ends[0], lib.xp.minimum(y[1] - ends[1], ends[2] - y[2])),
+        }[kind]
+    if written == "monotone":
+        plain = checker
+        checker = {
+            "any": lambda x, y: lib.xp.tanh(0.5 * plain(x, y) - 0.7) + math.tanh(0.7),
+            "all": lambda x, y: 3.0 - 3.0 * lib.xp.exp(-2.0 * plain(x, y)),
+            "both": lambda x, y: lib.xp.tanh(lib.xp.exp(plain(x, y))) - math.tanh(1.0),
         }[kind]
     result = read(normal(lib, 3), lambda x: arrays @ x, checker)
     assert result.converged, result.advice
@@ -142,7 +153,9 @@ def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
     lib = library(backend)
 
     def problem(shift: float, combine: Any) -> tuple[Problem, Any]:
-        model = lib.module(lambda p, x: (x[0] + p["shift"], 0.6 * x[0] + 0.8 * x[1]), {"shift": lib.array(shift)})
+        model = lib.module(
+            lambda p, x: (x[0] + p["shift"], 0.6 * x[0] + 0.8 * x[1], p["shift"]), {"shift": lib.array(shift)}
+        )
         parts = [lambda x, y: y[0] - 1.0, lambda x, y: y[1] - 1.5]
         return Problem(normal(lib, 3), model, combine(*parts)), model
 
@@ -152,7 +165,10 @@ def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
     def likelier(one: Any, other: Any) -> Any:  # the modes are of the first parts alone
         return any_of(larger(one, other), lambda x, y: y[0] - 30.0)
 
-    for combine in (all_of, any_of, larger, likelier):
+    def monotone(one: Any, other: Any) -> Any:
+        return lambda x, y: lib.xp.tanh(larger(one, other)(x, y)) - lib.xp.tanh(1.7 * y[2])
+
+    for combine in (all_of, any_of, larger, likelier, monotone):
         there, model = problem(0.2, combine)
         result = estimate(there, estimator=MomentPropagation(), **QUIET)
         value, slopes = gradient(backend, result, model=model)

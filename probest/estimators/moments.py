@@ -239,7 +239,7 @@ class MomentPropagation:
                 _gains(found),
                 tuple(mode.tilt for mode in found),
                 tuple(mode.which for mode in found),
-                net.output.size,
+                net.parted,
                 self.tuning,
             ),
         )
@@ -312,7 +312,7 @@ class MomentPropagation:
             except UndefinedError as error:
                 return (Note(Code.UNDEFINED, f"about the tilt {error}."),)
             outputs = net(z)
-            off = np.abs(net.severity(outputs) - severity).max() / max(float(severity.std()), 1e-300)
+            off = _misread(net, outputs, severity)
             if not off < self.tuning.misread:
                 sentence = f"the model answers otherwise than it was read (by {off:.2g} standard deviations): a bug."
                 return (Note(Code.UNREADABLE, sentence),)
@@ -369,7 +369,7 @@ class Reading:
     parameters.
 
     shares: of each mode in the sum of all; gains: of log P by the log of each mode's probability, less for what modes
-    have in common. outputs: of what was read, more than the severities where their ends were taken apart.
+    have in common. parted: whether the end of what was read was taken apart.
     """
 
     log_prob: float
@@ -377,7 +377,7 @@ class Reading:
     gains: tuple[float, ...]
     tilts: tuple[Tilt, ...]
     branches: tuple[Branch, ...]
-    outputs: int
+    parted: bool
     tuning: Tilting
 
     def __call__(self, event: Any) -> Callable[[Parts], Array]:
@@ -389,7 +389,7 @@ class Reading:
         def log_prob_at(parts: Parts) -> Array:
             function, branches = _function(event, parts)
             net = replace(layers(function, zeros), branches=branches)
-            if net.output.size != self.outputs:
+            if self.parted:
                 net = parted(net, lambda x: backend.to_host(backend.constant(x)))
             total = 0.0 * zeros[0] + self.log_prob
             for share, tilt, branch in zip(self.gains, self.tilts, self.branches, strict=True):
@@ -448,6 +448,18 @@ def read(event: Any, most: int | None = None, *, ends: bool = True) -> Layers:
     found = layers(function, event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)
     found = replace(found, branches=branches)
     return parted(found) if ends else found
+
+
+def _misread(net: Layers, outputs: Floats, severity: Floats) -> float:
+    """How far the model's answers are from what was read, in their standard deviations.
+
+    Where only signs were read, how far beyond the limit it was taken to be elsewhere, in those of what was read.
+    """
+    known = net.severity(outputs)
+    if net.signs:
+        wrong = (known >= 0.0) != (severity >= 0.0)
+        return float(np.abs(known[wrong]).max(initial=0.0)) / max(float(known.std()), 1e-300)
+    return float(np.abs(known - severity).max()) / max(float(severity.std()), 1e-300)
 
 
 def _function(event: Any, parts: Parts | None = None) -> tuple[Callable[[Array], Array], tuple[Branch, ...]]:

@@ -13,7 +13,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,8 @@ class Layer:
 class Layers:
     """A function ``(dim,) -> (J,)`` in layers. special: the functions of the library its arrays are of.
 
-    branches: which of the outputs have to be positive together, in one of which ways.
+    branches: which of the outputs have to be positive together, in one of which ways. parted: whether its end was taken
+    apart (:mod:`probest.moments.parting`). signs: whether only the signs of its severities are the function's.
     """
 
     dim: int
@@ -72,6 +73,8 @@ class Layers:
     output: Linear
     special: Any
     branches: tuple[Branch, ...] = (((0, 1.0),),)
+    parted: bool = False
+    signs: bool = False
 
     def __call__(self, z: Array) -> Array:
         """``(N, dim) -> (N, J)``, to compare with the function that was read."""
@@ -100,7 +103,7 @@ class Layers:
             return call
 
         found = (Layer(linear(one.linear), function(one), tuple(map(host, one.breaks))) for one in self.layers)
-        return Layers(self.dim, tuple(found), linear(self.output), special_numpy, self.branches)
+        return replace(self, layers=tuple(found), output=linear(self.output), special=special_numpy)
 
     def shifted(self, by: Array) -> Layers:
         """The same of z + by."""
@@ -110,7 +113,7 @@ class Layers:
             return one if matrix is None else Linear(one.terms, one.shift + matrix @ by)
 
         moved = (Layer(linear(one.linear), one.function, one.breaks) for one in self.layers)
-        return Layers(self.dim, tuple(moved), linear(self.output), self.special, self.branches)
+        return replace(self, layers=tuple(moved), output=linear(self.output))
 
     def severity(self, values: Array) -> Array:
         """Of outputs ``(N, J)``, ``(N,)``: the largest of the branches."""

@@ -8,6 +8,9 @@ last layer of few entries whose functions bend once,
 
 which is the larger of its two affine sides for c > 0 and the smaller for c < 0. Each side is a function of the layers
 before it, and may end in a maximum again.
+
+Where it ends in a monotone function, as ``sigmoid(y.max()) - 0.9`` does, only the place matters where that crosses the
+limit: s ≥ 0 is x ≥ x₀, or x ≤ x₀.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +30,8 @@ __all__ = ["parted"]
 
 Array = Any
 _NARROW = 4  # entries of a layer that may be an end, at most: a hidden layer has more
+_GRID = np.concatenate([-np.geomspace(1e-3, 1e3, 60)[::-1], [0.0], np.geomspace(1e-3, 1e3, 60)])  # of x
+_ROUNDS = 5  # of refining where it crosses the limit: 1e-10 of the first interval
 _LEAVES = 32  # at most: deep narrow networks have as many as sides of all their bends together
 
 
@@ -52,7 +58,7 @@ def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8
     """
     found = _Parting(net, host)
     nodes = [found.node(_row(net.output, j)) for j in range(net.output.size)]
-    if len(found.leaves) > _LEAVES or all(not node.parts for node in nodes):
+    if len(found.leaves) > _LEAVES or not (found.signs or any(node.parts for node in nodes)):
         return net
     branches: list[Branch] = []
     for branch in net.branches:
@@ -63,15 +69,16 @@ def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8
     if len(branches) > most or not all(leaf.terms for leaf in found.leaves):
         return net
     kept, output = reached(net.layers, _stacked(net, found.leaves, host))
-    return Layers(net.dim, kept, output, net.special, tuple(branches))
+    return replace(net, layers=kept, output=output, branches=tuple(branches), parted=True, signs=found.signs)
 
 
 class _Parting:
-    """The leaves so far."""
+    """The leaves so far. signs: whether only their signs are those of what ends in them."""
 
     def __init__(self, net: Layers, host: Callable[[Array], Any]) -> None:
         self.net, self.host = net, host
         self.leaves: list[Linear] = []
+        self.signs = False
 
     def node(self, one: Linear) -> _Node:
         """What one output ``(1,)`` comes to. Nothing more is taken apart once there are too many leaves."""
@@ -82,7 +89,12 @@ class _Parting:
                 continue
             row = np.asarray(self.host(one.terms[base]), dtype=np.float64)[0]
             i = int(np.argmax(np.abs(row)))
-            sides = self._sides(layer, i) if layer.linear.size <= _NARROW else None
+            narrow = layer.linear.size <= _NARROW
+            straight = self._straightened(one, k, i) if narrow and np.count_nonzero(row) == 1 else None
+            if straight is not None:
+                self.signs = True
+                return self.node(straight)
+            sides = self._sides(layer, i) if narrow else None
             if sides is None:
                 continue
             left, right = (float(self.host(side.slope)) for side in sides)
@@ -104,6 +116,46 @@ class _Parting:
         size = max((float(np.abs(self.host(m)).max()) for m in terms.values()), default=0.0)
         least = 1e-6 * size  # what cancels leaves rounding, in single precision
         return Linear({b: m for b, m in terms.items() if np.abs(self.host(m)).max() > least}, shift)
+
+    def _straightened(self, one: Linear, k: int, i: int) -> Linear | None:
+        """x − x₀, or x₀ − x, with the sign of an output that is a monotone function of one entry x of a layer alone.
+
+        None for another, and where it does not cross the limit.
+        """
+        base, layer, s = ("y", k), self.net.layers[k], self.net.special
+        if set(one.terms) != {base}:
+            return None
+        inner, by = layer.linear, one.terms[base][0, i]
+
+        def said(x: np.ndarray) -> np.ndarray:
+            asked = s.array(np.repeat(x[:, None], inner.size, axis=1), inner.shift)
+            with np.errstate(over="ignore"):
+                return np.asarray(self.host(one.shift[0] + by * layer.function(asked)[:, i]), dtype=np.float64)
+
+        x = _GRID
+        values = said(x)
+        if not ((values[1:] >= values[:-1]).all() or (values[1:] <= values[:-1]).all()):
+            return None
+        inside = values >= 0.0
+        if inside.all() or not inside.any() or len(layer.breaks):
+            return None
+        for _ in range(_ROUNDS):
+            at = int(np.flatnonzero(inside[1:] != inside[:-1])[0])
+            x = np.linspace(x[at], x[at + 1], len(_GRID))
+            inside = said(x) >= 0.0
+        at = int(np.flatnonzero(inside[1:] != inside[:-1])[0])
+        crossing, width = 0.5 * (x[at] + x[at + 1]), 1e-3 * (1.0 + abs(x[at]))
+        below, above = said(np.array([crossing - width, crossing + width]))
+        slope = (above - below) / (2.0 * width)
+        if not abs(slope) > 0.0:
+            return None
+        # a step of Newton's: x₀ follows the parameters
+        here = s.array(np.full((1, inner.size), crossing), inner.shift)
+        place = crossing - (one.shift[0] + by * layer.function(here)[0, i]) / float(slope)
+        sign = math.copysign(1.0, slope)
+        return Linear(
+            {b: sign * own[i : i + 1] for b, own in inner.terms.items()}, sign * (inner.shift[i : i + 1] - place)
+        )
 
     def _on(self, one: Linear, k: int, i: int, side: _Side) -> Linear:
         """One output with the i-th entry of a layer on one side of its bend."""
