@@ -28,7 +28,7 @@ from probest.guides.autoguide import Autoguide
 from probest.guides.program import ProgramGuide
 from probest.problem import Problem
 from probest.programs.base import Observed
-from probest.programs.event import Event
+from probest.programs.event import UNREACHED, Event
 from probest.programs.strata import MOST
 from probest.report.progress import Progress, Told
 from probest.report.record import versions
@@ -135,6 +135,12 @@ def estimate(
     ledger = list(run.ledger)
     ledger[-1] = bounded(ledger[-1], ledger[:-1])
     ledger[-1] = rounded(ledger[-1], event.coarse, getattr(method, "precision", wanted))
+    if event.undefined and ledger[-1].log_prob < UNREACHED:
+        sentence = (
+            f"the severity is NaN in {event.undefined} cases about as likely: make the model return numbers there."
+        )
+        note = Note(Code.UNDEFINED, sentence)
+        ledger[-1] = replace(ledger[-1], converged=False, notes=(*ledger[-1].notes, note))
     if calls < budget and not ledger[-1].converged:
         note = Note(
             Code.CHECKER_BUDGET_SPENT, f"checker_budget={checker_budget} left no more cases to judge: raise it."

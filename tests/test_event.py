@@ -12,7 +12,7 @@ from library import library
 from scipy import stats
 from scipy.special import log_ndtr
 
-from probest import Problem, ProblemError, Tempering, estimate
+from probest import Problem, ProblemError, SeverityError, Tempering, estimate
 from probest.backends.base import BatchingError
 from probest.evidence import Code
 from probest.testing import FAILURE_RATE
@@ -398,3 +398,45 @@ def test_models_without_a_batching_rule_are_called_on_whole_batches(layer: str, 
     x = lib.array(built.event.site_values(z, ("x",))["x"].astype(np.float32))
     single = [model(one).item() - 0.4 for one in x]
     assert built.event.severity(z) == pytest.approx(single, abs=1e-5)
+
+
+def far_nan(lib: Any, limit: float, both: bool = False) -> Problem:
+    """x₁ ≥ limit (or |x₁|), of two standard normal values; NaN beyond 21.8, where floats of a wilder model overflow."""
+
+    def adversary() -> Any:
+        return lib.sample("x", lib.dist.Normal(lib.xp.zeros(2), 1.0).to_event(1))
+
+    def checker(x: Any, y: Any) -> Any:
+        size = lib.xp.abs(x[0]) if both else x[0]
+        return lib.xp.where(x[0] > 21.8, float("nan"), size) - limit
+
+    return Problem(adversary, lambda x: x, checker)
+
+
+def test_a_nan_where_the_adversary_never_gets_is_no_catastrophe(backend: str) -> None:
+    event = far_nan(library(backend), 3.0).event
+    found = event.evaluate(np.array([[25.0, 0.0], [4.0, 0.0]]), gradient=True)
+    assert found.severity_grad is not None
+    assert found.severity[0] < -1e20
+    assert found.severity[1] == pytest.approx(1.0)
+    np.testing.assert_array_equal(found.severity_grad[0], 0.0)
+    assert event.undefined == 1
+    result = estimate(far_nan(library(backend), 3.0), budget=5_000, seed=0, **QUIET)
+    assert result.converged
+    assert result.log_prob == pytest.approx(float(log_ndtr(-3.0)), abs=4 * result.std_error + 1e-3)
+
+
+def test_a_nan_where_it_may_get_is_an_error(backend: str) -> None:
+    nan_at_three = Problem(
+        far_nan(library(backend), 3.0).adversary,
+        lambda x: x,
+        lambda x, y: library(backend).xp.where(y[0] > 2.9, float("nan"), y[0]) - 3.0,
+    )
+    with pytest.raises(SeverityError, match="NaN"):
+        estimate(nan_at_three, budget=5_000, seed=0, **QUIET)
+
+
+def test_an_answer_about_as_unlikely_as_a_nan_is_not_believed(backend: str) -> None:
+    result = estimate(far_nan(library(backend), 22.0, both=True), budget=5_000, seed=0, **QUIET)
+    assert not result.converged
+    assert Code.UNDEFINED in result.conclusion.codes

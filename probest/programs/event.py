@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from probest import checkers
 from probest.backends.base import Array, Backend, Parts, PyTree, chunks
@@ -29,6 +30,8 @@ Batching = Literal["vmap", "model", "loop"]
 TEXT = "TokenSequences"  # name of the law of a site of text
 
 LARGE_SEVERITY = 1e30
+UNREACHED = -230.0
+"""log of a probability that no estimate comes near: what D does beyond, rounding decides."""
 
 
 class ProblemError(ValueError):
@@ -349,7 +352,8 @@ class Event:
     ``on_calls`` is told after each chunk; ``nearest`` is the case nearest to a likely catastrophe that was evaluated.
     observed: values of observed sites and factors, with their plates. coarseness: how far apart neighbouring floats are
     at the middle of continuous sites, in standard deviations, where that is not 0. differentiable: whether the severity
-    has a gradient in z. trainable: whether training can follow its catastrophes: it has, or it is of text.
+    has a gradient in z. trainable: whether training can follow its catastrophes: it has, or it is of text. undefined:
+    how many cases so far out that D does not give them had no severity, and were taken for no catastrophe.
     """
 
     composition: Composition
@@ -360,6 +364,7 @@ class Event:
     chunk_size: int
     model_calls: int = 0
     checker_calls: int = 0
+    undefined: int = 0
     on_calls: Callable[[int], None] | None = None
     nearest: Nearest | None = None
     observed: Mapping[str, Observed] = field(default_factory=dict)
@@ -420,7 +425,8 @@ class Event:
         """Severity and log-weight (and gradients) at z of shape ``(n, dim)``.
 
         held: site values ``(n, ...)`` that replace what z says and add their log-density to the log-weight.
-        Raises SeverityError if the checker returns NaN, ProblemError for the gradient of a black box.
+        Raises SeverityError if the checker returns NaN, but for cases farther out than D has a probability of e^-230 to
+        give; ProblemError for the gradient of a black box.
         """
         z = np.asarray(z, dtype=np.float64)
         if z.ndim != 2 or z.shape[1] != self.dim:
@@ -439,6 +445,7 @@ class Event:
                 self.checker_calls += len(z[rows])
                 if self.on_calls is not None:
                     self.on_calls(self.model_calls)
+                values, gradients = self._without_far(values, gradients, z[rows])
                 outputs.append(self._checked(values, z[rows]))
                 self._remember(*outputs[-1], z[rows], kept)
                 grads.append(gradients)
@@ -600,7 +607,7 @@ class Event:
         )
         for part in parts[:2]:
             self.composition.frontend.adopt(part)
-        return replace(self, parts=parts, model_calls=0, checker_calls=0, nearest=None)
+        return replace(self, parts=parts, model_calls=0, checker_calls=0, undefined=0, nearest=None)
 
     @cached_property
     def _scored(self) -> Composition | _Unjudged:
@@ -613,6 +620,22 @@ class Event:
 
     def _evaluating(self, parts: Parts) -> AbstractContextManager[None]:
         return self.backend.evaluating(*parts[:2], *checkers.modules(self.composition.checker))
+
+    def _without_far(
+        self, values: tuple[np.ndarray, ...], gradients: list[np.ndarray] | None, z: Floats
+    ) -> tuple[tuple[np.ndarray, ...], list[np.ndarray] | None]:
+        """The same with no catastrophe where a severity is NaN and D does not get: there floats overflow (∞ · 0), and
+        walks do get there. Observations may lead a conditioned adversary anywhere.
+        """
+        severity, log_weight = values
+        unknown = np.isnan(severity)
+        if self.weighted or not unknown.any():
+            return values, gradients
+        far = unknown & (stats.chi.logsf(np.linalg.norm(z, axis=1), self.dim) < UNREACHED)
+        self.undefined += int(far.sum())
+        if gradients is not None:
+            gradients = [np.where(far[:, None], 0.0, part) for part in gradients]
+        return (np.where(far, -LARGE_SEVERITY, severity), log_weight), gradients
 
     def _checked(self, values: tuple[np.ndarray, ...], z: Floats) -> tuple[Floats, Floats]:
         severity, log_weight = values
