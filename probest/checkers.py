@@ -264,15 +264,23 @@ def branches(checker: Any, most: int = 8) -> tuple[Branch, ...]:
             return [((next(numbers), sign),)]
         if part.kind == "negate":
             return of(part.parts[0], -sign)
-        found = [of(each, sign) for each in part.parts]
-        if (part.kind == "any_of") == (sign > 0.0):
-            return [branch for some in found for branch in some]
-        if math.prod(map(len, found)) > most:
-            return []
-        return [tuple(itertools.chain(*together)) for together in itertools.product(*found)]
+        return alternatives((part.kind == "any_of") == (sign > 0.0), [of(each, sign) for each in part.parts], most)
 
     found = of(checker, 1.0)
     return tuple(found) if len(found) <= most else ()
+
+
+def alternatives(union: bool, parts: Sequence[Sequence[Branch]], most: int) -> list[Branch]:
+    """The branches of a union of parts, or of their intersection: one of each together.
+
+    None at all for more than ``most``, and where a part has none for that reason.
+    """
+    count = sum(map(len, parts)) if union else math.prod(map(len, parts))
+    if count > most or not all(parts):
+        return []
+    if union:
+        return [branch for part in parts for branch in part]
+    return [tuple(itertools.chain(*together)) for together in itertools.product(*parts)]
 
 
 def modules(checker: Any) -> tuple[Any, ...]:

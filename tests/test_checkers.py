@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from library import gradient, library
 from scipy.special import log_ndtr
 
 from probest import GradientError, Problem, SeverityError, estimate, train
-from probest.checkers import all_of, always, any_of, black_box, eventually, leaves, modules, negate
+from probest.checkers import all_of, always, any_of, black_box, branches, eventually, leaves, modules, negate
 
 QUIET: dict[str, Any] = {"progress": False}
 Z = np.random.default_rng(0).standard_normal((50, 3))
@@ -335,3 +336,36 @@ def test_modules_inside_combinations_are_evaluated() -> None:
     event = problem(library("pyro"), any_of(negate(module), first)).event
     np.testing.assert_allclose(event.severity(Z), np.maximum(-Z.sum(1), A), rtol=1e-5, atol=1e-5)
     assert module.training
+
+
+def test_branches_say_what_a_combination_says_or_nothing() -> None:
+    """Of random trees, over all signs of their leaves; a part with too many ways must not be left out of a union."""
+    rng = np.random.default_rng(0)
+
+    def leaf(k: int) -> Any:
+        return lambda x, y: x[k]
+
+    def tree(depth: int, numbers: Any) -> Any:
+        kind = rng.integers(4) if depth else 0
+        if kind == 0:
+            return leaf(next(numbers))
+        if kind == 1:
+            return negate(tree(depth - 1, numbers))
+        parts = [tree(depth - 1, numbers) for _ in range(rng.integers(2, 4))]
+        return (any_of if kind == 2 else all_of)(*parts)
+
+    known = 0
+    for _ in range(200):
+        numbers = itertools.count()
+        whole = tree(3, numbers)
+        count = next(numbers)
+        found = branches(whole)
+        if not found or count > 10:
+            continue
+        known += 1
+        for signs in itertools.product((-1.0, 1.0), repeat=count):
+            expected = float(whole(np.array(signs), None)) >= 0.0
+            assert any(all(signs[j] * sign > 0 for j, sign in branch) for branch in found) == expected
+    assert known > 100
+    some = [leaf(0)] * 3
+    assert branches(any_of(leaf(0), all_of(any_of(*some), any_of(*some)))) == ()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from probest.checkers import Branch
+from probest.checkers import Branch, alternatives
 from probest.moments.layers import Base, Layer, Layers, Linear, reached
 
 __all__ = ["parted"]
@@ -62,10 +62,10 @@ def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8
         return net
     branches: list[Branch] = []
     for branch in net.branches:
-        each = [_branches(nodes[j], sign) for j, sign in branch]
-        if math.prod(map(len, each)) > most:
+        some = alternatives(False, [_branches(nodes[j], sign, most) for j, sign in branch], most)
+        if not some:
             return net
-        branches += [tuple(itertools.chain(*together)) for together in itertools.product(*each)]
+        branches += some
     if len(branches) > most or not all(leaf.terms for leaf in found.leaves):
         return net
     kept, output = reached(net.layers, _stacked(net, found.leaves, host))
@@ -188,14 +188,11 @@ class _Parting:
         return _Side(left, at[i], values[2]), _Side(right, at[i], values[2])
 
 
-def _branches(node: _Node, sign: float) -> list[Branch]:
-    """How it comes to a catastrophe, or, for a negative sign, does not."""
+def _branches(node: _Node, sign: float, most: int) -> list[Branch]:
+    """How it comes to a catastrophe, or, for a negative sign, does not; none where there are too many ways."""
     if not node.parts:
         return [((node.leaf, sign),)]
-    found = [_branches(part, sign) for part in node.parts]
-    if node.union == (sign > 0.0):
-        return [branch for some in found for branch in some]
-    return [tuple(itertools.chain(*together)) for together in itertools.product(*found)]
+    return alternatives(node.union == (sign > 0.0), [_branches(part, sign, most) for part in node.parts], most)
 
 
 def _row(output: Linear, j: int) -> Linear:
