@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,21 @@ def test_what_is_far_from_linear_is_not_converged(backend: str, case: str) -> No
     assert result.conclusion.notes
 
 
+@pytest.mark.parametrize("slope", [0.3, 1.5])
+def test_a_share_is_read_as_a_margin(backend: str, slope: float) -> None:
+    """softmax(x₁, b x₂, 0)₁ ≥ p: x₁ ≥ log(exp(b x₂) + 1) + logit p, against a sum over x₂."""
+    lib, (softmax, _) = library(backend), _softmaxes(backend)
+    grid = np.linspace(-9.0, 9.0, 4001)
+    beyond = np.logaddexp(slope * grid, 0.0) + np.log(0.9 / 0.1)
+    expected = float(np.log(np.trapezoid(stats.norm.pdf(grid) * stats.norm.sf(beyond), grid)))
+    scales = lib.array([1.0, slope, 0.0])
+    result = read(
+        normal(lib, 2), lambda x: softmax(scales * lib.xp.stack([x[0], x[1], 0.0 * x[0]])), lambda x, y: y[0] - 0.9
+    )
+    assert abs(result.log_prob - expected) <= result.std_error + 1e-3
+    assert abs(result.log_prob - expected) < 0.05
+
+
 def test_a_weak_curvature_is_put_back(backend: str) -> None:
     """x₁ + c |x|² ≥ t, against Imhof's form of it: a noncentral chi-square."""
     lib, dim, c, t = library(backend), 20, 0.05, 5.0
@@ -318,6 +334,17 @@ def test_layers_are_the_function(backend: str, case: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
 
 
+def _softmaxes(backend: str) -> tuple[Any, Any]:
+    """Softmax and its logarithm of a vector."""
+    if backend == "pyro":
+        import torch
+
+        return partial(torch.softmax, dim=0), partial(torch.log_softmax, dim=0)
+    import jax
+
+    return jax.nn.softmax, jax.nn.log_softmax
+
+
 @pytest.mark.parametrize(
     ("case", "branches", "together"),
     [
@@ -329,12 +356,17 @@ def test_layers_are_the_function(backend: str, case: str) -> None:
         ("many", 1, 1),
         ("slope", 2, 1),
         ("deep", 1, 1),
+        ("share", 1, 1),
+        ("log-share", 1, 1),
+        ("largest share", 3, 1),
+        ("sigmoid", 2, 1),
     ],
 )
 def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: int, together: int) -> None:
-    """The largest of the branches is the function's own value, at random points."""
+    """The largest of the branches is the function's own value at random points, or has its sign."""
     lib, rng = library(backend), np.random.default_rng(9)
     xp = lib.xp
+    softmax, log_softmax = _softmaxes(backend)
     A, B = (xp.asarray(np.asarray(rng.normal(size=shape) / 2, np.float32)) for shape in ((4, 5), (9, 5)))
     functions = {
         "sum": lambda x: xp.maximum(x[0], x[1]) + xp.abs(xp.tanh(A @ x)[2] - 0.3),
@@ -344,6 +376,10 @@ def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: in
         "narrow": lambda x: (xp.maximum(A[:2] @ x, 0.0 * x[:2])).sum() + x[0],
         "many": lambda x: (B @ x).max(),
         "slope": lambda x: xp.maximum(0.1 * x[0], 3.0 * x[0]) + x[1],
+        "share": lambda x: softmax(A @ x)[1] - 0.4,
+        "log-share": lambda x: log_softmax(B @ x)[7] + 2.0,
+        "largest share": lambda x: softmax(A[:3] @ x).max() - 0.5,
+        "sigmoid": lambda x: 1.0 / (1.0 + xp.exp(-(A @ x)[:2].max())) - 0.6,
     }
 
     def deep(x: Any) -> Any:  # 2^16 sides, taken one by one
@@ -358,7 +394,12 @@ def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: in
     assert len(found.branches) == branches
     assert max(len(branch) for branch in found.branches) >= together
     expected = np.stack([np.asarray(inside.to_host(fn(inside.from_host(row)))) for row in z])
-    np.testing.assert_allclose(found.severity(found(z)), expected, rtol=2e-3, atol=2e-4)
+    told = found.severity(found(z))
+    if found.signs:
+        assert 0 < (expected >= 0).sum() < len(z)
+        np.testing.assert_array_equal(told >= 0, expected >= 0)
+    else:
+        np.testing.assert_allclose(told, expected, rtol=2e-3, atol=2e-4)
 
 
 def test_the_default_reads_a_wide_network_and_another_search_bears_it_out(backend: str) -> None:

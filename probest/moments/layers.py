@@ -36,6 +36,7 @@ Array = Any
 Call = Callable[..., Array]
 Base = tuple[str, int]
 """``("z", 0)``, ``("x", k)`` or ``("y", k)``."""
+_CLASSES = 16  # of one softmax, at most, whose shares are each written against the others
 INPUT: Base = ("z", 0)
 
 
@@ -278,9 +279,21 @@ class _Reading(Propagation):
         if flat.shape[1] == 2:
             return super().softmax(a, axis, log=log)
         flat = self._floored(flat)
+        if flat.shape[0] == 1 and flat.shape[1] <= _CLASSES:
+            return restore(self._against_others(flat, log))
         total = self._tournament(flat, self.logaddexp)
         logarithm = self.affine(lambda x, y: x - y, flat, total, native=False)
         return restore(logarithm if log else self.exp(logarithm))
+
+    def _against_others(self, flat: Random, log: bool) -> Random:
+        """log softmax_k = -softplus(log Σ_{j≠k} exp(x_j − x_k)): a monotone function of one value, that of a margin."""
+        n = flat.shape[1]
+        others = np.array([[j for j in range(n) if j != k] for k in range(n)])
+        margins = self.affine(lambda x: x[:, 0, :][:, others] - x[:, 0, :, None], flat, native=False)
+        total = self.reshaped(self._tournament(margins, self.logaddexp), (1, n))
+        if log:
+            return self.elementwise(lambda x: -self._softplus(x), total, native=False)
+        return self.elementwise(lambda x: self.xp.exp(-self._softplus(x)), total, native=False, nonnegative=True)
 
     def normalise(self, a: Random, axes: Sequence[int], eps: float, *, centre: bool = True) -> Random:
         xp = self.xp

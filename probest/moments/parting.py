@@ -90,7 +90,7 @@ class _Parting:
             row = np.asarray(self.host(one.terms[base]), dtype=np.float64)[0]
             i = int(np.argmax(np.abs(row)))
             narrow = layer.linear.size <= _NARROW
-            straight = self._straightened(one, k, i) if narrow and np.count_nonzero(row) == 1 else None
+            straight = self._straightened(one, k, i) if np.count_nonzero(row) == 1 else None
             if straight is not None:
                 self.signs = True
                 return self.node(straight)
