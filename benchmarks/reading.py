@@ -20,6 +20,8 @@ converged, and the largest error of those, in nats.
 pass limits, with correlations up to .95 between them: moment propagation and plain draws. --by-hand: the checker is one
 function with maxima and minima in its code, instead of `any_of` and `all_of`.
 
+--shares N: instead, N random classifiers of two to ten classes, whose share of the first may not exceed a limit.
+
 --training: `train(objective="reading")` instead, on the output of random networks at 3.2 of its standard deviations, 30
 steps: log P by the default estimate before and after, as it was read last, and the audit, which reads nothing.
 """
@@ -223,9 +225,53 @@ def parts(count: int, samples: int, by_hand: bool, console: Console) -> None:
             f"{error:+.3f}", f"{found.std_error:.3f}", str(done.converged), f"{passes:,.0f}",
         )  # fmt: skip
     console.print(table)
-    worst = max(error for error, good in zip(errors, converged, strict=True) if good)
-    console.print(f"median |error| {np.median(errors):.3f}, largest of the converged {worst:.3f} nats")
+    summed_up(errors, covered, converged, console)
+
+
+def summed_up(errors: list[float], covered: list[bool], converged: list[bool], console: Console) -> None:
+    worst = max((error for error, good in zip(errors, converged, strict=True) if good), default=math.nan)
+    console.print(
+        f"median |error| {np.median(errors):.3f}, largest {max(errors):.3f}, of the converged {worst:.3f} nats"
+    )
     console.print(f"covered {np.mean(covered):.2f}, converged {np.mean(converged):.2f}")
+
+
+def shares(count: int, samples: int, console: Console) -> None:
+    """Classifiers that may not be surer of the first class than one draw in a thousand makes them."""
+    import pyro
+    import pyro.distributions as dist
+
+    from probest import MomentPropagation, Problem, estimate
+
+    table = Table("network", "classes", "share", "log P", "±", "error", "stated", "converged")
+    errors, covered, converged = [], [], []
+    for seed in range(count):
+        rng = np.random.default_rng([seed, 12])
+        kind, width, depth = list(ACTIVATIONS)[seed % 3], int(rng.choice([64, 128, 256])), int(rng.integers(1, 4))
+        dim, classes = int(rng.choice([32, 64, 128])), int(rng.integers(2, 11))
+        net = network(kind, dim, width, depth, classes, rng).float()
+        plain = torch.cat([y.softmax(1)[:, 0] for y in draws(net, dim, 200_000, seed)])
+        limit = float(plain.quantile(0.999))
+        hits = sum(int((y.softmax(1)[:, 0] >= limit).sum()) for y in draws(net, dim, samples, seed + 1_000))
+        found = estimate(
+            Problem(
+                lambda dim=dim: pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1)),
+                net,
+                lambda x, y, limit=limit: y.softmax(0)[0] - limit,  # noqa: ARG005
+            ),
+            estimator=MomentPropagation(), budget=2_000, progress=False,
+        )  # fmt: skip
+        truth, own = math.log(hits / samples), 1.0 / math.sqrt(hits)
+        error = found.log_prob - truth
+        errors.append(abs(error))
+        covered.append(abs(error) <= found.std_error + 2.0 * own)
+        converged.append(found.converged)
+        table.add_row(
+            f"{kind} {dim}, {width}/{depth}", str(classes), f"{limit:.3f}", f"{truth:.3f}", f"{own:.3f}",
+            f"{error:+.3f}", f"{found.std_error:.3f}", str(found.converged),
+        )  # fmt: skip
+    console.print(table)
+    summed_up(errors, covered, converged, console)
 
 
 def layered(net: nn.Module, dim: int) -> Any:
@@ -322,10 +368,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--training", action="store_true")
     parser.add_argument("--parts", type=int, default=0, help="networks with combined checkers, instead")
+    parser.add_argument("--shares", type=int, default=0, help="classifiers with a limit to a share, instead")
     parser.add_argument("--by-hand", action="store_true", help="these checkers as one function")
     args = parser.parse_args()
     if args.parts:
         parts(args.parts, args.samples, args.by_hand, Console(width=120))
+        return
+    if args.shares:
+        shares(args.shares, args.samples, Console(width=120))
         return
     if args.training:
         training(args.seeds, Console(width=120))
