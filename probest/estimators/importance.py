@@ -234,8 +234,10 @@ def importance_sample(
 
     memory: gets the samples, and the guide that new looks are held against. trial: stop when the guide is chosen; what
     there is to say then rests on the trial's few samples, and is never converged. enough: standard error that a sample
-    is enlarged for, once, where the calls that this takes are there; ``spare``, beyond the budget, count as there.
+    is enlarged for, once, where the calls that this takes are there; ``spare``, beyond the budget, count as there (not
+    for a conditioned adversary, which has two samples to draw).
     """
+    spare = 0 if event.weighted else spare
     meter = Meter(event, budget + spare)
     precision = method.precision
     reserve = spare
@@ -243,7 +245,7 @@ def importance_sample(
         precision = None if precision is None else precision / math.sqrt(2.0)
         enough = None if enough is None else enough / math.sqrt(2.0)
         reserve = meter.budget // 2
-    plan = _Plan(method, meter, precision, trial, enough, 0 if event.weighted else spare)
+    plan = _Plan(method, meter, precision, trial, enough, spare)
     joint = _sample_target(plan, memory, fitted, reserve, child_seed(seed, Target.EVENT), True)
     below: Outcome | None = None
     if event.weighted:

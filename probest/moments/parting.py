@@ -129,7 +129,7 @@ class _Parting:
 
         def said(x: np.ndarray) -> np.ndarray:
             asked = s.array(np.repeat(x[:, None], inner.size, axis=1), inner.shift)
-            with np.errstate(over="ignore"):
+            with np.errstate(all="ignore"):
                 return np.asarray(self.host(one.shift[0] + by * layer.function(asked)[:, i]), dtype=np.float64)
 
         x = _GRID
