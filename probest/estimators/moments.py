@@ -441,8 +441,7 @@ def elsewhere(reading: Evidence, expected: float, found: Population, independent
 
 def read(event: Any, most: int | None = None, *, ends: bool = True) -> Layers:
     """The severity of an event in layers, in NumPy: those of the parts of a combined checker, where there are not too
-    many. MomentError where the layers are more than ``most``. ends: whether maxima and minima that it ends in are taken
-    apart too.
+    many. MomentError where the layers are more than ``most``. ends: whether what it ends in is taken apart too.
     """
     function, branches = _function(event)
     found = layers(function, event.backend.from_host(np.zeros(event.dim)), most).on_host(event.backend)

@@ -52,7 +52,8 @@ class _Node(NamedTuple):
 
 
 def parted(net: Layers, host: Callable[[Array], Any] = np.asarray, most: int = 8) -> Layers:
-    """The same severity with more outputs and ``branches``, where it ends in maxima or minima of few parts.
+    """The same event with more outputs and ``branches``, where it ends in maxima or minima of few parts, and straight
+    where it ends in a monotone function.
 
     host: an array of the network's library in NumPy. most: branches.
     """
