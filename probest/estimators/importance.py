@@ -366,7 +366,7 @@ def _aim(
     for _ in range(0 if taught else method.rounds):
         left = meter.left - reserve
         enough = best.cost <= math.log(method.tuning.good_enough) or (
-            precision is not None and math.exp(best.cost) / precision**2 < 2.0 * size
+            precision is not None and best.cost < math.log(2.0 * size * precision**2)
         )
         known = memory.known()
         if enough or left < 3 * size or len(known.z) < 16:
