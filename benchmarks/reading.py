@@ -37,7 +37,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def parts(count: int, samples: int, by_hand: bool, console: Console) -> None:
     table = Table(
         "network", "outputs", "correlation", "of them", "log P", "±", "error", "stated", "converged", "passes"
     )
-    errors, covered, converged = [], [], []
+    rows = []
     for seed in range(count):
         rng = np.random.default_rng([seed, 11])
         kind, width, depth = list(ACTIVATIONS)[seed % 3], int(rng.choice([64, 128, 256])), int(rng.integers(1, 4))
@@ -215,25 +215,42 @@ def parts(count: int, samples: int, by_hand: bool, console: Console) -> None:
         found = estimate(problem, estimator=MomentPropagation(look=0), budget=1, progress=False).conclusion
         passes = (time.process_time() - started) / one
         done = estimate(problem, estimator=MomentPropagation(), budget=2_000, progress=False)
-        truth, own = math.log(hits / samples), 1.0 / math.sqrt(hits)
-        error = found.log_prob - truth
-        errors.append(abs(error))
-        covered.append(abs(error) <= found.std_error + 2.0 * own)
-        converged.append(done.converged)
+        rows.append(Judged.of(found, hits, samples, done.converged))
         table.add_row(
-            f"{kind} {dim}, {width}/{depth}", str(outputs), f"{mix:g}", way, f"{truth:.3f}", f"{own:.3f}",
-            f"{error:+.3f}", f"{found.std_error:.3f}", str(done.converged), f"{passes:,.0f}",
+            f"{kind} {dim}, {width}/{depth}", str(outputs), f"{mix:g}", way, *rows[-1].cells, f"{passes:,.0f}",
         )  # fmt: skip
     console.print(table)
-    summed_up(errors, covered, converged, console)
+    summed_up(rows, console)
 
 
-def summed_up(errors: list[float], covered: list[bool], converged: list[bool], console: Console) -> None:
-    worst = max((error for error, good in zip(errors, converged, strict=True) if good), default=math.nan)
+class Judged(NamedTuple):
+    """A reading beside plain draws: the true log P with its own error, and what the reading is off by and states."""
+
+    log_prob: float
+    own: float
+    error: float
+    stated: float
+    converged: bool
+
+    @classmethod
+    def of(cls, found: Any, hits: int, samples: int, converged: bool) -> Judged:
+        truth = math.log(hits / samples)
+        return cls(truth, 1.0 / math.sqrt(hits), found.log_prob - truth, found.std_error, converged)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Of a table."""
+        return (*(f"{x:.3f}" for x in self[:2]), f"{self.error:+.3f}", f"{self.stated:.3f}", str(self.converged))
+
+
+def summed_up(rows: list[Judged], console: Console) -> None:
+    errors = [abs(row.error) for row in rows]
+    covered = [abs(row.error) <= row.stated + 2.0 * row.own for row in rows]
+    worst = max((abs(row.error) for row in rows if row.converged), default=math.nan)
     console.print(
         f"median |error| {np.median(errors):.3f}, largest {max(errors):.3f}, of the converged {worst:.3f} nats"
     )
-    console.print(f"covered {np.mean(covered):.2f}, converged {np.mean(converged):.2f}")
+    console.print(f"covered {np.mean(covered):.2f}, converged {np.mean([row.converged for row in rows]):.2f}")
 
 
 def shares(count: int, samples: int, console: Console) -> None:
@@ -244,7 +261,7 @@ def shares(count: int, samples: int, console: Console) -> None:
     from probest import MomentPropagation, Problem, estimate
 
     table = Table("network", "classes", "share", "log P", "±", "error", "stated", "converged")
-    errors, covered, converged = [], [], []
+    rows = []
     for seed in range(count):
         rng = np.random.default_rng([seed, 12])
         kind, width, depth = list(ACTIVATIONS)[seed % 3], int(rng.choice([64, 128, 256])), int(rng.integers(1, 4))
@@ -261,17 +278,10 @@ def shares(count: int, samples: int, console: Console) -> None:
             ),
             estimator=MomentPropagation(), budget=2_000, progress=False,
         )  # fmt: skip
-        truth, own = math.log(hits / samples), 1.0 / math.sqrt(hits)
-        error = found.log_prob - truth
-        errors.append(abs(error))
-        covered.append(abs(error) <= found.std_error + 2.0 * own)
-        converged.append(found.converged)
-        table.add_row(
-            f"{kind} {dim}, {width}/{depth}", str(classes), f"{limit:.3f}", f"{truth:.3f}", f"{own:.3f}",
-            f"{error:+.3f}", f"{found.std_error:.3f}", str(found.converged),
-        )  # fmt: skip
+        rows.append(Judged.of(found, hits, samples, found.converged))
+        table.add_row(f"{kind} {dim}, {width}/{depth}", str(classes), f"{limit:.3f}", *rows[-1].cells)
     console.print(table)
-    summed_up(errors, covered, converged, console)
+    summed_up(rows, console)
 
 
 def layered(net: nn.Module, dim: int) -> Any:

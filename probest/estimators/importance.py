@@ -477,9 +477,9 @@ def _conclude(
     if plan.enough is not None and plan.enough > fitted.error:
         error = diagnostics.log_mean_exp(total.log_w)[1] / math.sqrt(plan.enough**2 - fitted.error**2)
         room = min(meter.left - reserve + plan.spare, method.max_samples - len(total.log_w))
-        if error > 1.0 and (method.tuning.safe * error**2 - 1.0) * len(total.log_w) <= room:
-            more = math.ceil((method.tuning.safe * error**2 - 1.0) * len(total.log_w))
-            total = join(total, draw(meter, guide, more, rng, inside))
+        more = (method.tuning.safe * error**2 - 1.0) * len(total.log_w)
+        if error > 1.0 and more <= room:
+            total = join(total, draw(meter, guide, math.ceil(more), rng, inside))
     return total
 
 

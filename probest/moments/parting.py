@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import optimize
 
 from probest.checkers import Branch, alternatives
 from probest.moments.layers import Base, Layer, Layers, Linear, reached
@@ -31,7 +32,6 @@ __all__ = ["parted"]
 Array = Any
 _NARROW = 4  # entries of a layer that may be an end, at most: a hidden layer has more
 _GRID = np.concatenate([-np.geomspace(1e-3, 1e3, 60)[::-1], [0.0], np.geomspace(1e-3, 1e3, 60)])  # of x
-_ROUNDS = 5  # of refining where it crosses the limit: 1e-10 of the first interval
 _LEAVES = 32  # at most: deep narrow networks have as many as sides of all their bends together
 
 
@@ -90,12 +90,11 @@ class _Parting:
                 continue
             row = np.asarray(self.host(one.terms[base]), dtype=np.float64)[0]
             i = int(np.argmax(np.abs(row)))
-            narrow = layer.linear.size <= _NARROW
             straight = self._straightened(one, k, i) if np.count_nonzero(row) == 1 else None
             if straight is not None:
                 self.signs = True
                 return self.node(straight)
-            sides = self._sides(layer, i) if narrow else None
+            sides = self._sides(layer, i) if layer.linear.size <= _NARROW else None
             if sides is None:
                 continue
             left, right = (float(self.host(side.slope)) for side in sides)
@@ -124,7 +123,7 @@ class _Parting:
         None for another, and where it does not cross the limit.
         """
         base, layer, s = ("y", k), self.net.layers[k], self.net.special
-        if set(one.terms) != {base}:
+        if set(one.terms) != {base} or len(layer.breaks):
             return None
         inner, by = layer.linear, one.terms[base][0, i]
 
@@ -133,19 +132,14 @@ class _Parting:
             with np.errstate(all="ignore"):
                 return np.asarray(self.host(one.shift[0] + by * layer.function(asked)[:, i]), dtype=np.float64)
 
-        x = _GRID
-        values = said(x)
-        if not ((values[1:] >= values[:-1]).all() or (values[1:] <= values[:-1]).all()):
-            return None
+        values = said(_GRID)
         inside = values >= 0.0
-        if inside.all() or not inside.any() or len(layer.breaks):
+        rises, falls = (values[1:] >= values[:-1]).all(), (values[1:] <= values[:-1]).all()
+        if not (rises or falls) or inside.all() or not inside.any():
             return None
-        for _ in range(_ROUNDS):
-            at = int(np.flatnonzero(inside[1:] != inside[:-1])[0])
-            x = np.linspace(x[at], x[at + 1], len(_GRID))
-            inside = said(x) >= 0.0
         at = int(np.flatnonzero(inside[1:] != inside[:-1])[0])
-        crossing, width = 0.5 * (x[at] + x[at + 1]), 1e-3 * (1.0 + abs(x[at]))
+        crossing = float(optimize.bisect(lambda x: said(np.array([x]))[0], _GRID[at], _GRID[at + 1]))
+        width = 1e-3 * (1.0 + abs(crossing))
         below, above = said(np.array([crossing - width, crossing + width]))
         slope = (above - below) / (2.0 * width)
         if not abs(slope) > 0.0:
