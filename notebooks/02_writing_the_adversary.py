@@ -61,7 +61,7 @@ def drift(wind):  # M: a controller that takes out half of where it is, one seco
 
 
 flight = Problem(weather, drift, lambda wind, at: at.max() - 25.0)
-calm = estimate(flight, budget=8_000 if QUICK else 30_000, precision=0.1, seed=1)
+calm = estimate(flight, budget=5_000 if QUICK else 30_000, precision=0.1, seed=1)
 calm
 
 # %% [markdown]
@@ -89,7 +89,7 @@ def drift_when_blind(x):
 
 
 failing = Problem(weather_and_failures, drift_when_blind, lambda x, at: at.max() - 25.0)
-both = estimate(failing, budget=8_000 if QUICK else 30_000, precision=0.15, seed=1)
+both = estimate(failing, budget=5_000 if QUICK else 30_000, precision=0.15, seed=1)
 both
 
 # %%
@@ -153,7 +153,7 @@ def near_catastrophe():
     numpyro.factor("near", log_ndtr(severity / WIDTH))
 
 
-warmup, draws = (150, 150) if QUICK else (500, 1000)
+warmup, draws = (60, 60) if QUICK else (500, 1000)
 sampler = MCMC(NUTS(near_catastrophe), num_warmup=warmup, num_samples=draws, num_chains=1, progress_bar=False)
 sampler.run(jax.random.PRNGKey(0))
 chain = az.from_numpyro(sampler)
@@ -189,14 +189,14 @@ def odd_pictures():
 pyro.set_rng_seed(0)
 kernel = pyro.infer.NUTS(odd_pictures, max_tree_depth=6)
 pyro_sampler = pyro.infer.MCMC(
-    kernel, num_samples=60 if QUICK else 500, warmup_steps=60 if QUICK else 300, disable_progbar=True
+    kernel, num_samples=30 if QUICK else 500, warmup_steps=30 if QUICK else 300, disable_progbar=True
 )
 pyro_sampler.run()
 
 pyro.clear_param_store()
 normal = pyro.infer.autoguide.AutoNormal(odd_pictures, init_scale=0.5)
 fit = pyro.infer.SVI(odd_pictures, normal, pyro.optim.Adam({"lr": 0.02}), pyro.infer.Trace_ELBO())
-losses = [fit.step() for _ in range(300 if QUICK else 2_000)]
+losses = [fit.step() for _ in range(150 if QUICK else 2_000)]
 
 styles = {
     "estimate": odd.catastrophes.weights @ odd.catastrophes["style"],
@@ -220,7 +220,7 @@ def tempered():
 
 
 guide = AutoNormal(tempered, init_scale=0.3)
-steps = 500 if QUICK else 3_000
+steps = 200 if QUICK else 3_000
 svi = SVI(tempered, guide, numpyro.optim.Adam(0.02), Trace_ELBO(num_particles=4))
 fitted = svi.run(jax.random.PRNGKey(1), steps, progress_bar=False).params
 found_by_svi = guide.median(fitted)

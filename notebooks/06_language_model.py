@@ -80,7 +80,7 @@ if result.catastrophes is not None:
 
 # %%
 NATS = 3.0 if QUICK else 8.0
-settings = {"steps": 3, "refine": 2, "judge": 100} if QUICK else {}
+settings = {"steps": 2, "refine": 1, "judge": 60} if QUICK else {}
 if result.catastrophes is not None:
     family = LanguageAdversary(lm, twist=True, budget=500 if QUICK else 20_000)
     found = search(problem, family, kl=NATS, base=result, progress=False, **settings)

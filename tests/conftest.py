@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Programs that JAX compiled are kept, also for the next run: most of its tests' time is compilation. One folder for
-# each worker, since two that write at once would read each other's halves.
+# Programs that JAX compiled are kept, also for the next run: most of its tests' time is compilation.
 ROOT = Path(__file__).parents[1]
 if os.access(ROOT, os.W_OK):
-    own = ROOT / "build" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(own))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -166,7 +166,7 @@ def test_a_flow_bends_where_one_gaussian_cannot(backend: str) -> None:
     grid = np.linspace(-10, 10, 20_001)
     exact = math.log((stats.norm.pdf(grid) * stats.norm.sf(6.0 - 0.3 * grid**2)).sum() * (grid[1] - grid[0]))
     base = estimate(problem, budget=20_000, progress=False)
-    found = search(problem, Flow(), **QUICK | {"kl": 3.0, "base": base, "steps": 20, "refine": 5})
+    found = search(problem, Flow(), **QUICK | {"kl": 3.0, "base": base, "steps": 8, "refine": 3})
     check(found, exact, 3.0)
     assert found.efficiency > 0.75  # one Gaussian: .47
     # the density is that of the draws: what pushing standard normals does to a volume, by central differences
