@@ -104,7 +104,7 @@ class Backend(Protocol):
         """A batched ``fn`` (hashable by value; ``fn.compiled`` says whether it may be) from host to host.
 
         Compiled once per shape. Returns the outputs, leaves of shape ``(n, ...)``; with ``gradient`` these are a tuple
-        of arrays ``(n,)``, and the gradient of each in z, ``(n, dim)``, is returned too.
+        of arrays, and the gradient in z, ``(n, dim)``, of each that is of shape ``(n,)`` is returned too.
         """
 
     def call_host(self, fn: Callable[..., np.ndarray], *trees: PyTree, boolean: bool) -> Array:

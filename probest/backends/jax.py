@@ -152,7 +152,11 @@ def _run(
     values, pullback = jax.vjp(lambda z: fn(parts, z, held), z)
     zeros = tuple(jnp.zeros_like(value) for value in values)
     # Each output row depends on its own row of z alone, so one pullback of ones per output is the whole gradient.
-    grads = tuple(pullback((*zeros[:i], jnp.ones_like(value), *zeros[i + 1 :]))[0] for i, value in enumerate(values))
+    grads = tuple(
+        pullback((*zeros[:i], jnp.ones_like(value), *zeros[i + 1 :]))[0]
+        for i, value in enumerate(values)
+        if value.ndim == 1
+    )
     return values, grads
 
 

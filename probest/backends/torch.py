@@ -91,7 +91,7 @@ class TorchBackend:
         with torch.enable_grad():
             at = at.requires_grad_()
             values = fn(parts, at, kept)
-            grads = [_gradient(value, at) for value in values]
+            grads = [_gradient(value, at) for value in values if value.ndim == 1]
         return self.tree_map(self.to_host, values), [self.to_host(grad) for grad in grads]
 
     def call_host(self, fn: Callable[..., np.ndarray], *trees: PyTree, boolean: bool) -> Array:

@@ -46,6 +46,7 @@ import scipy
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.base import check_least, check_needs, check_precision
+from probest.estimators.by_kinds import look_by_kinds
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation, advance, elsewhere, read
@@ -100,6 +101,7 @@ class Stream(IntEnum):
     HALVES = 14
     LINES_AGAIN = 15
     READ = 16
+    KINDS = 17
 
 
 class Aim(IntEnum):
@@ -156,6 +158,9 @@ class CombinedTuning:
     taught_left: int = tuned(20_000, "calls left, for a student to learn on the way of a look", _LEARNED)
     worth_most: float = tuned(4.0, "independent catastrophes that one look counts as, at most", _LEARNED)
     island: int = tuned(8, "particles of each of its islands", _LEARNED)
+    kind_size: int = tuned(32, "particles for each kind of catastrophe, where there are several", _LEARNED)
+    kind_first: int = tuned(64, "particles of the look before them", _LEARNED)
+    kind_islands: int = tuned(8, "islands of all of these", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
     give_up: float = tuned(0.5, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
@@ -249,6 +254,7 @@ class Campaign:
     new: float = 0.0  # of them, those of the last look that were
     tempered: list[Run] = field(default_factory=list)
     sketched: list[Run] = field(default_factory=list)  # of them, those whose moves a student proposed
+    by_kinds: bool = False  # whether kinds of catastrophe were looked for one by one
     weighed: list[Evidence] = field(default_factory=list)
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
@@ -445,11 +451,26 @@ class Campaign:
         sketched = self._sketched(budget)
         method = sketched or self._plain()
         run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
+        if run.population is not None and self._has_kinds:
+            run = self._and_by_kinds(run, self.left - self._reserve(at_start))
         self.attempt += 1
         self.tempered.append(run)
         if sketched is not None and run.population is not None:
             self.sketched.append(run)
         return run
+
+    @property
+    def _has_kinds(self) -> bool:
+        """Whether there are kinds of catastrophe that have not been looked for one by one."""
+        return self._watched and not self.by_kinds and getattr(self.source, "kinds", None) is not None
+
+    def _and_by_kinds(self, first: Run, budget: int) -> Run:
+        """A look and, for each kind of catastrophe that it lacks, one at that kind."""
+        assert isinstance(self.event, Watched)
+        method = replace(self._plain(), particles=self.tuning.kind_size)
+        self.by_kinds = True
+        run = look_by_kinds(self.event, first, method, budget=max(1, budget), seed=self._seed(Stream.KINDS))
+        return first if run is None else self._add(run)
 
     def _plain(self) -> Tempering:
         gradient = self.attempt % 3 == 0 or self.memory.student is not None
@@ -458,6 +479,7 @@ class Campaign:
             self.memory.student = self.memory.student or Student()
         return Tempering(
             particles=self._look_size,
+            islands=self.tuning.kind_islands if self._has_kinds else 16,
             max_moves=moves,
             target=target,
             gradient=gradient,
@@ -482,7 +504,9 @@ class Campaign:
 
     @property
     def _look_size(self) -> int:
-        """Particles of the next look: the first three alike, then doubled each time."""
+        """Particles of the next look: the first three alike, then doubled each time; fewer where kinds follow."""
+        if self._has_kinds:
+            return min(self.method.particles, self.tuning.kind_first)
         return max(_LEAST_LOOK, self.method.particles) * int(2 ** max(0, self.attempt - 2))
 
     def _reserve(self, at_start: int) -> int:

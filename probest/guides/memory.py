@@ -33,7 +33,7 @@ from probest.guides.sample import Batch, above, clipped, kept_weights, seen
 if TYPE_CHECKING:
     from probest.surrogates.student import Student
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "together"]
 
 
 class _Sample(NamedTuple):
@@ -107,7 +107,7 @@ class Memory:
         if not self.looks:
             return None
         sizes = [math.log(len(look.z)) for look in self.looks]
-        return _together(self.looks, [mass + size for mass, size in zip(self.log_masses, sizes, strict=True)])
+        return together(self.looks, [mass + size for mass, size in zip(self.log_masses, sizes, strict=True)])
 
     def known(self) -> Population:
         """All looks and all samples as one to fit a guide to, each by what it is worth in independent points.
@@ -116,7 +116,7 @@ class Memory:
         """
         sampled = self._sampled()
         parts = self.looks if sampled is None else [*self.looks, sampled]
-        return _together(parts, [math.log(max(part.effective, 1.0)) for part in parts])
+        return together(parts, [math.log(max(part.effective, 1.0)) for part in parts])
 
     def _sampled(self) -> Population | None:
         """The samples of all guides as one sample of their mixture; None without any on target."""
@@ -133,7 +133,7 @@ class Memory:
         return Population(z, log_w, log_weight, None, diagnostics.effective_sample_size(log_w))
 
 
-def _together(parts: list[Population], log_shares: list[float]) -> Population:
+def together(parts: list[Population], log_shares: list[float]) -> Population:
     """Populations as one: the first halves of all of them before the second halves of all of them."""
     log_w = [
         part.log_w - diagnostics.log_sum_exp(part.log_w) + share for part, share in zip(parts, log_shares, strict=True)

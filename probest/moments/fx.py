@@ -8,6 +8,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError, Name, Place, Rule, Step, Trace, Unknown, leaves, linear
 
-__all__ = ["RULES", "TorchLibrary", "rule_for", "trace"]
+__all__ = ["RULES", "TorchLibrary", "rule_for", "steps_of", "trace"]
 
 Array = Any
 
@@ -75,19 +76,27 @@ def _plain() -> Iterator[None]:
 
 def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     """``fn`` as steps. Its parameters are constants of the trace, through which gradients pass."""
+    found = steps_of(fn, example)
+    with torch.no_grad():
+        return with_normalisation(replace(found, input=found.input[0]), example.detach(), _detached)
 
-    def forward(x: Array) -> Any:
-        return fn(x)
+
+def steps_of(fn: Callable[..., Any], *examples: Array) -> Trace:
+    """``fn`` of one or several arrays as steps, just as they are."""
+    given = [example.detach() for example in examples]
+
+    def forward(*x: Array) -> Any:
+        return fn(*x)
 
     def graph(**options: Any) -> Any:
         with _plain(), torch.random.fork_rng(devices=[]):
             try:
-                return make_fx(torch.func.functionalize(forward), _decompositions(), **options)(example.detach())
+                return make_fx(torch.func.functionalize(forward), _decompositions(), **options)(*given)
             except RuntimeError as error:
                 if "custom_function_call" not in str(error):
                     raise
                 # An autograd.Function cannot be functionalised; a function that has one may not write in place.
-                return make_fx(forward, _decompositions(), **options)(example.detach())
+                return make_fx(forward, _decompositions(), **options)(*given)
 
     @functools.cache
     def places() -> dict[str, str]:
@@ -97,10 +106,11 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     module = graph()
     constants: dict[Any, Any] = {}
     steps: list[Step] = []
-    source = result = None
+    sources: list[Any] = []
+    result = None
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            source = node.name
+            sources.append(node.name)
         elif node.op == "get_attr":
             constants[node.name] = _attribute(module, node.target)
         elif node.op == "output":
@@ -116,8 +126,7 @@ def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
             place = Place(lambda name=node.name: places().get(name, ""))  # type: ignore[misc]
             args, params = _named(tuple(node.args)), _named(dict(node.kwargs))
             steps.append(Step(op, target, args, params, (node.name,), False, place))
-    with torch.no_grad():
-        return with_normalisation(Trace(source, constants, steps, result), example.detach(), _detached)
+    return Trace(tuple(sources), constants, steps, result)
 
 
 def _detached(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from probest.moments.pointwise import Random, evaluate
 from probest.moments.rules import Propagation
 from probest.moments.steps import Name, Place, Rule, Step, Trace, linear
 
-__all__ = ["RULES", "JaxLibrary", "rule_for", "trace"]
+__all__ = ["RULES", "JaxLibrary", "rule_for", "steps_of", "trace"]
 
 Array = Any
 
@@ -83,15 +84,20 @@ def library(trace: Trace, *inputs: Any) -> JaxLibrary:
 
 def trace(fn: Callable[[Array], Any], example: Array) -> Trace:
     """``fn`` as steps. What it closes over are constants of the trace, through which gradients pass."""
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(example)
+    found = steps_of(fn, example)
+    return simplified(replace(found, input=found.input[0]), jax.lax.stop_gradient(example), _detached)
+
+
+def steps_of(fn: Callable[..., Any], *examples: Array) -> Trace:
+    """``fn`` of one or several arrays as steps, just as they are."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*examples)
     flat = _Flattening()
     inputs = [flat.new() for _ in closed.jaxpr.invars]
     outputs = flat.inline(closed.jaxpr, [flat.constant(c) for c in closed.consts], inputs)
     result: Any = outputs
     if jax.tree.leaves(shape) == [shape]:
         result = outputs[0]
-    traced = Trace(inputs[0].id, flat.constants, flat.steps, result)
-    return simplified(traced, jax.lax.stop_gradient(example), _detached)
+    return Trace(tuple(name.id for name in inputs), flat.constants, flat.steps, result)
 
 
 def _detached(value: Any) -> Any:

@@ -68,7 +68,10 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Trace:
-    """A function of one array. constants: values by name. result: nested, of names and constants."""
+    """A function of one array. constants: values by name. result: nested, of names and constants.
+
+    input: its name; of a function of several arrays, their names.
+    """
 
     input: Any
     constants: Mapping[Any, Any]

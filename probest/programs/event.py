@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -24,12 +24,16 @@ from probest.evidence import Evaluation, Floats
 from probest.programs.base import Frontend, Observed, Run, Site
 from probest.seeds import generator
 
+if TYPE_CHECKING:
+    from probest.moments.kinds import Kinds
+
 __all__ = ["Batching", "Cases", "Composition", "Event", "ProblemError", "SeverityError", "compose"]
 
 Batching = Literal["vmap", "model", "loop"]
 TEXT = "TokenSequences"  # name of the law of a site of text
 
 LARGE_SEVERITY = 1e30
+_KIND = "probest: kind"  # held beside sites
 UNREACHED = -230.0
 """log of a probability that no estimate comes near: what D does beyond, rounding decides."""
 
@@ -310,6 +314,44 @@ class _Unjudged:
         return backend.tree_map(backend.as_array, self.composition.judge(*case))
 
 
+@dataclass(frozen=True)
+class _Apart:
+    """Severity, log-weight, and what the checker and all its kinds say, ``(n, 1 + K)``.
+
+    The severity is that of the kind whose number is held as ``_KIND``, or the checker's own where that is negative: so
+    one compiled function serves them all.
+    """
+
+    composition: Composition
+    kinds: Kinds
+
+    @property
+    def compiled(self) -> bool:
+        return self.composition.compiled
+
+    def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array, Array]:
+        whole = self.composition
+        backend, xp = whole.frontend.backend, whole.frontend.backend.special.xp
+        which, held = held[_KIND][:, None], {name: value for name, value in held.items() if name != _KIND}
+        if whole.batching == "model":
+            observation, log_weight = backend.rows(whole._observe, parts, z, held)
+            said = backend.rows(self._judge, parts, (observation, parts.model(observation)), {})
+        else:
+            across = backend.loop if whole.batching == "loop" else backend.rows
+            said, log_weight = across(self._case, parts, z, held)
+        asked = xp.clip(which, -1, None) + 1 == backend.from_host(np.arange(said.shape[1]))
+        return xp.sum(xp.where(asked, said, 0.0), axis=1), log_weight, said
+
+    def _judge(self, parts: Parts, case: tuple[PyTree, PyTree], held: dict[str, Array]) -> Array:
+        whole = self.composition
+        severity = whole.frontend.backend.special.xp.reshape(whole._as_severity(whole.judge(*case)), (1,))
+        return whole.frontend.backend.special.xp.concat([severity, self.kinds(*case)])
+
+    def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array]:
+        run = self.composition.run(parts, z, held)
+        return self._judge(parts, run.value[:2], {}), run.log_weight
+
+
 def _same(observation: PyTree) -> PyTree:
     return observation
 
@@ -433,31 +475,74 @@ class Event:
             raise ValueError(f"z has shape {z.shape}; expected (n, {self.dim}): one row of coordinates a case")
         if gradient and self.composition.black_boxes:
             raise ProblemError(f"checker {self.composition.black_boxes[0].name!r} is a black_box: it has no gradient")
-        held = held or {}
-        outputs, grads = [], []
+        return self._evaluated(self._scored, z, gradient, held or {})[0]
+
+    def evaluate_kinds(
+        self,
+        z: Floats,
+        which: int | None = None,
+        *,
+        gradient: bool = False,
+        held: Mapping[str, np.ndarray] | None = None,
+    ) -> tuple[Evaluation, Floats, Floats]:
+        """As :meth:`evaluate`, the severity ``(n,)``, and those of all :attr:`kinds`, ``(n, K)``.
+
+        which: a kind, whose severity is evaluated in place of the checker's. Raises ValueError for a checker that has
+        no kinds.
+        """
+        if self.kinds is None:
+            raise ValueError("the checker's severity is not the largest of several: there are no kinds to evaluate")
+        number = np.full(len(z), -1 if which is None else which)
+        found, said = self._evaluated(self._apart, z, gradient, {**(held or {}), _KIND: number})
+        return found, said[:, 0], said[:, 1:]
+
+    @cached_property
+    def _apart(self) -> _Apart:
+        assert self.kinds is not None
+        return _Apart(self.composition, self.kinds)
+
+    def _evaluated(
+        self, fn: Any, z: Floats, gradient: bool, held: Mapping[str, np.ndarray]
+    ) -> tuple[Evaluation, Floats]:
+        """What ``fn`` says: severity and log-weight, and what else it says of each case."""
+        outputs, grads, others = [], [], []
         with self._evaluating(self.parts):
             for rows in chunks(len(z), self.chunk_size):
                 kept = {name: value[rows] for name, value in held.items()}
-                values, gradients = self.backend.on_host(self._scored, self.parts, z[rows], kept, gradient=gradient)
+                values, gradients = self.backend.on_host(fn, self.parts, z[rows], kept, gradient=gradient)
                 if self.composition.black_boxes:
                     values = self._asked(*values)
                 self.model_calls += len(z[rows]) * (GRADIENT_CALLS if gradient else FORWARD_CALLS)
                 self.checker_calls += len(z[rows])
                 if self.on_calls is not None:
                     self.on_calls(self.model_calls)
-                values, gradients = self._without_far(values, gradients, z[rows])
+                others.append(values[2] if len(values) > 2 else np.empty((len(z[rows]), 0)))
+                values, gradients = self._without_far(values[:2], gradients, z[rows])
                 outputs.append(self._checked(values, z[rows]))
-                self._remember(*outputs[-1], z[rows], kept)
+                self._remember(*outputs[-1], z[rows], {name: kept[name] for name in kept if name != _KIND})
                 grads.append(gradients)
+        more = np.concatenate(others) if others else np.empty((0, 0))
         severity, log_weight = (
             (np.concatenate(column) for column in zip(*outputs, strict=True)) if outputs else (np.empty(0),) * 2
         )
         if not gradient:
-            return Evaluation(severity, log_weight)
+            return Evaluation(severity, log_weight), more
         severity_grad, weight_grad = (
             (np.concatenate(column) for column in zip(*grads, strict=True)) if grads else (np.empty((0, self.dim)),) * 2
         )
-        return Evaluation(severity, log_weight, severity_grad, weight_grad if self.weighted else None)
+        return Evaluation(severity, log_weight, severity_grad, weight_grad if self.weighted else None), more
+
+    @cached_property
+    def kinds(self) -> Kinds | None:
+        """The severities that the checker's is the largest of, if it is that. Runs the model on one case."""
+        from probest.moments.kinds import kinds_of
+
+        whole = self.composition
+        if self.boolean or whole.black_boxes or whole.late:
+            return None
+        case = self.decode(generator(np.random.SeedSequence(0)).standard_normal((1, self.dim)))
+        first = (self.backend.tree_map(lambda leaf: self.backend.from_host(leaf[0]), tree) for tree in case[1:])
+        return kinds_of(self.backend, whole.checker, *first)
 
     def _remember(self, severity: Floats, log_weight: Floats, z: Floats, held: Mapping[str, np.ndarray]) -> None:
         """Keep the nearest of these cases, if it is nearer than what was seen before. Impossible ones do not count."""

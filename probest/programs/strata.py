@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
@@ -31,6 +31,9 @@ from probest.diagnostics import effective_sample_size, log_mean_exp, log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.programs.base import Site
 from probest.programs.event import Event
+
+if TYPE_CHECKING:
+    from probest.moments.kinds import Kinds
 
 __all__ = [
     "MOST",
@@ -166,11 +169,27 @@ class StratumEvent:
         place = self.backend.from_host(np.eye(self.strata.event.dim)[self.free])
         return lambda z: whole(z @ place)
 
+    @property
+    def kinds(self) -> Kinds | None:
+        return self.strata.event.kinds
+
+    def evaluate_kinds(
+        self, z: Floats, which: int | None = None, *, gradient: bool = False
+    ) -> tuple[Evaluation, Floats, Floats]:
+        """As :meth:`probest.programs.event.Event.evaluate_kinds`, in the coordinates that are left."""
+        held, at = held_rows(self.held, len(z)), self.strata.full(z)
+        found, severity, kinds = self.strata.event.evaluate_kinds(at, which, gradient=gradient, held=held)
+        return self._left(found), severity, kinds
+
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        found = self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=held_rows(self.held, len(z)))
+        held = held_rows(self.held, len(z))
+        return self._left(self.strata.event.evaluate(self.strata.full(z), gradient=gradient, held=held))
+
+    def _left(self, found: Evaluation) -> Evaluation:
+        """The same, of the coordinates that are left."""
         slope = None if found.severity_grad is None else found.severity_grad[:, self.free]
         if not self.weighted:
-            return Evaluation(found.severity, np.zeros(len(z)), slope)
+            return Evaluation(found.severity, np.zeros(len(found.severity)), slope)
         rise = None if found.log_weight_grad is None else found.log_weight_grad[:, self.free]
         return Evaluation(found.severity, found.log_weight, slope, rise)
 

@@ -8,24 +8,28 @@ import numpy as np
 
 from probest.evidence import Evaluation, EventLike, Floats
 
-__all__ = ["Cases", "Watched"]
+__all__ = ["Cases", "OneKind", "Watched"]
 
 
 _HUGE = 1e30
 
 
 class Cases(NamedTuple):
-    """z ``(n, dim)``; severity ``(n,)``, finite; slope ``(n, dim)``: its gradient, NaN in rows where none was asked."""
+    """z ``(n, dim)``; severity ``(n,)``, finite; slope ``(n, dim)``: its gradient, NaN in rows where none was asked;
+    kinds ``(n, K)``: those of the kinds of catastrophe, of which it is the largest; K = 0 for an event without.
+    """
 
     z: Floats
     severity: Floats
     slope: Floats
+    kinds: Floats
 
 
 class Watched:
     """The event, and all its answers, as long as they are no more than ``most`` numbers; then every second is let go.
 
-    Everything else is the event's own.
+    Everything else is the event's own. Where it has kinds (:mod:`probest.moments.kinds`), it is always asked for
+    theirs too, which takes no more calls.
     """
 
     def __init__(self, event: EventLike, most: int = 30_000_000) -> None:
@@ -54,21 +58,56 @@ class Watched:
         return self.event.weighted
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
+        if getattr(self.event, "kinds", None) is not None:
+            return self.evaluate_kind(z, None, gradient=gradient)
         result = self.event.evaluate(z, gradient=gradient)
-        slope = result.severity_grad if gradient and result.severity_grad is not None else np.full(z.shape, np.nan)
-        cases = _finite(Cases(z, result.severity, slope))
-        self._kept.append(Cases(cases.z.astype(np.float32), cases.severity, cases.slope.astype(np.float32)))
-        self._numbers += 2 * cases.z.size
+        self._keep(z, result.severity, result.severity_grad if gradient else None, np.empty((len(z), 0)))
+        return result
+
+    def evaluate_kind(self, z: Floats, which: int | None, *, gradient: bool = False) -> Evaluation:
+        """The event with the severity of one of its kinds; the answer of all of them is kept."""
+        event: Any = self.event
+        result: Evaluation
+        result, severity, kinds = event.evaluate_kinds(z, which, gradient=gradient)
+        slope = result.severity_grad if gradient else None
+        if slope is not None and which is not None:
+            slope = np.where((kinds[:, which] >= kinds.max(axis=1))[:, None], slope, np.nan)
+        self._keep(z, severity, slope, kinds)
+        return result
+
+    def _keep(self, z: Floats, severity: Floats, slope: Floats | None, kinds: Floats) -> None:
+        cases = _finite(Cases(z, severity, np.full(z.shape, np.nan) if slope is None else slope, kinds))
+        single: list[Any] = [
+            part.astype(np.float32) for part in (cases.z, cases.slope, np.clip(cases.kinds, -_HUGE, _HUGE))
+        ]
+        self._kept.append(Cases(single[0], cases.severity, single[1], single[2]))
+        self._numbers += sum(part.size for part in single)
         if self._numbers > self.most:
             self._kept = [Cases(*(part[::2] for part in _together(self._kept)))]
-            self._numbers = 2 * self._kept[0].z.size
-        return result
+            self._numbers = self._kept[0].z.size * 2 + self._kept[0].kinds.size
 
     def cases(self) -> Cases:
         """All that was kept, in the order in which it was asked."""
         if len(self._kept) > 1:
             self._kept = [_together(self._kept)]
-        return self._kept[0] if self._kept else Cases(np.empty((0, self.dim)), np.empty(0), np.empty((0, self.dim)))
+        none = np.empty((0, self.dim))
+        return self._kept[0] if self._kept else Cases(none, np.empty(0), none, np.empty((0, 0)))
+
+
+class OneKind:
+    """One kind of catastrophe by itself, as an event; what it is asked is kept as answers of the whole."""
+
+    differentiable, boolean, weighted = True, False, False
+
+    def __init__(self, watched: Watched, which: int) -> None:
+        self.watched, self.which = watched, which
+
+    @property
+    def dim(self) -> int:
+        return self.watched.dim
+
+    def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
+        return self.watched.evaluate_kind(z, self.which, gradient=gradient)
 
 
 def _finite(cases: Cases) -> Cases:

@@ -1,0 +1,172 @@
+"""Checkers whose severity is the largest of several: their kinds, and looks at them one by one, in both libraries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from library import library
+from scipy import special
+
+from probest import Problem, estimate
+from probest.checkers import all_of, any_of, eventually, negate
+from probest.estimators.by_kinds import look_by_kinds
+from probest.estimators.tempering import Tempering
+from probest.surrogates.watched import Watched
+
+DIM = 3
+Z = np.random.default_rng(0).standard_normal((60, DIM))
+Y = 2.0 * Z
+
+
+def softened(values: np.ndarray) -> np.ndarray:
+    return values + np.tanh(values) - 1.0
+
+
+def pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All sums of an entry of x and another of y, ``(n, 9)``; −inf for the same entry of both."""
+    return np.where(np.eye(DIM, dtype=bool), -np.inf, x[:, :, None] + y[:, None, :]).reshape(len(x), -1)
+
+
+def checkers_of(xp: Any) -> dict[str, tuple[Callable[[Any, Any], Any], np.ndarray]]:
+    """Each with the severities of its kinds, in any order."""
+
+    def first(x: Any, y: Any) -> Any:
+        return x[0] - 0.5
+
+    def second(x: Any, y: Any) -> Any:
+        return y[1] + 0.2
+
+    def twice(x: Any, y: Any) -> Any:
+        worst = xp.max(y)
+        return worst + xp.tanh(worst) - 1.0
+
+    a, b = Z[:, 0] - 0.5, Y[:, 1] + 0.2
+    return {
+        "largest": (lambda x, y: xp.max(y) - 3.0, Y - 3.0),
+        "largest, along an axis": (lambda x, y: xp.amax(xp.reshape(y, (1, DIM)), axis=1)[0] - 3.0, Y - 3.0),
+        "any_of": (any_of(first, second), np.stack([a, b], axis=1)),
+        "not all": (negate(all_of(first, second)), -np.stack([a, b], axis=1)),
+        "eventually": (eventually(lambda x, y: x - 1.0), Z - 1.0),
+        "what falls with the least": (lambda x, y: xp.exp(-xp.min(y)) - 2.0, np.exp(-Y) - 2.0),
+        "used twice": (twice, softened(Y)),
+        "nested": (
+            any_of(lambda x, y: xp.max(y) - 3.0, lambda x, y: xp.exp(xp.max(x)) - 2.0),
+            np.concatenate([Y - 3.0, np.exp(Z) - 2.0], axis=1),
+        ),
+        "at least a constant": (lambda x, y: xp.maximum(xp.max(y), 0.0 * y[0] - 1.0) - 3.0, None),
+        "pairs": (
+            lambda x, y: xp.max(xp.where(xp.eye(DIM) > 0.0, -xp.inf, x[:, None] + y[None, :])) - 2.0,
+            pairs(Z, Y) - 2.0,
+        ),
+    }  # type: ignore[return-value]
+
+
+NAMES = list(checkers_of(np))
+
+
+def problem(lib: Any, checker: Any, **options: Any) -> Problem:
+    return Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(DIM), 1.0).to_event(1)),
+        lambda x: 2.0 * x,
+        checker,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("batching", ["vmap", "model"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_severity_is_taken_apart(name: str, batching: str, backend: str) -> None:
+    lib = library(backend)
+    if batching == "model" and name not in NAMES[:2]:
+        return
+    checker, wanted = checkers_of(lib.xp)[name]
+    event = problem(lib, checker, batching=batching).event
+    assert event.kinds is not None
+    found, severity, kinds = event.evaluate_kinds(Z, gradient=True)
+    plain = event.evaluate(Z, gradient=True)
+    np.testing.assert_allclose(found.severity, plain.severity, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(severity, plain.severity, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.severity_grad, plain.severity_grad, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kinds.max(axis=1), plain.severity, rtol=1e-4, atol=1e-4)
+    if wanted is not None:
+        possible = kinds[:, kinds.max(axis=0) > -1e29]
+        expected = wanted[:, np.isfinite(wanted).any(axis=0)]
+        np.testing.assert_allclose(np.sort(possible, axis=1), np.sort(expected, axis=1), rtol=1e-4, atol=1e-4)
+    # one of them, with its gradient by central differences
+    one, _, known = event.evaluate_kinds(Z, 1, gradient=True)
+    np.testing.assert_allclose(one.severity, known[:, 1], rtol=1e-5, atol=1e-5)
+    step = 1e-2 * np.eye(DIM)
+    ends = [[event.evaluate_kinds(Z + side * row)[2][:, 1] for side in (1.0, -1.0)] for row in step]
+    slope = np.stack([(above - below) / 2e-2 for above, below in ends], axis=1)
+    assert one.severity_grad is not None
+    np.testing.assert_allclose(one.severity_grad, slope, atol=2e-2 * (1.0 + np.abs(slope).max()))
+
+
+def test_calls_of_kinds_are_counted(backend: str) -> None:
+    lib = library(backend)
+    event = problem(lib, lambda x, y: lib.xp.max(y) - 3.0).event
+    assert event.kinds is not None
+    before = event.model_calls
+    event.evaluate_kinds(Z)
+    event.evaluate_kinds(Z, 2, gradient=True)
+    assert event.model_calls - before == 4 * len(Z)
+
+
+def test_what_is_no_union_has_no_kinds(backend: str) -> None:
+    lib = library(backend)
+    xp = lib.xp
+    for checker in (
+        lambda x, y: xp.sum(y) - 1.0,
+        all_of(lambda x, y: x[0] - 0.5, lambda x, y: y[1] + 0.2),
+        lambda x, y: xp.max(y) + 0.1 * y[0],
+        lambda x, y: xp.max(y) > 1.0,
+        lambda x, y: xp.maximum(xp.max(y), xp.sum(0.0 * y) + 1.0) if False else xp.min(y) - 1.0,
+    ):
+        event = problem(lib, checker).event
+        assert event.kinds is None
+        with pytest.raises(ValueError, match="there are no kinds"):
+            event.evaluate_kinds(Z)
+
+
+def late(lib: Any, dim: int = 24) -> tuple[Problem, float]:
+    """A half-space that comes into reach at once, and a steep one, which is four fifths of P and a hundredth of what is
+    near the limit.
+    """
+    near, far = 4.9, 4.5
+
+    def checker(x: Any, y: Any) -> Any:
+        return lib.xp.max(lib.xp.stack([y[0] - near, 5.0 * (y[1] - far)]))
+
+    def model(x: Any) -> Any:
+        return lib.xp.stack([x[: dim // 2].sum(), x[dim // 2 :].sum()]) / (dim / 2.0) ** 0.5
+
+    built = Problem(lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(dim), 1.0).to_event(1)), model, checker)
+    a, b = (float(special.log_ndtr(-limit)) for limit in (near, far))
+    return built, float(np.logaddexp(a, b) + math.log1p(-math.exp(a + b - np.logaddexp(a, b))))
+
+
+def test_kinds_that_come_late_are_found(backend: str) -> None:
+    built, truth = late(library(backend))
+    watched = Watched(built.event)
+    method = Tempering(particles=64, islands=8, max_moves=2, target=0.5)
+    found = []
+    for number in range(6):
+        seed = np.random.SeedSequence([3, number])
+        first = method.run(watched, budget=40_000, seed=seed)
+        run = look_by_kinds(watched, first, method, budget=40_000, seed=seed)
+        assert run is not None
+        assert run.conclusion.particles is not None
+        assert (run.conclusion.particles.severity >= 0.0).all()
+        assert run.calls <= 40_000
+        found.append(run.conclusion.log_prob)
+    assert abs(float(special.logsumexp(found)) - math.log(6) - truth) < 0.5
+
+
+def test_the_default_knows_of_kinds(backend: str) -> None:
+    built, truth = late(library(backend))
+    result = estimate(built, budget=20_000, progress=False)
+    assert result.lower - 0.1 <= truth <= result.upper + 0.1
