@@ -55,7 +55,7 @@ class ByKindsTuning:
     least_fitted: int = tuned(40, "of them, at least", _BY)
     smooth: float = tuned(0.1, "of the fit's largest singular value, as its ridge", _BY)
     slack: float = tuned(3.0, "nats by which a fit may be too low", _BY)
-    least: float = tuned(0.01, "of what was found, that a kind has to promise", _BY)
+    least: float = tuned(0.03, "of what was found, that a kind has to promise", _BY)
     most: int = tuned(12, "kinds, at most", _BY)
     margin: float = tuned(1.3, "times what the kind before took, that has to be left", _BY)
     known: float = tuned(0.12, "of the first run's particles, that are enough of a kind", _BY)
@@ -117,10 +117,11 @@ def look_by_kinds(
     apart = np.abs(cases.kinds.max(axis=1, initial=-np.inf) - cases.severity) > 1e-3 * (1.0 + np.abs(cases.severity))
     if apart.any() or not learn(_WHOLE, first):
         return None
+    promise = np.full(cases.kinds.shape[1], -np.inf)
     seen, count = np.unique(found[0].kinds.argmax(axis=1), return_counts=True)
     known = seen[count >= tuning.known * len(found[0].kinds)]
     while len(tried) < tuning.most and meter.left > tuning.margin * price * method.particles:
-        promise = _promises(watched.cases(), tuning)
+        promise = np.maximum(promise, _promises(watched.cases(), tuning))  # cases of other kinds may spoil a fit
         promise[[*tried, *known]] = -np.inf
         which = int(np.argmax(promise))
         least = _total(found) + math.log(tuning.least)
@@ -197,6 +198,9 @@ def _together(found: Sequence[_Found], meter: Meter, tried: int) -> Run:
         family.append(families.log_z + math.log(count / len(own)))
     families = Families(special.logsumexp(np.stack(family), axis=0), None, sum(len(own) for _, own in kept))
     verdict = combine([families])
+    each = np.exp(np.array(shares) - diagnostics.log_sum_exp(np.array(shares)))  # independent runs of parts of P
+    families_of = np.array([one.run.conclusion.diagnostics["island_ess"] for one, _ in kept])
+    verdict = verdict._replace(effective=1.0 / float(np.sum(each**2 / families_of)))
     notes = complaints(verdict)
     log_w = np.concatenate(
         [np.full(int(own.sum()), share - math.log(own.sum())) for share, (_, own) in zip(shares, kept, strict=True)]

@@ -158,11 +158,13 @@ class CombinedTuning:
     taught_left: int = tuned(20_000, "calls left, for a student to learn on the way of a look", _LEARNED)
     worth_most: float = tuned(4.0, "independent catastrophes that one look counts as, at most", _LEARNED)
     island: int = tuned(8, "particles of each of its islands", _LEARNED)
-    kind_size: int = tuned(32, "particles for each kind of catastrophe, where there are several", _LEARNED)
+    kind_size: int = tuned(64, "particles for each kind of catastrophe, where there are several", _LEARNED)
+    kind_share: float = tuned(0.3, "of the budget that is left, for all of them, at most", _LEARNED)
+    kind_next: int = tuned(128, "particles of the looks after them", _LEARNED)
     kind_first: int = tuned(64, "particles of the look before them", _LEARNED)
-    kind_islands: int = tuned(8, "islands of all of these", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
+    once_more: float = tuned(0.1, "of the budget, that is left for a student's guide where it fell short", _LEARNED)
     give_up: float = tuned(0.5, "standard error that a guide has to promise to be worth its samples", _NETWORKS)
     far_from: float = tuned(1.5, "times the precision, the same where a student may learn instead", _LEARNED)
     sized_for: float = tuned(0.92, "of what is left, what the last tempering runs are sized for", _NETWORKS)
@@ -403,6 +405,9 @@ class Campaign:
                 return _with_particles(weighed, pool(self.looks))
             if Code.GIVEN_UP in weighed.codes and len(self.looks) >= tuning.hopeless_looks:
                 return None
+        student = self.memory.student
+        if student is not None and student.proven and self.left > tuning.once_more * at_start:
+            tried = True  # nothing else is worth as much: it has learned from what the last sample showed
         if tried and self.left > 0:
             weighed = self._aim_and_sample(False, False)
             if self._passes(weighed):
@@ -452,7 +457,7 @@ class Campaign:
         method = sketched or self._plain()
         run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
         if run.population is not None and self._has_kinds:
-            run = self._and_by_kinds(run, self.left - self._reserve(at_start))
+            run = self._and_by_kinds(run, int(self.tuning.kind_share * self.left))
         self.attempt += 1
         self.tempered.append(run)
         if sketched is not None and run.population is not None:
@@ -479,7 +484,6 @@ class Campaign:
             self.memory.student = self.memory.student or Student()
         return Tempering(
             particles=self._look_size,
-            islands=self.tuning.kind_islands if self._has_kinds else 16,
             max_moves=moves,
             target=target,
             gradient=gradient,
@@ -496,7 +500,9 @@ class Campaign:
         if student is None or not student.proven or not self.looks:
             return None
         price = min(map(_price, self.sketched), default=tuning.sketched_price * _price(self.looks[-1]))
-        size = min(2 * self._look_size, int(budget / (tuning.look_margin * price)))
+        # where kinds were looked for one by one, many looks are worth more than large ones
+        most = tuning.kind_next if self.by_kinds else 2 * self._look_size
+        size = min(most, int(budget / (tuning.look_margin * price)))
         if size < _LEAST_LOOK:
             return None
         islands = max(16, size // tuning.island)
