@@ -157,7 +157,7 @@ def test_kinds_that_come_late_are_found(backend: str) -> None:
     for number in range(6):
         seed = np.random.SeedSequence([3, number])
         first = method.run(watched, budget=40_000, seed=seed)
-        run = look_by_kinds(watched, first, method, budget=40_000, seed=seed)
+        run = look_by_kinds(watched, first, method, set(), budget=40_000, seed=seed)
         assert run is not None
         assert run.conclusion.particles is not None
         assert (run.conclusion.particles.severity >= 0.0).all()

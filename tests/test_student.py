@@ -50,15 +50,16 @@ def bent_event() -> ExactEvent:
 
 def test_the_gradient_of_a_lesson() -> None:
     rng = np.random.default_rng(0)
-    drawn = Network.drawn(5, 7, rng)
+    drawn = Network.drawn(5, 7, rng, 3)
     net = Network(*(part.astype(np.float64) + 0.1 * rng.standard_normal(part.shape) for part in drawn))
-    x, value, slope = rng.standard_normal((9, 5)), rng.standard_normal(9), rng.standard_normal((9, 5))
+    x, value, slope = rng.standard_normal((9, 5)), rng.standard_normal((9, 3)), rng.standard_normal((9, 5))
+    which = np.arange(9) % 3
 
     def loss(net: Network) -> float:
-        said, inner = _forward(net, x)
+        said, inner = _forward(net, x, which)
         return float(((said - value) ** 2).sum() + ((inner.slope - slope) ** 2).sum())
 
-    said, inner = _forward(net, x)
+    said, inner = _forward(net, x, which)
     pulled = _pulled(net, x, inner, 2.0 * (said - value), 2.0 * (inner.slope - slope))
     for name, part, gradient in zip(net._fields, net, pulled, strict=True):
         step = 1e-6 * rng.standard_normal(part.shape)
@@ -76,7 +77,7 @@ def test_a_network_learns_from_gradients_what_values_alone_do_not_say() -> None:
     value, slope = square(x)
     errors = []
     for known in (slope, np.full_like(slope, np.nan)):
-        lesson = Lesson(x, value, known, np.ones(len(x)))
+        lesson = Lesson(x, value[:, None], known, np.ones(len(x)), np.ones((len(x), 1)))
         net = taught(Network.drawn(8, 32, rng), lesson, rng, steps=1500, batch=64, rate=1e-2, slopes=4.0)
         said, sloped = net.value_and_slope(new)
         np.testing.assert_allclose(said, net.value(new), rtol=1e-5, atol=1e-5)

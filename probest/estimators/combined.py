@@ -256,7 +256,7 @@ class Campaign:
     new: float = 0.0  # of them, those of the last look that were
     tempered: list[Run] = field(default_factory=list)
     sketched: list[Run] = field(default_factory=list)  # of them, those whose moves a student proposed
-    by_kinds: bool = False  # whether kinds of catastrophe were looked for one by one
+    tried: set[int] = field(default_factory=set)  # kinds of catastrophe that were looked for one by one
     weighed: list[Evidence] = field(default_factory=list)
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
@@ -457,7 +457,8 @@ class Campaign:
         method = sketched or self._plain()
         run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
         if run.population is not None and self._has_kinds:
-            run = self._and_by_kinds(run, int(self.tuning.kind_share * self.left))
+            spare = self.left - self._reserve(at_start) if self.looks else self.left
+            run = self._and_by_kinds(run, int(min(spare, self.tuning.kind_share * self.left)))
         self.attempt += 1
         self.tempered.append(run)
         if sketched is not None and run.population is not None:
@@ -466,15 +467,18 @@ class Campaign:
 
     @property
     def _has_kinds(self) -> bool:
-        """Whether there are kinds of catastrophe that have not been looked for one by one."""
-        return self._watched and not self.by_kinds and getattr(self.source, "kinds", None) is not None
+        """Whether there are kinds of catastrophe, which are looked for one by one."""
+        return self._watched and getattr(self.source, "kinds", None) is not None
 
     def _and_by_kinds(self, first: Run, budget: int) -> Run:
         """A look and, for each kind of catastrophe that it lacks, one at that kind."""
         assert isinstance(self.event, Watched)
-        method = replace(self._plain(), particles=self.tuning.kind_size)
-        self.by_kinds = True
-        run = look_by_kinds(self.event, first, method, budget=max(1, budget), seed=self._seed(Stream.KINDS))
+        islands = len(first.families.log_z) if first.families is not None else 16
+        method = Tempering(
+            particles=self.tuning.kind_size, islands=islands, max_moves=2, target=0.5, student=self.memory.student
+        )
+        seed = self._seed(Stream.KINDS, self.attempt)
+        run = look_by_kinds(self.event, first, method, self.tried, budget=max(1, budget), seed=seed)
         return first if run is None else self._add(run)
 
     def _plain(self) -> Tempering:
@@ -501,7 +505,7 @@ class Campaign:
             return None
         price = min(map(_price, self.sketched), default=tuning.sketched_price * _price(self.looks[-1]))
         # where kinds were looked for one by one, many looks are worth more than large ones
-        most = tuning.kind_next if self.by_kinds else 2 * self._look_size
+        most = tuning.kind_next if self._has_kinds else 2 * self._look_size
         size = min(most, int(budget / (tuning.look_margin * price)))
         if size < _LEAST_LOOK:
             return None
@@ -511,7 +515,7 @@ class Campaign:
     @property
     def _look_size(self) -> int:
         """Particles of the next look: the first three alike, then doubled each time; fewer where kinds follow."""
-        if self._has_kinds:
+        if self._has_kinds and not self.looks:
             return min(self.method.particles, self.tuning.kind_first)
         return max(_LEAST_LOOK, self.method.particles) * int(2 ** max(0, self.attempt - 2))
 

@@ -27,6 +27,7 @@ from probest.tuning import tuned
 __all__ = ["Distilled", "Sketch", "Student", "StudentTuning"]
 
 _BY = "networks.py"
+_FAR = 4.0  # times the reach: severities beyond say nothing more
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class StudentTuning:
     grown: float = tuned(1.5, "times as many gradients, for a new subspace", _BY)
     doubt: float = tuned(1.2, "times its usual error, as its stated one", _BY)
     outliers: float = tuned(3.0, "usual errors, beyond which how far it was off does not matter", _BY)
+    kind: float = tuned(0.01, "of all cases, that a kind has to be the largest in, for an output of its own", _BY)
+    kinds: int = tuned(16, "outputs for kinds, at most, and one for all others", _BY)
     first_noise: float = tuned(0.4, "its error, in deviations of z, before any is known", _BY)
     least_noise: float = tuned(0.02, "its least stated error", _BY)
 
@@ -65,6 +68,11 @@ class Distilled(NamedTuple):
     @property
     def differentiable(self) -> bool:
         return True
+
+    def only(self, output: int) -> Distilled:
+        """What it knows of one of its outputs by itself."""
+        rows, net = slice(output, output + 1), self.network
+        return self._replace(network=net._replace(a=net.a[rows], c=net.c[rows], w3=net.w3[rows]))
 
     def inside(self, z: Floats) -> Floats:
         """The coordinates that it sees, ``(n, r)``."""
@@ -131,7 +139,8 @@ class Sketch(NamedTuple):
 class Student:
     """What it knows, and from how many gradients its subspace comes. scale: of severities, per deviation of z.
 
-    proven: whether some of the particles that it picked last were catastrophes.
+    proven: whether some of the particles that it picked last were catastrophes. kinds: those of catastrophe that have
+    outputs of their own.
     """
 
     tuning: StudentTuning = field(default_factory=StudentTuning)
@@ -139,11 +148,15 @@ class Student:
     scale: float = 1.0
     seen: int = 0
     proven: bool = False
+    kinds: tuple[int, ...] = ()
 
-    def teach(self, cases: Cases, rng: np.random.Generator, share: float = 1.0) -> Distilled | None:
+    def teach(
+        self, cases: Cases, rng: np.random.Generator, share: float = 1.0, kinds: tuple[int, ...] | None = None
+    ) -> Distilled | None:
         """The student after lessons on all cases; None where these hold no gradient to learn from.
 
-        share: of the usual steps, for lessons of which there will be many.
+        share: of the usual steps, for lessons of which there will be many. kinds: those that get outputs of their own,
+        in its first lessons, in place of those that matter most so far.
         """
         tuning = self.tuning
         sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
@@ -158,11 +171,14 @@ class Student:
             noise = tuning.first_noise if self.known is None else self.known.noise
             self.seen = len(sloped)
             basis, stretch = _directions(slope[sloped], weight[sloped], tuning)
-            network = Network.drawn(len(stretch), tuning.width, rng)
+            self.kinds = _leading(cases, weight, tuning) if kinds is None else kinds
+            network = Network.drawn(len(stretch), tuning.width, rng, max(1, len(self.kinds) + 1))
         else:
             assert self.known is not None
             network, basis, stretch, noise = self.known
-        lesson = Lesson((cases.z @ basis) * stretch, value, (slope @ basis) / stretch, weight)
+        values = self._of_kinds(cases, value)
+        counts = 1.0 / (1.0 + (values / tuning.near) ** 2) / weight[:, None]
+        lesson = Lesson((cases.z @ basis) * stretch, values, (slope @ basis) / stretch, weight, np.minimum(counts, 1.0))
         network = taught(
             network,
             lesson,
@@ -186,6 +202,14 @@ class Student:
         slope = cases.slope / (self.scale * np.sqrt(1.0 + (cases.severity / unit) ** 2))[:, None]
         return self._drawn_together(cases.severity), slope
 
+    def _of_kinds(self, cases: Cases, value: Floats) -> Floats:
+        """What each output is taught, ``(n, K)``: kinds of their own, and the largest of the others."""
+        if not self.kinds:
+            return value[:, None]
+        others = np.delete(cases.kinds, self.kinds, axis=1).max(axis=1, initial=-np.inf, keepdims=True)
+        told = self._drawn_together(np.concatenate([cases.kinds[:, self.kinds], others], axis=1))
+        return np.maximum(told, -_FAR * self.tuning.reach)
+
     def examined(self, u: Floats, severity: Floats) -> None:
         """Learn how wrong it is, from cases ``(n, r)`` that it has not been taught."""
         assert self.known is not None
@@ -205,6 +229,15 @@ def _scale(cases: Cases, sloped: np.ndarray) -> float:
     near = sloped[np.argsort(np.abs(cases.severity[sloped]), kind="stable")[: max(20, len(sloped) // 4)]]
     lengths = np.linalg.norm(cases.slope[near], axis=1)
     return float(np.median(lengths[lengths > 0.0])) if (lengths > 0.0).any() else 0.0
+
+
+def _leading(cases: Cases, weight: Floats, tuning: StudentTuning) -> tuple[int, ...]:
+    """The kinds that are largest in some of the cases that count; none where there are not two of them."""
+    if cases.kinds.shape[1] < 2:
+        return ()
+    share = np.bincount(cases.kinds.argmax(axis=1), weights=weight, minlength=cases.kinds.shape[1]) / weight.sum()
+    found = [int(k) for k in np.argsort(-share)[: tuning.kinds] if share[k] >= tuning.kind]
+    return tuple(found) if len(found) > 1 else ()
 
 
 def _directions(slope: Floats, weight: Floats, tuning: StudentTuning) -> tuple[Floats, Floats]:
