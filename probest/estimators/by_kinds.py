@@ -150,7 +150,7 @@ def look_by_kinds(
 def _promises(cases: Cases, least: float, tuning: ByKindsTuning, seed: np.random.SeedSequence) -> Floats:
     """log P of each kind ``(K,)``, as a student of those that may matter has it; −∞ for the others."""
     out = np.full(cases.kinds.shape[1], -np.inf)
-    rough = _rough(cases, tuning)
+    rough, slopes = _rough(cases, tuning)
     order = np.argsort(-rough, kind="stable")[: tuning.candidates]
     some = tuple(int(k) for k in order if rough[k] > least - tuning.rough)
     if not some:
@@ -158,7 +158,7 @@ def _promises(cases: Cases, least: float, tuning: ByKindsTuning, seed: np.random
     method = Tempering(particles=tuning.particles, max_moves=tuning.moves)
     for number in range(tuning.students):
         own = child_seed(seed, number)
-        known = Student().teach(cases, generator(own), tuning.lesson_share, some)
+        known = Student().teach(cases, generator(own), tuning.lesson_share, some, slopes[list(some)])
         if known is None:
             return rough
         for k, which in enumerate(some):
@@ -168,26 +168,31 @@ def _promises(cases: Cases, least: float, tuning: ByKindsTuning, seed: np.random
     return out
 
 
-def _rough(cases: Cases, tuning: ByKindsTuning) -> Floats:
-    """log P of each kind ``(K,)`` to first order: the largest of some linear fits where its severity is largest."""
+def _rough(cases: Cases, tuning: ByKindsTuning) -> tuple[Floats, Floats]:
+    """log P of each kind ``(K,)`` to first order, and the directions ``(K, dim)`` in which it becomes one: the more
+    likely of some linear fits where its severity is largest.
+    """
     out = np.full(cases.kinds.shape[1], -np.inf)
+    slopes = np.zeros((len(out), cases.z.shape[1]))
     for k in range(len(out)):
         if cases.kinds[:, k].max() < -_NEVER:
             continue
         order = np.argsort(-cases.kinds[:, k], kind="stable")[: int(max(tuning.fitted) * cases.z.shape[1])]
         for size in tuning.fitted:
             rows = order[: max(tuning.least_fitted, int(size * cases.z.shape[1]))]
-            out[k] = max(out[k], _first_order(cases.z[rows], cases.kinds[rows, k], tuning.smooth))
-    return out
+            promise, slope = _first_order(cases.z[rows], cases.kinds[rows, k], tuning.smooth)
+            if promise > out[k]:
+                out[k], slopes[k] = promise, slope
+    return out, slopes
 
 
-def _first_order(z: Floats, severity: Floats, smooth: float) -> float:
-    """log P of a linear fit to a severity."""
+def _first_order(z: Floats, severity: Floats, smooth: float) -> tuple[float, Floats]:
+    """log P of a linear fit to a severity, and its direction ``(dim,)``."""
     x, s = z.astype(np.float64), severity.astype(np.float64)
     u, size, vt = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
     slope = vt.T @ (size / (size**2 + (smooth * size[0]) ** 2) * (u.T @ (s - s.mean())))
     length, at_zero = float(np.linalg.norm(slope)), float(s.mean() - slope @ x.mean(axis=0))
-    return float(special.log_ndtr(at_zero / length)) if length > 0.0 else -math.inf
+    return (float(special.log_ndtr(at_zero / length)), slope / length) if length > 0.0 else (-math.inf, slope)
 
 
 def _owned(found: Sequence[_Found]) -> list[np.ndarray]:

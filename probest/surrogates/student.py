@@ -50,6 +50,7 @@ class StudentTuning:
     outliers: float = tuned(3.0, "usual errors, beyond which how far it was off does not matter", _BY)
     kind: float = tuned(0.01, "of all cases, that a kind has to be the largest in, for an output of its own", _BY)
     kinds: int = tuned(16, "outputs for kinds, at most, and one for all others", _BY)
+    others: float = tuned(0.2, "of what gradients count, that other directions which it has to see count", _BY)
     first_noise: float = tuned(0.4, "its error, in deviations of z, before any is known", _BY)
     least_noise: float = tuned(0.02, "its least stated error", _BY)
 
@@ -151,12 +152,18 @@ class Student:
     kinds: tuple[int, ...] = ()
 
     def teach(
-        self, cases: Cases, rng: np.random.Generator, share: float = 1.0, kinds: tuple[int, ...] | None = None
+        self,
+        cases: Cases,
+        rng: np.random.Generator,
+        share: float = 1.0,
+        kinds: tuple[int, ...] | None = None,
+        slopes: Floats | None = None,
     ) -> Distilled | None:
         """The student after lessons on all cases; None where these hold no gradient to learn from.
 
         share: of the usual steps, for lessons of which there will be many. kinds: those that get outputs of their own,
-        in its first lessons, in place of those that matter most so far.
+        in its first lessons, in place of those that matter most so far. slopes: directions ``(m, dim)`` of length 1
+        that it has to see besides those of gradients.
         """
         tuning = self.tuning
         sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
@@ -170,7 +177,11 @@ class Student:
         if first:
             noise = tuning.first_noise if self.known is None else self.known.noise
             self.seen = len(sloped)
-            basis, stretch = _directions(slope[sloped], weight[sloped], tuning)
+            rows, counts = slope[sloped], weight[sloped]
+            if slopes is not None:
+                rows = np.concatenate([rows, slopes])
+                counts = np.concatenate([counts, np.full(len(slopes), tuning.others * counts.sum() / len(slopes))])
+            basis, stretch = _directions(rows, counts, tuning)
             self.kinds = _leading(cases, weight, tuning) if kinds is None else kinds
             network = Network.drawn(len(stretch), tuning.width, rng, max(1, len(self.kinds) + 1))
         else:
