@@ -9,7 +9,8 @@
    calls. If its lines vary too much, or its own checks fail, what follows starts from nothing. Where only their
    precision does not do, a guide is fitted to their particles (see *aim*).
 4. *Look*: a small tempering run finds catastrophes. Looks are independent searches, by turns with gradients and
-   without.
+   without. Where the severity is the largest of several, kinds of catastrophe that a look lacks are looked for one by
+   one (:mod:`probest.estimators.by_kinds`).
 5. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
    which a guide is fitted. Where a fitted law would take too many samples, a small network is taught all answers so
    far, asks for more where it is unsure, and what it knows is the guide (:mod:`probest.estimators.distilling`); later
@@ -27,7 +28,7 @@ first (:mod:`probest.estimators.surrogate`); the steps above follow where it did
 
 It fails where gradients and tempering fail: a mode that no walk and no particle found, in a place that no fresh sample
 reached. Modes whose share is small until just before the limit are lost by small populations; several looks, each of
-which finds them once in a few times, are what stands against that.
+which finds them once in a few times, are what stands against that, and looks at each kind by itself.
 
 Reference: for the parts see :mod:`probest.estimators.line_sampling`, :mod:`probest.estimators.tempering`,
 :mod:`probest.estimators.importance`, :mod:`probest.estimators.distilling` and :mod:`probest.guides.memory`.
