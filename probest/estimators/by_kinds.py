@@ -56,7 +56,7 @@ class ByKindsTuning:
 
     fitted: tuple[float, ...] = tuned((1.3, 5.0), "times dim cases, where a kind is most severe, that fits are of", _BY)
     least_fitted: int = tuned(40, "of them, at least", _BY)
-    candidates: int = tuned(8, "kinds that a student is taught, and tempers on, to choose by", _BY)
+    candidates: int = tuned(6, "kinds that a student is taught, and tempers on, to choose by", _BY)
     rough: float = tuned(12.0, "nats that a linear fit may be too low, for a kind to be among them", _BY)
     students: int = tuned(2, "of them: what one has not understood, another may", _BY)
     lesson_share: float = tuned(0.7, "of a student's usual steps", _BY)
@@ -128,8 +128,9 @@ def look_by_kinds(
 
     while len(tried) < turn + tuning.most and meter.left > tuning.margin * price * method.particles:
         least = (_total(found) if found else log_prob) + math.log(tuning.least)
-        promise = _promises(watched.cases(), least, tuning, child_seed(seed, Stream.PROMISE, len(tried)))
-        promise[[*tried, *known]] = -np.inf
+        promise = _promises(
+            watched.cases(), [*tried, *known], least, tuning, child_seed(seed, Stream.PROMISE, len(tried))
+        )
         which = int(np.argmax(promise))
         if promise[which] + tuning.slack < least:
             break
@@ -147,10 +148,13 @@ def look_by_kinds(
     return _together(found, meter, len(tried) - turn) if found else None
 
 
-def _promises(cases: Cases, least: float, tuning: ByKindsTuning, seed: np.random.SeedSequence) -> Floats:
-    """log P of each kind ``(K,)``, as a student of those that may matter has it; −∞ for the others."""
+def _promises(
+    cases: Cases, known: list[int], least: float, tuning: ByKindsTuning, seed: np.random.SeedSequence
+) -> Floats:
+    """log P of each kind ``(K,)``, as students of those that may matter have it; −∞ for the others, and the known."""
     out = np.full(cases.kinds.shape[1], -np.inf)
     rough, slopes = _rough(cases, tuning)
+    rough[known] = -np.inf
     order = np.argsort(-rough, kind="stable")[: tuning.candidates]
     some = tuple(int(k) for k in order if rough[k] > least - tuning.rough)
     if not some:
@@ -158,11 +162,11 @@ def _promises(cases: Cases, least: float, tuning: ByKindsTuning, seed: np.random
     method = Tempering(particles=tuning.particles, max_moves=tuning.moves)
     for number in range(tuning.students):
         own = child_seed(seed, number)
-        known = Student().teach(cases, generator(own), tuning.lesson_share, some, slopes[list(some)])
-        if known is None:
+        learned = Student().teach(cases, generator(own), tuning.lesson_share, some, slopes[list(some)])
+        if learned is None:
             return rough
         for k, which in enumerate(some):
-            one = known._replace(noise=tuning.noise).only(k)
+            one = learned._replace(noise=tuning.noise).only(k)
             run = method.run(Softened(one, one.basis.shape[1] + 1), budget=_FREE, seed=child_seed(own, k))
             out[which] = max(out[which], run.conclusion.log_prob)
     return out
