@@ -16,6 +16,7 @@ from probest.checkers import all_of, any_of, eventually, negate
 from probest.estimators.by_kinds import look_by_kinds
 from probest.estimators.tempering import Tempering
 from probest.surrogates.watched import OneKind, Watched
+from probest.testing.events import ExactEvent, half_space
 
 DIM = 3
 Z = np.random.default_rng(0).standard_normal((60, DIM))
@@ -173,3 +174,20 @@ def test_the_default_knows_of_kinds(backend: str) -> None:
     built, truth = late(library(backend))
     result = estimate(built, budget=20_000, progress=False)
     assert result.lower - 0.1 <= truth <= result.upper + 0.1
+
+
+class Unruly(ExactEvent):
+    """Its kinds cannot be evaluated."""
+
+    kinds = True
+
+    def evaluate_kinds(self, z: Any, which: int | None = None, *, gradient: bool = False) -> Any:
+        raise RuntimeError("no")
+
+
+def test_kinds_that_cannot_be_evaluated_are_none() -> None:
+    plain = half_space(3, 2.0)
+    watched = Watched(Unruly("unruly", 3, plain.log_prob, plain.severity, plain.gradient))
+    np.testing.assert_allclose(watched.evaluate(Z).severity, plain.severity(Z))
+    assert watched.kinds is None
+    assert watched.cases().kinds.shape == (len(Z), 0)

@@ -56,6 +56,7 @@ class ByKindsTuning:
 
     fitted: tuple[float, ...] = tuned((1.3, 5.0), "times dim cases, where a kind is most severe, that fits are of", _BY)
     least_fitted: int = tuned(40, "of them, at least", _BY)
+    considered: int = tuned(48, "kinds of the largest severities seen, that fits are made of", _BY)
     candidates: int = tuned(6, "kinds that a student is taught, and tempers on, to choose by", _BY)
     rough: float = tuned(12.0, "nats that a linear fit may be too low, for a kind to be among them", _BY)
     students: int = tuned(2, "of them: what one has not understood, another may", _BY)
@@ -178,9 +179,10 @@ def _rough(cases: Cases, tuning: ByKindsTuning) -> tuple[Floats, Floats]:
     """
     out = np.full(cases.kinds.shape[1], -np.inf)
     slopes = np.zeros((len(out), cases.z.shape[1]))
-    for k in range(len(out)):
-        if cases.kinds[:, k].max() < -_NEVER:
-            continue
+    largest = cases.kinds.max(axis=0)
+    for k in np.argsort(-largest, kind="stable")[: tuning.considered]:
+        if largest[k] < -_NEVER:
+            break
         order = np.argsort(-cases.kinds[:, k], kind="stable")[: int(max(tuning.fitted) * cases.z.shape[1])]
         for size in tuning.fitted:
             rows = order[: max(tuning.least_fitted, int(size * cases.z.shape[1]))]

@@ -469,7 +469,7 @@ class Campaign:
     @property
     def _has_kinds(self) -> bool:
         """Whether there are kinds of catastrophe, which are looked for one by one."""
-        return self._watched and getattr(self.source, "kinds", None) is not None
+        return self._watched and getattr(self.event, "kinds", None) is not None
 
     def _and_by_kinds(self, first: Run, budget: int) -> Run:
         """A look and, for each kind of catastrophe that it lacks, one at that kind."""

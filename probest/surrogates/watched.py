@@ -37,6 +37,7 @@ class Watched:
         self.most = most
         self._kept: list[Cases] = []
         self._numbers = 0
+        self._apart = True  # as far as is known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.event, name)
@@ -57,9 +58,18 @@ class Watched:
     def weighted(self) -> bool:
         return self.event.weighted
 
+    @property
+    def kinds(self) -> Any:
+        """The event's, unless it turned out that they cannot be evaluated."""
+        return getattr(self.event, "kinds", None) if self._apart else None
+
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        if getattr(self.event, "kinds", None) is not None:
-            return self.evaluate_kind(z, None, gradient=gradient)
+        if self.kinds is not None:
+            try:
+                return self.evaluate_kind(z, None, gradient=gradient)
+            except Exception:  # what is wrong with the event itself is seen below
+                self._apart = False
+                self._kept = [cases._replace(kinds=np.empty((len(cases.z), 0))) for cases in self._kept]
         result = self.event.evaluate(z, gradient=gradient)
         self._keep(z, result.severity, result.severity_grad if gradient else None, np.empty((len(z), 0)))
         return result
