@@ -318,12 +318,13 @@ class _Unjudged:
 class _Apart:
     """Severity, log-weight, and what the checker and all its kinds say, ``(n, 1 + K)``.
 
-    The severity is that of the kind whose number is held as ``_KIND``, or the checker's own where that is negative: so
-    one compiled function serves them all.
+    The severity is the checker's own, or that of the kind whose number is held as ``_KIND``: so one compiled function
+    serves all kinds.
     """
 
     composition: Composition
     kinds: Kinds
+    single: bool
 
     @property
     def compiled(self) -> bool:
@@ -332,20 +333,25 @@ class _Apart:
     def __call__(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array, Array]:
         whole = self.composition
         backend, xp = whole.frontend.backend, whole.frontend.backend.special.xp
-        which, held = held[_KIND][:, None], {name: value for name, value in held.items() if name != _KIND}
+        which, held = held.get(_KIND), {name: value for name, value in held.items() if name != _KIND}
         if whole.batching == "model":
             observation, log_weight = backend.rows(whole._observe, parts, z, held)
             said = backend.rows(self._judge, parts, (observation, parts.model(observation)), {})
         else:
             across = backend.loop if whole.batching == "loop" else backend.rows
             said, log_weight = across(self._case, parts, z, held)
-        asked = xp.clip(which, -1, None) + 1 == backend.from_host(np.arange(said.shape[1]))
+        if not self.single:  # no gradient passes through kinds, which may have none where they are not the largest
+            return said[:, 0], log_weight, said
+        assert which is not None
+        asked = which[:, None] + 1 == backend.from_host(np.arange(said.shape[1]))
         return xp.sum(xp.where(asked, said, 0.0), axis=1), log_weight, said
 
     def _judge(self, parts: Parts, case: tuple[PyTree, PyTree], held: dict[str, Array]) -> Array:
         whole = self.composition
         severity = whole.frontend.backend.special.xp.reshape(whole._as_severity(whole.judge(*case)), (1,))
-        return whole.frontend.backend.special.xp.concat([severity, self.kinds(*case)])
+        kinds = self.kinds(*case)
+        kinds = kinds if self.single else whole.frontend.backend.constant(kinds)
+        return whole.frontend.backend.special.xp.concat([severity, kinds])
 
     def _case(self, parts: Parts, z: Array, held: dict[str, Array]) -> tuple[Array, Array]:
         run = self.composition.run(parts, z, held)
@@ -492,14 +498,11 @@ class Event:
         """
         if self.kinds is None:
             raise ValueError("the checker's severity is not the largest of several: there are no kinds to evaluate")
-        number = np.full(len(z), -1 if which is None else which)
-        found, said = self._evaluated(self._apart, z, gradient, {**(held or {}), _KIND: number})
+        held = {**(held or {}), **({} if which is None else {_KIND: np.full(len(z), which)})}
+        found, said = self._evaluated(_Apart(self.composition, self.kinds, which is not None), z, gradient, held)
+        if which is not None and found.severity_grad is not None:
+            found = found._replace(severity_grad=np.nan_to_num(found.severity_grad))
         return found, said[:, 0], said[:, 1:]
-
-    @cached_property
-    def _apart(self) -> _Apart:
-        assert self.kinds is not None
-        return _Apart(self.composition, self.kinds)
 
     def _evaluated(
         self, fn: Any, z: Floats, gradient: bool, held: Mapping[str, np.ndarray]
