@@ -181,7 +181,7 @@ def test_flows_are_densities_and_guides(library: str) -> None:
     basis = np.eye(6)[:, :2]
     flow = fit_flow(library, z, np.zeros(len(z)), basis, rng(10), steps=40)
     # the density integrates to one over the plane, by the trapezoidal rule
-    grid = np.linspace(-7.0, 9.0, 126)
+    grid = np.linspace(-7.0, 9.0, 251)
     x, y = (axis.ravel() for axis in np.meshgrid(grid, grid))
     plane = np.column_stack([x, y, np.zeros((len(x), 4))])
     density = np.exp(stats.norm.logpdf(x) + stats.norm.logpdf(y) - flow.log_ratio(plane))

@@ -120,6 +120,9 @@ def test_calls_of_kinds_are_counted(backend: str) -> None:
     before = event.model_calls
     event.evaluate_kinds(Z)
     event.evaluate_kinds(Z, 2, gradient=True)
+    nothing, severity, kinds = event.evaluate_kinds(Z[:0], gradient=True)
+    assert nothing.severity.shape == severity.shape == (0,)
+    assert kinds.shape == (0, DIM)
     assert event.model_calls - before == 4 * len(Z)
 
 

@@ -15,7 +15,7 @@ It finds modes that a run on the whole severity loses: in a class of the digits 
 upon one of two pairs of classes with half of P each, hardly ever on both, and differed by nats; looks at either pair
 differed by half a nat.
 
-It fails where a kind by itself has modes that come into reach late, and where the fit is wrong by nats: what was not
+It fails where a kind by itself has modes that come into reach late, and where students are wrong by nats: what was not
 looked for is left to looks at the whole severity.
 """
 
@@ -69,7 +69,7 @@ class ByKindsTuning:
     least: float = tuned(0.03, "of what was found, that a kind has to promise", _BY)
     most: int = tuned(12, "kinds, at most", _BY)
     margin: float = tuned(1.3, "times what the kind before took, that has to be left", _BY)
-    known: float = tuned(0.12, "of the first run's particles, that are enough of a kind", _BY)
+    known: float = tuned(0.12, "of all catastrophes seen, that are enough of a kind", _BY)
     hopeless: float = tuned(2.0, "nats below what would be enough, at which a kind's run is given up", _BY)
 
 
@@ -221,8 +221,9 @@ def _total(found: Sequence[_Found]) -> float:
 
 
 def _together(found: Sequence[_Found], meter: Meter, tried: int) -> Run:
-    owned = _owned(found)
-    kept = [(one, own) for one, own in zip(found, owned, strict=True) if own.any()]
+    """The runs as one, whose estimate is the sum of what each has that is its own."""
+    kept = [(one, own) for one, own in zip(found, _owned(found), strict=True) if own.any()]
+    kept = kept or [(found[0], np.ones(len(found[0].severity), dtype=bool))]
     shares = [one.run.conclusion.log_prob + math.log(float(own.mean())) for one, own in kept]
     populations: list[Population] = []
     family = []
@@ -238,9 +239,10 @@ def _together(found: Sequence[_Found], meter: Meter, tried: int) -> Run:
         family.append(families.log_z + math.log(count / len(own)))
     families = Families(special.logsumexp(np.stack(family), axis=0), None, sum(len(own) for _, own in kept))
     verdict = combine([families])
-    each = np.exp(np.array(shares) - diagnostics.log_sum_exp(np.array(shares)))  # independent runs of parts of P
-    families_of = np.array([one.run.conclusion.diagnostics["island_ess"] for one, _ in kept])
-    verdict = verdict._replace(effective=1.0 / float(np.sum(each**2 / families_of)))
+    # independent runs of parts of P: what each is worth counts by the square of its part
+    part = np.exp(np.array(shares) - diagnostics.log_sum_exp(np.array(shares)))
+    worth = np.array([one.run.conclusion.diagnostics["island_ess"] for one, _ in kept])
+    verdict = verdict._replace(effective=1.0 / float(np.sum(part**2 / worth)))
     notes = complaints(verdict)
     log_w = np.concatenate(
         [np.full(int(own.sum()), share - math.log(own.sum())) for share, (_, own) in zip(shares, kept, strict=True)]

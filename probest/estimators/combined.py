@@ -162,7 +162,6 @@ class CombinedTuning:
     kind_size: int = tuned(64, "particles for each kind of catastrophe, where there are several", _LEARNED)
     kind_share: float = tuned(0.3, "of the budget that is left, for all of them, at most", _LEARNED)
     kind_next: int = tuned(128, "particles of the looks after them", _LEARNED)
-    kind_first: int = tuned(64, "particles of the look before them", _LEARNED)
     hopeless_looks: int = tuned(2, "looks after which a guide that is given up is left for good", _LEARNED)
     guide_share: float = tuned(0.5, "of the budget that is left, at most, for a guide's samples", _EXACT)
     once_more: float = tuned(0.1, "of the budget, that is left for a student's guide where it fell short", _LEARNED)
@@ -475,9 +474,8 @@ class Campaign:
         """A look and, for each kind of catastrophe that it lacks, one at that kind."""
         assert isinstance(self.event, Watched)
         islands = len(first.families.log_z) if first.families is not None else 16
-        method = Tempering(
-            particles=self.tuning.kind_size, islands=islands, max_moves=2, target=0.5, student=self.memory.student
-        )
+        size = max(self.tuning.kind_size, 4 * islands)
+        method = Tempering(particles=size, islands=islands, max_moves=2, target=0.5, student=self.memory.student)
         seed = self._seed(Stream.KINDS, self.attempt)
         run = look_by_kinds(self.event, first, method, self.tried, budget=max(1, budget), seed=seed)
         return first if run is None else self._add(run)
@@ -515,9 +513,7 @@ class Campaign:
 
     @property
     def _look_size(self) -> int:
-        """Particles of the next look: the first three alike, then doubled each time; fewer where kinds follow."""
-        if self._has_kinds and not self.looks:
-            return min(self.method.particles, self.tuning.kind_first)
+        """Particles of the next look: the first three alike, then doubled each time."""
         return max(_LEAST_LOOK, self.method.particles) * int(2 ** max(0, self.attempt - 2))
 
     def _reserve(self, at_start: int) -> int:

@@ -502,6 +502,7 @@ class Event:
         found, said = self._evaluated(_Apart(self.composition, self.kinds, which is not None), z, gradient, held)
         if which is not None and found.severity_grad is not None:
             found = found._replace(severity_grad=np.nan_to_num(found.severity_grad))
+        said = said if len(z) else np.empty((0, 1 + self.kinds.count))
         return found, said[:, 0], said[:, 1:]
 
     def _evaluated(
