@@ -456,7 +456,7 @@ class Campaign:
         sketched = self._sketched(budget)
         method = sketched or self._plain()
         run = self._add(method.run(self.event, budget=budget, seed=self._seed(Stream.TEMPER, self.attempt)))
-        if run.population is not None and self._has_kinds:
+        if run.population is not None and self._has_kinds and self.left >= self.tuning.taught_left:
             spare = self.left - self._reserve(at_start) if self.looks else self.left
             run = self._and_by_kinds(run, int(min(spare, self.tuning.kind_share * self.left)))
         self.attempt += 1
