@@ -32,12 +32,12 @@ from scipy import special
 
 from probest import diagnostics
 from probest.budget import Meter
+from probest.estimators.distilling import DistillingTuning, tempered
 from probest.estimators.tempering import Tempering
 from probest.evidence import Families, Floats, Particles, Population, Run
 from probest.guides.memory import together
 from probest.seeds import child_seed, generator
 from probest.smc.families import combine, complaints
-from probest.surrogates.features import Softened
 from probest.surrogates.student import Student
 from probest.surrogates.watched import Cases, OneKind, Watched
 from probest.tuning import tuned
@@ -46,7 +46,6 @@ __all__ = ["ByKindsTuning", "look_by_kinds"]
 
 _BY = "networks.py"
 _WHOLE = -1
-_FREE = 10**12  # calls of what is not the model
 _NEVER = 1e29  # minus a severity beyond which there is none
 
 
@@ -63,7 +62,6 @@ class ByKindsTuning:
     lesson_share: float = tuned(0.7, "of a student's usual steps", _BY)
     noise: float = tuned(0.2, "deviations of z, that it is taken to be off", _BY)
     particles: int = tuned(256, "of each of its temperings, which cost no model calls", _BY)
-    moves: int = tuned(4, "of each particle on each level, at most", _BY)
     smooth: float = tuned(0.1, "of the fit's largest singular value, as its ridge", _BY)
     slack: float = tuned(2.0, "nats by which the student may be too low", _BY)
     least: float = tuned(0.03, "of what was found, that a kind has to promise", _BY)
@@ -160,7 +158,6 @@ def _promises(
     some = tuple(int(k) for k in order if rough[k] > least - tuning.rough)
     if not some:
         return out
-    method = Tempering(particles=tuning.particles, max_moves=tuning.moves)
     for number in range(tuning.students):
         own = child_seed(seed, number)
         learned = Student().teach(cases, generator(own), tuning.lesson_share, some, slopes[list(some)])
@@ -168,8 +165,8 @@ def _promises(
             return rough
         for k, which in enumerate(some):
             one = learned._replace(noise=tuning.noise).only(k)
-            run = method.run(Softened(one, one.basis.shape[1] + 1), budget=_FREE, seed=child_seed(own, k))
-            out[which] = max(out[which], run.conclusion.log_prob)
+            run = tempered(one, tuning.particles, DistillingTuning(), child_seed(own, k))
+            out[which] = max(out[which], -math.inf if run is None else run.conclusion.log_prob)
     return out
 
 

@@ -42,7 +42,7 @@ from probest.surrogates.student import Distilled, Student
 from probest.surrogates.watched import Watched
 from probest.tuning import tuned
 
-__all__ = ["DistillingTuning", "Taught", "distilled_guide"]
+__all__ = ["DistillingTuning", "Taught", "distilled_guide", "tempered"]
 
 _FREE = 10**12
 _BY = "networks.py"
@@ -126,7 +126,7 @@ def distilled_guide(
             break
         own = child_seed(seed, Stream.TEMPER, turn)
         laws = [
-            _tempered(each, tuning.particles, tuning, child_seed(own, k)) for k, each in enumerate(_both(known, tuning))
+            tempered(each, tuning.particles, tuning, child_seed(own, k)) for k, each in enumerate(_both(known, tuning))
         ]
         if laws[0] is None or laws[1] is None:
             student.known = known._replace(noise=2.0 * known.noise)
@@ -179,7 +179,7 @@ def _guide(student: Student, error: float, seed: np.random.SeedSequence, tuning:
         own = child_seed(seed, Stream.LAST, k)
         runs: list[Run] = []
         while len(runs) < tuning.runs:
-            run = _tempered(known, size, tuning, child_seed(own, len(runs)))
+            run = tempered(known, size, tuning, child_seed(own, len(runs)))
             if run is not None:
                 runs.append(run)
             elif not runs:
@@ -206,13 +206,13 @@ def _draws(
     def more() -> Floats:
         if ready:
             return ready.pop()
-        run = _tempered(known, tuning.last_particles, tuning, child_seed(seed, Stream.MORE, next(turns)))
+        run = tempered(known, tuning.last_particles, tuning, child_seed(seed, Stream.MORE, next(turns)))
         return _particles(runs[0] if run is None else run, rng)
 
     return more
 
 
-def _tempered(known: Distilled, particles: int, tuning: DistillingTuning, seed: np.random.SeedSequence) -> Run | None:
+def tempered(known: Distilled, particles: int, tuning: DistillingTuning, seed: np.random.SeedSequence) -> Run | None:
     """Temper on the student; None when there is no way to its event."""
     method = Tempering(particles=particles, max_moves=tuning.moves)
     event = Softened(known, known.basis.shape[1] + 1)
