@@ -15,7 +15,6 @@ the largest of the kinds has to be the severity wherever it is asked.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from probest.backends.base import Array, Backend, Parts, PyTree
+from probest.moments.propagate import front_of
 from probest.moments.steps import Name, Step, Trace, leaves, rebuilt
 
 __all__ = ["Kinds", "kinds_of"]
@@ -97,9 +97,8 @@ def kinds_of(backend: Backend, checker: Any, observation: PyTree, action: PyTree
         seen, done = backend.tree_map(lambda leaf: None if leaf is None else next(given), (observation, action))
         return backend.special.xp.reshape(backend.as_array(checker(seen, done)) * 1.0, ())
 
-    front = importlib.import_module("probest.moments." + ("fx" if backend.name == "torch" else "jaxpr"))
     try:
-        trace = front.steps_of(severity, *arrays)
+        trace = front_of(backend.name).steps_of(severity, *arrays)
         if not any(step.kind in _LARGEST | _LEAST for step in trace.steps):
             return None
         kinds = _Search(backend, trace, arrays).kinds()

@@ -15,7 +15,7 @@ from probest.moments.pointwise import Random
 from probest.moments.rules import Propagation
 from probest.moments.steps import MomentError, Trace, Unknown, linear, read
 
-__all__ = ["Moments", "Traced", "interpret", "moments", "register_rule", "traced"]
+__all__ = ["Moments", "Traced", "front_of", "interpret", "moments", "register_rule", "traced"]
 
 Array = Any
 
@@ -94,7 +94,7 @@ def traced(fn: Callable[[Array], Array], mean: Array) -> Traced:
     backend = load_backend(name)
     _check(backend, mean, None)
     with backend.evaluating(fn):
-        return Traced(fn, tuple(mean.shape), mean.dtype, _trace(_front(name), fn, mean))
+        return Traced(fn, tuple(mean.shape), mean.dtype, _trace(front_of(name), fn, mean))
 
 
 def moments(
@@ -158,7 +158,7 @@ def interpret(
     if not callable(fn):
         raise TypeError(f"moments(fn=...) has to be a function or module, not {type(fn).__name__}")
     name = _library_of(mean)
-    backend, front = load_backend(name), _front(name)
+    backend, front = load_backend(name), front_of(name)
     shape = tuple(mean.shape)
     _check(backend, mean, cov)
     if isinstance(fn, Traced):
@@ -237,7 +237,7 @@ def _elementwise_rule(bends: tuple[float, ...]) -> Callable[..., Any]:
     return rule
 
 
-def _front(name: str) -> Any:
+def front_of(name: str) -> Any:
     """What traces functions of that library, and knows the rules of its operations."""
     if name == "torch":
         from probest.moments import fx
