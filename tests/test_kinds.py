@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from library import library
-from scipy import special
+from scipy import integrate, special, stats
 
 from probest import Problem, estimate
 from probest.checkers import all_of, any_of, eventually, negate
 from probest.estimators.by_kinds import look_by_kinds
+from probest.estimators.line_sampling import LineSampling
 from probest.estimators.tempering import Tempering
 from probest.surrogates.watched import OneKind, Watched
 from probest.testing.events import ExactEvent, half_space
@@ -183,6 +184,55 @@ def test_the_default_knows_of_kinds(backend: str) -> None:
     built, truth = late(library(backend))
     result = estimate(built, budget=20_000, progress=False)
     assert result.lower - 0.1 <= truth <= result.upper + 0.1
+
+
+def crossing(lib: Any, steps: int = 12, limit: float = 12.0) -> tuple[Problem, float]:
+    """A random walk that comes to -limit at some step: as many half-spaces as steps, neighbours 17 degrees apart."""
+    built = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(steps), 1.0).to_event(1)),
+        lambda x: lib.xp.cumsum(x, 0),
+        lambda x, y: -lib.xp.amin(y) - limit,
+    )
+    at = np.linspace(-limit, limit + 8.0, 4_001)
+    kernel = stats.norm.pdf(at[:, None] - at) * (at[1] - at[0])
+    kernel[:, [0, -1]] *= 0.5
+    alive = stats.norm.pdf(at)
+    for _ in range(steps - 1):
+        alive = kernel @ alive
+    return built, math.log1p(-float(np.trapezoid(alive, at)))
+
+
+def test_lines_walk_to_each_kind(backend: str) -> None:
+    built, truth = crossing(library(backend))
+    runs = [LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([5, n])) for n in range(6)]
+    assert all(run.conclusion.converged for run in runs)
+    for run in runs:
+        assert abs(run.conclusion.log_prob - truth) < 0.02 + 4.4 * run.conclusion.std_error  # 1e-5
+
+
+def far_out_everywhere(lib: Any, dim: int = 30) -> tuple[Problem, float]:
+    """A half-space beside a limit on the norm, which to first order is nothing: two thirds of P."""
+    log_a, log_b = -9.5, -9.0
+    beta, radius = float(-special.ndtri_exp(log_a)), float(stats.chi.isf(math.exp(log_b), dim))
+
+    def checker(x: Any, y: Any) -> Any:
+        return lib.xp.max(lib.xp.stack([x[0] - beta, (x**2).sum() / radius - radius]))
+
+    law = stats.norm(), stats.chi2(dim - 1)
+    inside = integrate.quad(lambda t: law[0].pdf(t) * law[1].sf(radius**2 - t**2), beta, radius)[0]
+    both = inside + float(law[0].sf(radius))
+    built = Problem(lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(dim), 1.0).to_event(1)), lambda x: x, checker)
+    return built, math.log(math.exp(log_a) + math.exp(log_b) - both)
+
+
+def test_what_is_far_out_in_all_directions_is_noticed(backend: str) -> None:
+    built, truth = far_out_everywhere(library(backend))
+    for number in range(3):
+        last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([6, number])).conclusion
+        assert not last.converged or abs(last.log_prob - truth) < 0.1 + 4.4 * last.std_error
+        assert last.interval[1] > truth
+    result = estimate(built, budget=6_000, progress=False)
+    assert not result.converged or abs(result.log_prob - truth) < 0.1 + 4.4 * result.std_error
 
 
 class Unruly(ExactEvent):

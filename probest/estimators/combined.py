@@ -654,7 +654,12 @@ class Campaign:
             return None
         thick = before - self.left
         weighed = self._sample_guide(self._seed(Stream.AIM, Aim.SAMPLE), population)
-        self.lines[-1] = self.weighed[-1] = weighed = replace(weighed, calls=weighed.calls + thick)
+        weighed = replace(weighed, calls=weighed.calls + thick)
+        unseen = tuple(note for note in lined.notes if isinstance(note, Note) and note.code == Code.UNSEEN)
+        if unseen:  # what lines do not hold, their particles do not show
+            interval = (weighed.interval[0], max(weighed.interval[1], lined.interval[1]))
+            weighed = replace(weighed, converged=False, interval=interval, notes=(*weighed.notes, *unseen))
+        self.lines[-1] = self.weighed[-1] = weighed
         return weighed
 
     def _thickened(self, lined: Evidence) -> Population | None:

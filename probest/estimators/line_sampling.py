@@ -35,6 +35,7 @@ second-order reliability estimates by importance sampling; Papaioannou & Straub 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -127,6 +128,7 @@ class _Campaign:
         few = self.meter.event.dim <= self.method.tuning.few
         calls = min(self.meter.left // 2, self.method.tuning.search_calls)
         search = Search(self.meter, calls=calls, each=4 if few else 8, tuning=self.method.tuning)
+        search.by_kinds(self.rng.spawn(1)[0])
         starts = (5 * self.method.starts) // 8 if few else self.method.starts
         if not search.run(self.rng, starts, self.method.tuning.most_starts):
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
@@ -159,7 +161,7 @@ class _Campaign:
                 return [*ledger, failure]
             models = self._measure(self.modes.models(), around)
         outside = math.inf if around else self._outside(search, models)
-        return [*ledger, self._conclude(points, search, outside)]
+        return [*ledger, self._conclude(points, search, models, outside)]
 
     def _scaled(self) -> Evidence | None:
         """Set the scale of all values by the first lines of every mode; what to say where they do not allow that."""
@@ -316,9 +318,51 @@ class _Campaign:
                 nearest = min(nearest, float(np.linalg.norm(near)))
         return nearest
 
+    def _beyond(self, log_prob: float, blocks: list[np.ndarray], models: list[Model | None]) -> float:
+        """The share of P that catastrophes have which lie far out in many directions at once, farther than any line.
+
+        Where all directions have their catastrophes, none is likely to first order, and together they may be most of P:
+        a limit on ‖z‖ beside one on z₁. By directional sampling: rays in all coordinates, or some of them, ask at a
+        radius that is exceeded as rarely as would matter. blocks: the coordinates of each bundle of rays.
+        """
+        tuning, found = self.method.tuning, 0.0
+        for block in blocks:
+            law, n = Chi(len(block)), tuning.rays
+            if self.meter.left < n * (1 + tuning.ray_halvings):
+                break
+            z = self.rng.standard_normal((n, self.meter.event.dim))
+            z[:, block] /= np.linalg.norm(z[:, block], axis=1, keepdims=True)
+            level = np.array([log_prob + math.log(tuning.weighty)])
+            far = np.full(n, float(law.isf(level)[0]))
+            known = max(
+                float(np.linalg.norm(r.lines.offset[:, block], axis=1).max()) for m in self.modes for r in m.rounds
+            )
+            with contextlib.suppress(UndefinedError):
+                met = np.flatnonzero(self.meter.evaluate(_stretched(z, block, far)).severity >= 0.0)
+                inside, outside, z = far[met], np.zeros(len(met)), z[met]
+                for _ in range(tuning.ray_halvings if len(met) else 0):
+                    middle = 0.5 * (inside + outside)
+                    caught = self.meter.evaluate(_stretched(z, block, middle)).severity >= 0.0
+                    inside, outside = np.where(caught, middle, inside), np.where(caught, outside, middle)
+                new = (inside > known) & ~self.modes.explained(_stretched(z, block, inside), models)
+                found = max(found, float(np.sum(np.exp(law.log_sf(inside[new]) - log_prob))) / n)
+        return found
+
+    def _blocks(self, search: Search) -> list[np.ndarray]:
+        """Coordinates that a limit may be on together: all, those of a site, those that gradients depend on."""
+        dim = self.meter.event.dim
+        if dim <= self.method.tuning.covered or any(mode.direction is None for mode in self.modes):
+            return []
+        masks = [np.ones(dim, dtype=bool), *getattr(self.meter.event, "blocks", ()), *search.supports]
+        blocks = {mask.tobytes(): np.flatnonzero(mask) for mask in masks if mask.sum() > self.method.tuning.covered}
+        return list(blocks.values())[: self.method.tuning.blocks]
+
     def _first_counts(self, models: list[Model | None]) -> list[int]:
         """Fresh lines for each mode, shared out by what the models say of the modes."""
         sums = np.array([self.modes.learnt(k) if m is None else m.proposal.log_mean for k, m in enumerate(models)])
+        if not self.modes.few:  # a model of two lines may be far too high, and would take all there is for its mode
+            first = np.array([mode.law.log_sf(np.array([mode.beta]))[0] for mode in self.modes])
+            sums = np.minimum(sums, first + self.method.tuning.trusted)
         share = np.exp(sums - diagnostics.log_sum_exp(sums))
         bends = any(m is not None and m.proposal.spread > 0.0 for m in models)
         lines = self.method.fresh * 0.5 * (1 + len(models)) * (self.method.tuning.curved if bends else 1.0)
@@ -366,7 +410,7 @@ class _Campaign:
         note = Note(code, sentence)
         return Evidence.nothing(self.method.name, note, calls=self._calls(), seconds=self.meter.seconds)
 
-    def _conclude(self, points: DesignPoints, search: Search, outside: float) -> Evidence:
+    def _conclude(self, points: DesignPoints, search: Search, models: list[Model | None], outside: float) -> Evidence:
         chosen = self._all_chosen()
         total = sum(len(c.values) for c in chosen)
         mean, _ = self._spread(chosen)
@@ -380,9 +424,16 @@ class _Campaign:
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
         unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
+        beyond = self._beyond(log_prob, self._blocks(search), models)
         unmet = points.met_once if search.short or not self.modes.few else 0.0
         systematic = math.hypot(
-            *(c.error / mean for c in chosen), slip, self.method.tuning.floor, 0.5 * points.left_out, unlooked, unmet
+            *(c.error / mean for c in chosen),
+            slip,
+            self.method.tuning.floor,
+            0.5 * points.left_out,
+            unlooked,
+            unmet,
+            beyond,
         )
         error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
@@ -393,6 +444,9 @@ class _Campaign:
             sentence = (
                 f"a catastrophe at {outside:.1f} standard deviations lies outside of what lines found; use tempering."
             )
+            notes = (*notes, Note(Code.UNSEEN, sentence))
+        if beyond > self.method.tuning.weighty:
+            sentence = "catastrophes that are far out in many directions at once hold a part of P: use tempering."
             notes = (*notes, Note(Code.UNSEEN, sentence))
         return Evidence(
             method=self.method.name,
@@ -411,6 +465,7 @@ class _Campaign:
                 "strayed": float(search.lost),
                 "audited": float(self.audited),
                 "unmet": unmet,
+                "beyond": beyond,
                 "form": points.log_form,
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
@@ -441,6 +496,12 @@ class _Campaign:
             sentence = "first and fresh lines disagree: a few lines carry the estimate; use tempering."
             notes.append(Note(Code.DISAGREE, sentence))
         return tuple(notes)
+
+
+def _stretched(z: Floats, block: np.ndarray, radius: Floats) -> Floats:
+    out = z.copy()
+    out[:, block] *= radius[:, None]
+    return out
 
 
 def _endless(points: DesignPoints, tuning: LineTuning) -> bool:

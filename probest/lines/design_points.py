@@ -46,6 +46,7 @@ from probest.budget import GRADIENT_CALLS, Meter, UndefinedError
 from probest.diagnostics import log_sum_exp
 from probest.evidence import Evaluation, Floats
 from probest.lines.tuning import LineTuning
+from probest.surrogates.watched import OneKind
 
 __all__ = ["DesignPoints", "Search", "even_normals", "linearised"]
 
@@ -98,6 +99,7 @@ class _Walk:
     part: float = 1.0
     stuck: bool = False
     start: Floats | None = None
+    kind: int | None = None  # of catastrophe, by itself
 
     def __post_init__(self) -> None:
         self.reach = float(np.linalg.norm(self.target))
@@ -112,9 +114,10 @@ class _Walk:
         weight: int = 1,
         part: float = 1.0,
         start: Floats | None = None,
+        kind: int | None = None,
     ) -> _Walk:
         plane = _plane(u, severity, grad)
-        return cls(tuning, u, severity, grad, plane.normal * plane.offset, [plane], weight, part, False, start)
+        return cls(tuning, u, severity, grad, plane.normal * plane.offset, [plane], weight, part, False, start, kind)
 
     @property
     def straight(self) -> bool:
@@ -147,6 +150,8 @@ class _Walk:
 
     def meets(self, other: _Walk, distance: float) -> bool:
         """Whether the targets are within ``distance``, in units that grow with the distance from the origin."""
+        if self.kind != other.kind and self.kind is not None and other.kind is not None:
+            return False
         within = distance * (1.0 + 0.5 * other.reach)
         return abs(self.reach - other.reach) <= within and float(np.linalg.norm(self.target - other.target)) <= within
 
@@ -162,7 +167,8 @@ class _Walk:
         after = 0.5 * float(candidate @ candidate) + price_after * abs(severity)
         hoped = 0.5 * float(candidate @ candidate)
         if telling and after < before - self.tuning.sufficient * max(before - hoped, 0.0):
-            ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, min(1.0, 2.0 * self.part), self.start)
+            part = min(1.0, 2.0 * self.part)
+            ahead = _Walk.at(self.tuning, candidate, severity, grad, self.weight, part, self.start, self.kind)
             near = [
                 plane for plane in self.planes if float(np.linalg.norm(plane[2] - candidate)) < self.tuning.near_planes
             ]
@@ -237,6 +243,7 @@ class Search:
     each: starts for each mode, where there are several. suspects: where catastrophes that no known mode explained at
     the time enter the event. slopes: unit gradients where walks began. spent: model calls so far. climbs, summits:
     climbs from plain draws, and those that ended below the limit. explored: calls for these, which are not in spent.
+    supports: the coordinates that kinds of catastrophe depend on, ``(dim,)`` bool each.
     """
 
     meter: Meter
@@ -252,6 +259,7 @@ class Search:
     climbs: int = 0
     summits: int = 0
     explored: int = 0
+    supports: list[np.ndarray] = field(default_factory=list)
     tuning: LineTuning = field(default_factory=LineTuning, repr=False)
 
     def __post_init__(self) -> None:
@@ -262,6 +270,19 @@ class Search:
         result = self.meter.evaluate(z, gradient=gradient)
         self.spent += self.meter.calls - before
         return result
+
+    def _evaluate_kinds(self, z: Floats, which: np.ndarray) -> Evaluation:
+        meter = Meter(OneKind(self.meter.event, which), self.meter.left)
+        result = meter.evaluate(z, gradient=True)
+        self.meter.charge(meter.calls)
+        self.spent += meter.calls
+        return result
+
+    def _ask(self, walks: list[_Walk]) -> Evaluation:
+        """The event, or each walk's kind of it, at the candidates, with gradients."""
+        z = np.array([walk.candidate for walk in walks])
+        kinds = [walk.kind for walk in walks if walk.kind is not None]
+        return self._evaluate_kinds(z, np.array(kinds)) if kinds else self._evaluate(z, gradient=True)
 
     def _room(self, rows: int) -> bool:
         return self.meter.left - self.floor >= GRADIENT_CALLS * rows
@@ -288,6 +309,33 @@ class Search:
                 return False
             wanted = min(most, self._wanted(starts)) if self.begun >= starts else starts
         return bool(self.arrived)
+
+    def by_kinds(self, rng: np.random.Generator) -> None:
+        """Where the severity is the largest of several, a walk to each of these by itself.
+
+        Each is smooth where their maximum has a ridge, and none hides another. What they arrive at was not met by
+        chance: it counts as if all the starts that it should have had had arrived there.
+        """
+        kinds, tuning = getattr(self.meter.event, "kinds", None), self.tuning
+        count = 0 if kinds is None else min(kinds.count, tuning.kinds)
+        share = int(tuning.kind_share * (self.meter.left - self.floor))
+        if kinds is None or GRADIENT_CALLS * count > share:
+            return
+        floor, self.floor = self.floor, self.meter.left - share
+        z = tuning.kind_start * rng.standard_normal((count, self.meter.event.dim))
+        which = np.arange(count) if kinds.count == count else rng.choice(kinds.count, count, replace=False)
+        result = self._evaluate_kinds(z, which)
+        assert result.severity_grad is not None
+        self.supports = list(result.severity_grad != 0.0)
+        cases = zip(which.tolist(), z, result.severity.tolist(), result.severity_grad, strict=True)
+        walks = [_Walk.at(tuning, u, s, slope, kind=k) for k, u, s, slope in cases if _telling(s, slope)]
+        walks = sorted(walks, key=_log_form, reverse=True)[: tuning.kind_walks]
+        walks = [walk for walk in walks if _log_form(walk) > _log_form(walks[0]) - tuning.kind_rough]
+        with contextlib.suppress(UndefinedError):
+            ended = _follow(self._ask, walks, self.arrived, self._room, tuning)
+            ended = [replace(walk, kind=None, weight=self.each) for walk in ended]
+            self.arrived = _merge([*self.arrived, *ended], tuning.same_mode)
+        self.floor = floor
 
     def go_on(self, rng: np.random.Generator, calls: int) -> bool:
         """More starts, and more points far out, for so many calls, until a mode is new and counts; whether one is."""
@@ -535,7 +583,7 @@ class Search:
         walks = [_Walk.at(self.tuning, *case, start=case[0]) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
         self.slopes.extend(walk.grad / float(np.linalg.norm(walk.grad)) for walk in walks)
-        ended = _follow(self._evaluate, walks, self.arrived, self._room, self.tuning)
+        ended = _follow(self._ask, walks, self.arrived, self._room, self.tuning)
         self.lost += len(z) - sum(walk.weight for walk in ended)
         self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)
         return told
@@ -631,7 +679,7 @@ def _log_form(walk: _Walk) -> float:
 
 
 def _follow(
-    evaluate: Callable[..., Evaluation], walks: list[_Walk], known: list[_Walk], room: Room, tuning: LineTuning
+    ask: Callable[[list[_Walk]], Evaluation], walks: list[_Walk], known: list[_Walk], room: Room, tuning: LineTuning
 ) -> list[_Walk]:
     """Step all walks together until each has arrived or strayed; returns those that arrived."""
     ended: list[_Walk] = []
@@ -643,7 +691,7 @@ def _follow(
         walks = [walk for walk, end in zip(walks, done, strict=True) if not end and not walk.stuck]
         if not walks or not room(len(walks)):
             break
-        result = evaluate(np.array([walk.candidate for walk in walks]), gradient=True)
+        result = ask(walks)
         assert result.severity_grad is not None
         seen = zip(walks, result.severity.tolist(), result.severity_grad, strict=True)
         walks = [walk.stepped(severity, grad) for walk, severity, grad in seen]

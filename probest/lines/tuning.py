@@ -10,6 +10,7 @@ __all__ = ["LineTuning"]
 
 _SMOOTH = "reliability.py (27 problems and their variants, seeds 0 to 40)"
 _MODES = "modes.py --families unions"
+_BY_KINDS = "programs.py"
 _VARIANTS = "reliability.py --variants"
 
 
@@ -32,6 +33,12 @@ class LineTuning:
     same_mode: float = tuned(0.35, "design points nearer (relative to their norm, plus as much) are one", _SMOOTH)
     counts: float = tuned(0.02, "as likely as this share of the likeliest, a mode counts in counting starts", _SMOOTH)
     negligible: float = tuned(1e-3, "share of the first-order estimate below which modes are left out", _SMOOTH)
+    # a walk to each kind of catastrophe, where the severity is the largest of several
+    kinds: int = tuned(120, "kinds, at most, that are asked for their gradients", _BY_KINDS)
+    kind_walks: int = tuned(48, "of them, the likeliest to first order, that are walked to", _BY_KINDS)
+    kind_rough: float = tuned(15.0, "nats by which the first order of their starts may be too low", _BY_KINDS)
+    kind_start: float = tuned(0.1, "scale of their starts: a kind may be even, and flat at the origin", _BY_KINDS)
+    kind_share: float = tuned(0.3, "of the calls of the search, at most", _BY_KINDS)
     # looking around, for modes that flatter branches hide
     around: int = tuned(16, "points far out that are asked for modes, each time", _VARIANTS)
     looks: int = tuned(5, "times, at most", _VARIANTS)
@@ -70,6 +77,11 @@ class LineTuning:
     )
     batch: int = tuned(16, "starts at a time, where the search goes on for that", "by hand")
     most_starts: int = tuned(1000, "random starts, at most", _MODES)
+    # rays, for catastrophes that are far out in many directions at once
+    rays: int = tuned(12, "rays in each block of coordinates", _BY_KINDS)
+    ray_halvings: int = tuned(5, "bisections of a ray that met the event", _BY_KINDS)
+    blocks: int = tuned(6, "blocks of coordinates, at most: all, those of a site, those that a gradient has", _BY_KINDS)
+    trusted: float = tuned(1.0, "nats above the first order that the first lines of one of many modes may say", _MODES)
     # roots
     tolerance: float = tuned(0.03, "nats that the last step of a root may change the mass beyond it", _SMOOTH)
     root_steps: int = tuned(6, "Newton and secant steps", _SMOOTH)

@@ -463,6 +463,15 @@ class Event:
         return out
 
     @property
+    def blocks(self) -> list[np.ndarray]:
+        """The coordinates of each site, ``(dim,)`` bool."""
+        out = []
+        for part in self.composition.slices.values():
+            out.append(np.zeros(self.dim, dtype=bool))
+            out[-1][part] = True
+        return out
+
+    @property
     def discrete_coordinates(self) -> np.ndarray:
         """``(dim,)`` bool: coordinates along which the severity is piecewise constant."""
         return np.repeat([site.discrete for site in self.sites], [site.size for site in self.sites])
@@ -486,15 +495,15 @@ class Event:
     def evaluate_kinds(
         self,
         z: Floats,
-        which: int | None = None,
+        which: int | np.ndarray | None = None,
         *,
         gradient: bool = False,
         held: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Evaluation, Floats, Floats]:
         """As :meth:`evaluate`, the severity ``(n,)``, and those of all :attr:`kinds`, ``(n, K)``.
 
-        which: a kind, whose severity is evaluated in place of the checker's. Raises ValueError for a checker that has
-        no kinds.
+        which: a kind, or one for each row, whose severity is evaluated in place of the checker's. Raises ValueError for
+        a checker that has no kinds.
         """
         if self.kinds is None:
             raise ValueError("the checker's severity is not the largest of several: there are no kinds to evaluate")

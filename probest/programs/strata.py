@@ -174,7 +174,7 @@ class StratumEvent:
         return self.strata.event.kinds
 
     def evaluate_kinds(
-        self, z: Floats, which: int | None = None, *, gradient: bool = False
+        self, z: Floats, which: int | np.ndarray | None = None, *, gradient: bool = False
     ) -> tuple[Evaluation, Floats, Floats]:
         """As :meth:`probest.programs.event.Event.evaluate_kinds`, in the coordinates that are left."""
         held, at = held_rows(self.held, len(z)), self.strata.full(z)

@@ -66,7 +66,7 @@ class Watched:
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
         if self.kinds is not None:
             try:
-                return self.evaluate_kind(z, None, gradient=gradient)
+                return self.evaluate_kinds(z, gradient=gradient)[0]
             except Exception:  # what is wrong with the event itself is seen below
                 self._apart = False
                 self._kept = [cases._replace(kinds=np.empty((len(cases.z), 0))) for cases in self._kept]
@@ -74,16 +74,18 @@ class Watched:
         self._keep(z, result.severity, result.severity_grad if gradient else None, np.empty((len(z), 0)))
         return result
 
-    def evaluate_kind(self, z: Floats, which: int | None, *, gradient: bool = False) -> Evaluation:
-        """The event with the severity of one of its kinds; the answer of all of them is kept."""
+    def evaluate_kinds(
+        self, z: Floats, which: int | np.ndarray | None = None, *, gradient: bool = False
+    ) -> tuple[Evaluation, Floats, Floats]:
+        """As :meth:`probest.programs.event.Event.evaluate_kinds`; what all kinds say is kept."""
         event: Any = self.event
         result: Evaluation
         result, severity, kinds = event.evaluate_kinds(z, which, gradient=gradient)
         slope = result.severity_grad if gradient else None
         if slope is not None and which is not None:
-            slope = np.where((kinds[:, which] >= kinds.max(axis=1))[:, None], slope, np.nan)
+            slope = np.where((kinds[np.arange(len(z)), which] >= kinds.max(axis=1))[:, None], slope, np.nan)
         self._keep(z, severity, slope, kinds)
-        return result
+        return result, severity, kinds
 
     def _keep(self, z: Floats, severity: Floats, slope: Floats | None, kinds: Floats) -> None:
         cases = _finite(Cases(z, severity, np.full(z.shape, np.nan) if slope is None else slope, kinds))
@@ -105,19 +107,24 @@ class Watched:
 
 
 class OneKind:
-    """One kind of catastrophe by itself, as an event; what it is asked is kept as answers of the whole."""
+    """One kind of catastrophe by itself, as an event; or of each row of z its own, where there are as many rows.
+
+    whole: an event that has kinds; where it is watched, what it is asked is kept as answers of the whole.
+    """
 
     differentiable, boolean, weighted = True, False, False
 
-    def __init__(self, watched: Watched, which: int) -> None:
-        self.watched, self.which = watched, which
+    def __init__(self, whole: Any, which: int | np.ndarray) -> None:
+        self.whole, self.which = whole, which
 
     @property
     def dim(self) -> int:
-        return self.watched.dim
+        dim: int = self.whole.dim
+        return dim
 
     def evaluate(self, z: Floats, *, gradient: bool = False) -> Evaluation:
-        return self.watched.evaluate_kind(z, self.which, gradient=gradient)
+        result: Evaluation = self.whole.evaluate_kinds(z, self.which, gradient=gradient)[0]
+        return result
 
 
 def _finite(cases: Cases) -> Cases:
