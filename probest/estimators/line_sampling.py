@@ -35,7 +35,6 @@ second-order reliability estimates by importance sampling; Papaioannou & Straub 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -50,6 +49,7 @@ from probest.evidence import Code, EventLike, Evidence, Floats, Note, Run
 from probest.lines.along import Chi
 from probest.lines.design_points import DesignPoints, Search
 from probest.lines.modes import Mode, Model, Modes
+from probest.lines.shells import Shells, joined
 from probest.lines.tuning import LineTuning
 from probest.seeds import generator
 from probest.verdict import imprecise, wanted_error
@@ -318,36 +318,6 @@ class _Campaign:
                 nearest = min(nearest, float(np.linalg.norm(near)))
         return nearest
 
-    def _beyond(self, log_prob: float, blocks: list[np.ndarray], models: list[Model | None]) -> float:
-        """The share of P that catastrophes have which lie far out in many directions at once, farther than any line.
-
-        Where all directions have their catastrophes, none is likely to first order, and together they may be most of P:
-        a limit on ‖z‖ beside one on z₁. By directional sampling: rays in all coordinates, or some of them, ask at a
-        radius that is exceeded as rarely as would matter. blocks: the coordinates of each bundle of rays.
-        """
-        tuning, found = self.method.tuning, 0.0
-        for block in blocks:
-            law, n = Chi(len(block)), tuning.rays
-            if self.meter.left < n * (1 + tuning.ray_halvings):
-                break
-            z = self.rng.standard_normal((n, self.meter.event.dim))
-            z[:, block] /= np.linalg.norm(z[:, block], axis=1, keepdims=True)
-            level = np.array([log_prob + math.log(tuning.weighty)])
-            far = np.full(n, float(law.isf(level)[0]))
-            known = max(
-                float(np.linalg.norm(r.lines.offset[:, block], axis=1).max()) for m in self.modes for r in m.rounds
-            )
-            with contextlib.suppress(UndefinedError):
-                met = np.flatnonzero(self.meter.evaluate(_stretched(z, block, far)).severity >= 0.0)
-                inside, outside, z = far[met], np.zeros(len(met)), z[met]
-                for _ in range(tuning.ray_halvings if len(met) else 0):
-                    middle = 0.5 * (inside + outside)
-                    caught = self.meter.evaluate(_stretched(z, block, middle)).severity >= 0.0
-                    inside, outside = np.where(caught, middle, inside), np.where(caught, outside, middle)
-                new = (inside > known) & ~self.modes.explained(_stretched(z, block, inside), models)
-                found = max(found, float(np.sum(np.exp(law.log_sf(inside[new]) - log_prob))) / n)
-        return found
-
     def _blocks(self, search: Search) -> list[np.ndarray]:
         """Coordinates that a limit may be on together: all, those of a site, those that gradients depend on."""
         dim = self.meter.event.dim
@@ -424,7 +394,8 @@ class _Campaign:
         rounds = [r for mode in self.modes for r in mode.rounds if not r.learning]
         slip = float(np.mean(np.concatenate([r.crossings.slip for r in rounds])))
         unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
-        beyond = self._beyond(log_prob, self._blocks(search), models)
+        shells = Shells(self.meter, self.modes, models, self.rng, self.method.tuning, log_prob)
+        shells.look(self._blocks(search), 0.5 * (self.method.precision or 0.02))
         unmet = points.met_once if search.short or not self.modes.few else 0.0
         systematic = math.hypot(
             *(c.error / mean for c in chosen),
@@ -433,31 +404,36 @@ class _Campaign:
             0.5 * points.left_out,
             unlooked,
             unmet,
-            beyond,
         )
-        error = math.hypot(sampled, systematic)
         lower, upper = diagnostics.deviation_interval(log_prob, deviation) if sampled > 0.0 else (log_prob, log_prob)
         lower = log_prob - math.hypot(log_prob - lower, 1.96 * systematic)
         upper = log_prob + math.hypot(upper - log_prob, 1.96 * systematic)
+        # shells add to what lines say
+        whole, rough = 1.0 + shells.share, shells.share if shells.unmeasured else 0.0
+        sides = [side / whole for side in (log_prob - lower, upper - log_prob)]
+        below, above = (math.hypot(side, 1.96 * shells.error / whole) for side in sides)
+        error = math.hypot(sampled, systematic, shells.error, rough) / whole
         notes = self._complaints(error, deviation, log_prob, search)
         if float(log_ndtr(-outside)) > log_prob + math.log(self.method.tuning.weighty):
             sentence = (
                 f"a catastrophe at {outside:.1f} standard deviations lies outside of what lines found; use tempering."
             )
             notes = (*notes, Note(Code.UNSEEN, sentence))
-        if beyond > self.method.tuning.weighty:
-            sentence = "catastrophes that are far out in many directions at once hold a part of P: use tempering."
+        if shells.unmeasured:
+            sentence = "catastrophes that are far out in many directions at once hold a part of P: raise the budget."
             notes = (*notes, Note(Code.UNSEEN, sentence))
+        log_prob += math.log(whole)
+        top = log_prob + above if not shells.unmeasured else 0.0
         return Evidence(
             method=self.method.name,
             log_prob=min(log_prob, 0.0),
             std_error=error,
-            interval=(lower, min(upper, 0.0)),
+            interval=(log_prob - below, min(top, 0.0)),
             claim="consistent",
             calls=self._calls(),
             seconds=self.meter.seconds,
             converged=not notes,
-            particles=self.modes.particles(),
+            particles=joined(self.modes.particles(), shells.particles()),
             diagnostics={
                 "modes": float(len(self.modes)),
                 "lines": float(total),
@@ -465,7 +441,7 @@ class _Campaign:
                 "strayed": float(search.lost),
                 "audited": float(self.audited),
                 "unmet": unmet,
-                "beyond": beyond,
+                "beyond": shells.share / whole,
                 "form": points.log_form,
                 "largest": float(np.max(np.abs(deviation))) / total,
             },
@@ -496,12 +472,6 @@ class _Campaign:
             sentence = "first and fresh lines disagree: a few lines carry the estimate; use tempering."
             notes.append(Note(Code.DISAGREE, sentence))
         return tuple(notes)
-
-
-def _stretched(z: Floats, block: np.ndarray, radius: Floats) -> Floats:
-    out = z.copy()
-    out[:, block] *= radius[:, None]
-    return out
 
 
 def _endless(points: DesignPoints, tuning: LineTuning) -> bool:

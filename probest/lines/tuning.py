@@ -78,8 +78,11 @@ class LineTuning:
     batch: int = tuned(16, "starts at a time, where the search goes on for that", "by hand")
     most_starts: int = tuned(1000, "random starts, at most", _MODES)
     # rays, for catastrophes that are far out in many directions at once
-    rays: int = tuned(12, "rays in each block of coordinates", _BY_KINDS)
-    ray_halvings: int = tuned(5, "bisections of a ray that met the event", _BY_KINDS)
+    rays: int = tuned(12, "rays in each block of coordinates, that ask", _BY_KINDS)
+    least_rays: int = tuned(48, "rays that measure what they found, at least", _BY_KINDS)
+    ray_halvings: int = tuned(6, "bisections of a ray that met the event", _BY_KINDS)
+    ray_points: int = tuned(2, "random points beyond its entry", _BY_KINDS)
+    tenuous: float = tuned(0.01, "share of P below which it does not count", _BY_KINDS)
     blocks: int = tuned(6, "blocks of coordinates, at most: all, those of a site, those that a gradient has", _BY_KINDS)
     trusted: float = tuned(1.0, "nats above the first order that the first lines of one of many modes may say", _MODES)
     # roots
