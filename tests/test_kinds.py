@@ -13,7 +13,7 @@ from scipy import integrate, special, stats
 
 from probest import Problem, estimate
 from probest.checkers import all_of, any_of, eventually, negate
-from probest.estimators.by_kinds import look_by_kinds
+from probest.estimators.by_kinds import look_by_kinds, promised
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.tempering import Tempering
 from probest.surrogates.watched import OneKind, Watched
@@ -168,15 +168,20 @@ def test_a_kind_that_a_look_lacks_is_found(backend: str) -> None:
         watched, seed = Watched(built.event), np.random.SeedSequence([3, number])
         first = method.run(OneKind(watched, 0), budget=40_000, seed=seed)  # the flat one alone
         tried: set[int] = set()
-        run = look_by_kinds(watched, first, method, tried, budget=40_000, seed=seed)
+        assert promised(watched, tried, truth, seed=seed) > 0.1
+        run, short = look_by_kinds(watched, first, method, tried, budget=40_000, seed=seed)
         assert run is not None
+        assert not short
         assert tried == {1}
         assert run.calls <= 40_000
         last = run.conclusion
         assert last.particles is not None
         assert (last.particles.severity >= 0.0).all()
         found.append(last.log_prob)
-        assert look_by_kinds(watched, run, method, tried, budget=40_000, seed=seed) is None  # nothing is missing
+        nothing = look_by_kinds(watched, run, method, tried, budget=40_000, seed=seed)
+        assert nothing == (None, False)
+        assert promised(watched, tried, truth, seed=seed) == 0.0
+        assert look_by_kinds(watched, run, method, set(), budget=1_000, seed=seed).short
     assert abs(float(special.logsumexp(found)) - math.log(len(found)) - truth) < 0.7
 
 

@@ -15,6 +15,8 @@ It finds modes that a run on the whole severity loses: in a class of the digits 
 upon one of two pairs of classes with half of P each, hardly ever on both, and differed by nats; looks at either pair
 differed by half a nat.
 
+Where the budget ends that, what is left counts as room (:func:`promised`).
+
 It fails where a kind by itself has modes that come into reach late, and where students are wrong by nats: what was not
 looked for is left to looks at the whole severity.
 """
@@ -42,7 +44,7 @@ from probest.surrogates.student import Student
 from probest.surrogates.watched import Cases, OneKind, Watched
 from probest.tuning import tuned
 
-__all__ = ["ByKindsTuning", "look_by_kinds"]
+__all__ = ["ByKinds", "ByKindsTuning", "look_by_kinds", "promised"]
 
 _BY = "networks.py"
 _WHOLE = -1
@@ -68,6 +70,7 @@ class ByKindsTuning:
     most: int = tuned(12, "kinds, at most", _BY)
     margin: float = tuned(1.3, "times what the kind before took, that has to be left", _BY)
     known: float = tuned(0.12, "of all catastrophes seen, that are enough of a kind", _BY)
+    fewer: float = tuned(0.25, "times what a kind promises, that its share of what was seen falls short by", _BY)
     hopeless: float = tuned(2.0, "nats below what would be enough, at which a kind's run is given up", _BY)
 
 
@@ -89,6 +92,15 @@ class _Found(NamedTuple):
     kinds: Floats
 
 
+class ByKinds(NamedTuple):
+    """run: None where no kind promises enough, the budget does not allow any, or the severity turned out not to be the
+    largest of its kinds. short: whether the budget ended it, so that kinds may be left that promise enough.
+    """
+
+    run: Run | None
+    short: bool
+
+
 def look_by_kinds(
     watched: Watched,
     first: Run,
@@ -98,11 +110,10 @@ def look_by_kinds(
     budget: int,
     seed: np.random.SeedSequence,
     tuning: ByKindsTuning | None = None,
-) -> Run | None:
+) -> ByKinds:
     """``first``, a tempering run that reached the event, and one for each kind that is missing and promises enough.
 
-    Together they are one run, the calls of which are those after the first. None where no kind promises enough, the
-    budget does not allow any, or the severity turned out not to be the largest of its kinds.
+    Together they are one run, the calls of which are those after the first.
     The event that is watched has kinds and is not weighted. method: of each run, with as many islands as the first.
     tried: kinds that were looked for before, to which those that are looked for now are added.
     """
@@ -113,9 +124,9 @@ def look_by_kinds(
     cases = watched.cases()
     apart = np.abs(cases.kinds.max(axis=1, initial=-np.inf) - cases.severity) > 1e-3 * (1.0 + np.abs(cases.severity))
     if apart.any():
-        return None
-    seen, count = np.unique(cases.kinds[cases.severity >= 0.0].argmax(axis=1), return_counts=True)
-    known = seen[count >= tuning.known * count.sum()]
+        return ByKinds(None, False)
+    known = np.flatnonzero(_seen(cases) >= tuning.known)
+    short = True
 
     def learn(which: int, run: Run) -> bool:
         if run.population is None or meter.left < len(run.population.z):
@@ -132,6 +143,7 @@ def look_by_kinds(
         )
         which = int(np.argmax(promise))
         if promise[which] + tuning.slack < least:
+            short = False
             break
         if not found and not learn(_WHOLE, first):
             break
@@ -144,7 +156,35 @@ def look_by_kinds(
         meter.charge(run.calls)
         if learn(which, run):
             price = run.calls / method.particles
-    return _together(found, meter, len(tried) - turn) if found else None
+    return ByKinds(_together(found, meter, len(tried) - turn) if found else None, short)
+
+
+def promised(
+    watched: Watched,
+    tried: set[int],
+    log_prob: float,
+    *,
+    seed: np.random.SeedSequence,
+    tuning: ByKindsTuning | None = None,
+) -> float:
+    """What kinds may hold that were neither looked for nor seen enough of, as a share of P. No model calls.
+
+    A kind counts if a student has it that it holds ``least`` of ``log_prob``, and much more than its part of all
+    catastrophes that were seen: what a guide has samples of need not be looked for. It may hold more by ``slack``.
+    """
+    tuning, cases = tuning or ByKindsTuning(), watched.cases()
+    seen = _seen(cases)
+    known = np.flatnonzero(seen >= tuning.known)
+    promise = _promises(cases, [*tried, *known.tolist()], log_prob + math.log(tuning.least), tuning, seed)
+    share = np.exp(np.minimum(promise - log_prob, 0.0))
+    left = (share >= tuning.least) & (seen < tuning.fewer * share)
+    return float(share[left].sum()) * math.exp(tuning.slack)
+
+
+def _seen(cases: Cases) -> Floats:
+    """The share ``(K,)`` of each kind in all catastrophes that were seen."""
+    count = np.bincount(cases.kinds[cases.severity >= 0.0].argmax(axis=1), minlength=cases.kinds.shape[1])
+    return count / max(int(count.sum()), 1)
 
 
 def _promises(

@@ -47,7 +47,7 @@ import scipy
 from probest import diagnostics
 from probest.budget import GRADIENT_CALLS, Meter
 from probest.estimators.base import check_least, check_needs, check_precision
-from probest.estimators.by_kinds import look_by_kinds
+from probest.estimators.by_kinds import look_by_kinds, promised
 from probest.estimators.importance import Importance, importance_sample
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.moments import MomentPropagation, advance, elsewhere, read
@@ -103,6 +103,7 @@ class Stream(IntEnum):
     LINES_AGAIN = 15
     READ = 16
     KINDS = 17
+    KINDS_LEFT = 18
 
 
 class Aim(IntEnum):
@@ -257,6 +258,7 @@ class Campaign:
     tempered: list[Run] = field(default_factory=list)
     sketched: list[Run] = field(default_factory=list)  # of them, those whose moves a student proposed
     tried: set[int] = field(default_factory=set)  # kinds of catastrophe that were looked for one by one
+    short: bool = False  # whether kinds may be left that promise enough
     weighed: list[Evidence] = field(default_factory=list)
     roomy: list[Evidence] = field(default_factory=list)  # importance samples of all that was known
     memory: Memory = field(default_factory=Memory)
@@ -477,8 +479,22 @@ class Campaign:
         size = max(self.tuning.kind_size, 4 * islands)
         method = Tempering(particles=size, islands=islands, max_moves=2, target=0.5, student=self.memory.student)
         seed = self._seed(Stream.KINDS, self.attempt)
-        run = look_by_kinds(self.event, first, method, self.tried, budget=max(1, budget), seed=seed)
+        run, self.short = look_by_kinds(self.event, first, method, self.tried, budget=max(1, budget), seed=seed)
         return first if run is None else self._add(run)
+
+    def _with_kinds_left(self, weighed: Evidence) -> Evidence:
+        """An estimate that would conclude, with room for kinds that the budget did not allow to look for."""
+        if not (weighed.converged and self.short and self._has_kinds):
+            return weighed
+        assert isinstance(self.event, Watched)
+        seed = self._seed(Stream.KINDS_LEFT, len(self.weighed))
+        share = promised(self.event, self.tried, weighed.log_prob, seed=seed)
+        if share == 0.0:
+            return weighed
+        sentence = f"kinds of catastrophe that may hold {share:.0%} as much were not looked for: raise the budget."
+        interval = (weighed.interval[0], min(0.0, weighed.interval[1] + math.log1p(share)))
+        notes = (*weighed.notes, Note(Code.UNSEEN, sentence))
+        return replace(weighed, converged=False, interval=interval, notes=notes)
 
     def _plain(self) -> Tempering:
         gradient = self.attempt % 3 == 0 or self.memory.student is not None
@@ -771,6 +787,8 @@ class Campaign:
         if self.worth - new < self.tuning.too_few and self.crude is not None and math.isfinite(weighed.log_prob):
             top = max(weighed.interval[1], self.crude.evidence.interval[1])
             weighed = replace(weighed, interval=(weighed.interval[0], top), converged=False)
+        if not trial:
+            weighed = self._with_kinds_left(weighed)
         self.lines[-1] = self.weighed[-1] = weighed
         return weighed
 
