@@ -117,6 +117,7 @@ class _Campaign:
     spent: int = 0
     audited: int = 0
     demanded: int = 0
+    late: bool = False
 
     def __post_init__(self) -> None:
         self.modes = self._no_modes()
@@ -153,6 +154,9 @@ class _Campaign:
             ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
         models = self._measure(models, around)
         while not around and self._search_on(search):
+            if self.meter.left < self._lined(search):
+                points, self.late = search.points(), True  # too late to draw lines through it: it counts as unmet
+                break
             self.modes = self._no_modes()  # lines share the event out between the modes that were known when drawn
             self.audited = self.demanded = 0
             points = self._explore(search, search.points())
@@ -211,9 +215,12 @@ class _Campaign:
 
         To measure known modes precisely is worth no more than to know that there are no others.
         """
-        lines = self.meter.calls - search.spent - search.explored
-        owed = int(self.method.tuning.searched * lines) - search.spent
+        owed = int(self.method.tuning.searched * self._lined(search)) - search.spent
         return owed > 0 and search.go_on(self.rng, min(owed, self.meter.left // 2))
+
+    def _lined(self, search: Search) -> int:
+        """Calls that lines have cost."""
+        return self.meter.calls - search.spent - search.explored
 
     def _surround(self, points: DesignPoints) -> None:
         """Rays from the origin instead of modes."""
@@ -396,7 +403,7 @@ class _Campaign:
         unlooked = 1.0 / (total + self.audited)  # a share that as many lines and points cannot tell of
         shells = Shells(self.meter, self.modes, models, self.rng, self.method.tuning, log_prob)
         shells.look(self._blocks(search), 0.5 * (self.method.precision or 0.02))
-        unmet = points.met_once if search.short or not self.modes.few else 0.0
+        unmet = points.met_once if search.short or self.late or not self.modes.few else 0.0
         systematic = math.hypot(
             *(c.error / mean for c in chosen),
             slip,

@@ -138,7 +138,7 @@ class _Walk:
 
     @property
     def arrived(self) -> bool:
-        near = self.tuning.arrival * max(1.0, 0.2 * self.reach)
+        near = self.tuning.arrival * min(max(1.0, 0.2 * self.reach), self.tuning.far_arrival)
         return self.gap <= near and (self.stuck or float(np.linalg.norm(self.target - self.u)) <= near)
 
     @property
@@ -271,18 +271,21 @@ class Search:
         self.spent += self.meter.calls - before
         return result
 
-    def _evaluate_kinds(self, z: Floats, which: np.ndarray) -> Evaluation:
+    def _evaluate_kinds(self, z: Floats, which: np.ndarray, gradient: bool = False) -> Evaluation:
         meter = Meter(OneKind(self.meter.event, which), self.meter.left)
-        result = meter.evaluate(z, gradient=True)
+        result = meter.evaluate(z, gradient=gradient)
         self.meter.charge(meter.calls)
         self.spent += meter.calls
         return result
 
+    def _evaluate_either(self, z: Floats, kinds: np.ndarray | None, gradient: bool = False) -> Evaluation:
+        """The event, or of each row its own kind of it."""
+        return self._evaluate(z, gradient) if kinds is None else self._evaluate_kinds(z, kinds, gradient)
+
     def _ask(self, walks: list[_Walk]) -> Evaluation:
         """The event, or each walk's kind of it, at the candidates, with gradients."""
-        z = np.array([walk.candidate for walk in walks])
-        kinds = [walk.kind for walk in walks if walk.kind is not None]
-        return self._evaluate_kinds(z, np.array(kinds)) if kinds else self._evaluate(z, gradient=True)
+        kinds = None if walks[0].kind is None else np.array([walk.kind for walk in walks])
+        return self._evaluate_either(np.array([walk.candidate for walk in walks]), kinds, gradient=True)
 
     def _room(self, rows: int) -> bool:
         return self.meter.left - self.floor >= GRADIENT_CALLS * rows
@@ -311,31 +314,62 @@ class Search:
         return bool(self.arrived)
 
     def by_kinds(self, rng: np.random.Generator) -> None:
-        """Where the severity is the largest of several, a walk to each of these by itself.
+        """Where the severity is the largest of several, a walk to each of these by itself; not where a few points cover
+        all directions.
 
         Each is smooth where their maximum has a ridge, and none hides another. What they arrive at was not met by
         chance: it counts as if all the starts that it should have had had arrived there.
         """
-        kinds, tuning = getattr(self.meter.event, "kinds", None), self.tuning
+        kinds, tuning, dim = getattr(self.meter.event, "kinds", None), self.tuning, self.meter.event.dim
         count = 0 if kinds is None else min(kinds.count, tuning.kinds)
         share = int(tuning.kind_share * (self.meter.left - self.floor))
-        if kinds is None or GRADIENT_CALLS * count > share:
+        if kinds is None or dim <= tuning.covered or GRADIENT_CALLS * count > share:
             return
         floor, self.floor = self.floor, self.meter.left - share
-        z = tuning.kind_start * rng.standard_normal((count, self.meter.event.dim))
         which = np.arange(count) if kinds.count == count else rng.choice(kinds.count, count, replace=False)
-        result = self._evaluate_kinds(z, which)
-        assert result.severity_grad is not None
-        self.supports = list(result.severity_grad != 0.0)
-        cases = zip(which.tolist(), z, result.severity.tolist(), result.severity_grad, strict=True)
-        walks = [_Walk.at(tuning, u, s, slope, kind=k) for k, u, s, slope in cases if _telling(s, slope)]
-        walks = sorted(walks, key=_log_form, reverse=True)[: tuning.kind_walks]
-        walks = [walk for walk in walks if _log_form(walk) > _log_form(walks[0]) - tuning.kind_rough]
         with contextlib.suppress(UndefinedError):
-            ended = _follow(self._ask, walks, self.arrived, self._room, tuning)
+            walks = self._kinds_at(tuning.kind_start * rng.standard_normal((count, dim)), which)
+            self.supports = [walk.grad != 0.0 for walk in walks]
+            walks = sorted(walks, key=_log_form, reverse=True)[: tuning.kind_walks]
+            ended = _follow(self._ask, self._bracketed(walks), self.arrived, self._room, tuning)
             ended = [replace(walk, kind=None, weight=self.each) for walk in ended]
             self.arrived = _merge([*self.arrived, *ended], tuning.same_mode)
         self.floor = floor
+
+    def _kinds_at(self, z: Floats, which: np.ndarray) -> list[_Walk]:
+        """Walks to kinds of catastrophe, from the rows of z, where these have a gradient to follow."""
+        result = self._evaluate_kinds(z, which, gradient=True)
+        assert result.severity_grad is not None
+        cases = zip(which.tolist(), z, result.severity.tolist(), result.severity_grad, strict=True)
+        return [_Walk.at(self.tuning, u, s, slope, kind=k) for k, u, s, slope in cases if _telling(s, slope)]
+
+    def _bracketed(self, walks: list[_Walk]) -> list[_Walk]:
+        """The walks; those that are sent far beyond where D goes start anew, where the ray there enters the event.
+
+        Where the severity grows like exp(z), steps from below lead far beyond, and each of those back is as short as
+        any other.
+        """
+        far = [walk for walk in walks if walk.reach > self.tuning.far_out]
+        price = 1 + self.tuning.halvings + GRADIENT_CALLS
+        if not far or self.meter.left - self.floor < price * len(far):
+            return walks
+        kinds = None if far[0].kind is None else np.array([walk.kind for walk in far])
+        inside = np.array([self.tuning.far_out * walk.target / walk.reach for walk in far])
+        met = self._evaluate_either(inside, kinds).severity >= 0.0
+        if not met.any():
+            return walks
+        kinds = None if kinds is None else kinds[met]
+        inside = self._between(inside[met], np.zeros((int(met.sum()), inside.shape[1])), kinds)
+        result = self._evaluate_either(inside, kinds, gradient=True)
+        assert result.severity_grad is not None
+        sent = [walk for walk, yes in zip(far, met.tolist(), strict=True) if yes]
+        cases = zip(sent, inside, result.severity.tolist(), result.severity_grad, strict=True)
+        anew = [
+            _Walk.at(self.tuning, u, severity, grad, walk.weight, 1.0, walk.start, walk.kind)
+            for walk, u, severity, grad in cases
+            if _telling(severity, grad)
+        ]
+        return [walk for walk in walks if not any(walk is one for one in sent)] + anew
 
     def go_on(self, rng: np.random.Generator, calls: int) -> bool:
         """More starts, and more points far out, for so many calls, until a mode is new and counts; whether one is."""
@@ -562,13 +596,13 @@ class Search:
         """Where the rays to z enter the event, roughly."""
         return self._between(z, np.zeros_like(z))
 
-    def _between(self, inside: Floats, outside: Floats) -> Floats:
-        """The last catastrophe on the way from each row of ``inside`` to that of ``outside``, by bisection."""
+    def _between(self, inside: Floats, outside: Floats, kinds: np.ndarray | None = None) -> Floats:
+        """The last catastrophe (of a kind) on the way from each row of ``inside`` to ``outside``, by bisection."""
         for _ in range(self.tuning.halvings):
             if not self._room(2 * len(inside)):
                 break
             middle = 0.5 * (inside + outside)
-            caught = (self._evaluate(middle).severity >= 0.0)[:, None]
+            caught = (self._evaluate_either(middle, kinds).severity >= 0.0)[:, None]
             inside, outside = np.where(caught, middle, inside), np.where(caught, outside, middle)
         return np.asarray(inside)
 
@@ -583,6 +617,8 @@ class Search:
         walks = [_Walk.at(self.tuning, *case, start=case[0]) for case in cases if _telling(case[1], case[2])]
         told = len(walks)
         self.slopes.extend(walk.grad / float(np.linalg.norm(walk.grad)) for walk in walks)
+        with contextlib.suppress(UndefinedError):  # so far out the model need not be defined
+            walks = self._bracketed(walks)
         ended = _follow(self._ask, walks, self.arrived, self._room, self.tuning)
         self.lost += len(z) - sum(walk.weight for walk in ended)
         self.arrived = _merge([*self.arrived, *ended], self.tuning.same_mode)

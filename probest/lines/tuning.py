@@ -30,15 +30,15 @@ class LineTuning:
     planes: int = tuned(8, "linearisations that a walk keeps before it shortens its step", _SMOOTH)
     near_planes: float = tuned(2.0, "linearisations further away are forgotten when a step succeeds", _SMOOTH)
     arrival: float = tuned(0.1, "a target this near counts as reached: lines need it only roughly", _SMOOTH)
+    far_arrival: float = tuned(3.0, "times that, at most, far out: steps in exp(z) are 1 wherever they are", _VARIANTS)
     same_mode: float = tuned(0.35, "design points nearer (relative to their norm, plus as much) are one", _SMOOTH)
     counts: float = tuned(0.02, "as likely as this share of the likeliest, a mode counts in counting starts", _SMOOTH)
     negligible: float = tuned(1e-3, "share of the first-order estimate below which modes are left out", _SMOOTH)
     # a walk to each kind of catastrophe, where the severity is the largest of several
     kinds: int = tuned(120, "kinds, at most, that are asked for their gradients", _BY_KINDS)
     kind_walks: int = tuned(48, "of them, the likeliest to first order, that are walked to", _BY_KINDS)
-    kind_rough: float = tuned(15.0, "nats by which the first order of their starts may be too low", _BY_KINDS)
     kind_start: float = tuned(0.1, "scale of their starts: a kind may be even, and flat at the origin", _BY_KINDS)
-    kind_share: float = tuned(0.3, "of the calls of the search, at most", _BY_KINDS)
+    kind_share: float = tuned(0.5, "of the calls of the search, at most", _BY_KINDS)
     # looking around, for modes that flatter branches hide
     around: int = tuned(16, "points far out that are asked for modes, each time", _VARIANTS)
     looks: int = tuned(5, "times, at most", _VARIANTS)
