@@ -149,9 +149,12 @@ class _Walk:
         return target is not None and float(np.linalg.norm(target - self.u)) <= 2.0 * self.tuning.arrival
 
     def meets(self, other: _Walk, distance: float) -> bool:
-        """Whether the targets are within ``distance``, in units that grow with the distance from the origin."""
+        """Whether the targets are within ``distance``, in units that grow with the distance from the origin.
+
+        Those of different kinds have to be nearer: they are known to be two.
+        """
         if self.kind != other.kind and self.kind is not None and other.kind is not None:
-            return False
+            distance *= self.tuning.same_kind
         within = distance * (1.0 + 0.5 * other.reach)
         return abs(self.reach - other.reach) <= within and float(np.linalg.norm(self.target - other.target)) <= within
 
@@ -331,9 +334,13 @@ class Search:
             walks = self._kinds_at(tuning.kind_start * rng.standard_normal((count, dim)), which)
             self.supports = [walk.grad != 0.0 for walk in walks]
             walks = sorted(walks, key=_log_form, reverse=True)[: tuning.kind_walks]
-            ended = _follow(self._ask, self._bracketed(walks), self.arrived, self._room, tuning)
-            ended = [replace(walk, kind=None, weight=self.each) for walk in ended]
-            self.arrived = _merge([*self.arrived, *ended], tuning.same_mode)
+            for first in range(0, len(walks), tuning.kind_batch):
+                some = self._bracketed(walks[first : first + tuning.kind_batch])
+                ended = _follow(self._ask, some, self.arrived, self._room, tuning)
+                if not ended:  # the likeliest of what is left lead nowhere
+                    break
+                ended = [replace(walk, weight=self.each) for walk in ended]
+                self.arrived = _merge([*self.arrived, *ended], tuning.same_mode)
         self.floor = floor
 
     def _kinds_at(self, z: Floats, which: np.ndarray) -> list[_Walk]:

@@ -37,7 +37,11 @@ class LineTuning:
     # a walk to each kind of catastrophe, where the severity is the largest of several
     kinds: int = tuned(120, "kinds, at most, that are asked for their gradients", _BY_KINDS)
     kind_walks: int = tuned(48, "of them, the likeliest to first order, that are walked to", _BY_KINDS)
+    kind_batch: int = tuned(12, "at a time; where none of them arrives, the others are left", _BY_KINDS)
     kind_start: float = tuned(0.1, "scale of their starts: a kind may be even, and flat at the origin", _BY_KINDS)
+    same_kind: float = tuned(
+        0.3, "times the distance at which two modes are one, where they are of two kinds", _BY_KINDS
+    )
     kind_share: float = tuned(0.5, "of the calls of the search, at most", _BY_KINDS)
     # looking around, for modes that flatter branches hide
     around: int = tuned(16, "points far out that are asked for modes, each time", _VARIANTS)
