@@ -215,6 +215,16 @@ def test_lines_walk_to_each_kind(backend: str) -> None:
         assert abs(run.conclusion.log_prob - truth) < 0.02 + 4.4 * run.conclusion.std_error  # 1e-5
 
 
+def test_lines_through_many_modes_that_overlap_vary_little(backend: str) -> None:
+    """46 limits, neighbours within 19 degrees: lines that run into another mode's part may not carry the estimate."""
+    built, truth = crossing(library(backend), 46, 24.0)
+    for number in range(3):
+        last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([8, number])).conclusion
+        assert last.converged
+        assert last.diagnostics["largest"] < 0.02
+        assert abs(last.log_prob - truth) < 0.02 + 4.4 * last.std_error  # 1e-5
+
+
 def far_out_everywhere(lib: Any, dim: int, rest: int) -> tuple[Problem, float, float]:
     """A half-space beside a limit on a site's norm, which to first order is nothing: a third and two thirds of P."""
     log_a, log_b = -9.5, -9.0

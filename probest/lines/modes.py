@@ -1,8 +1,16 @@
 r"""The modes of an event: families of parallel lines, what was found on them, and models of their boundaries.
 
 With h_k a partition of unity over the modes k, what a line of mode k says of its probability is the integral of h_k
-over its intervals of the event, weighted by φ/q of the law that it was drawn from. The shares are those of unit normals
-at the design points, weighted by their first-order probabilities: nothing is counted twice, since they sum to 1.
+over its intervals of the event, weighted by φ/q of the law that it was drawn from: nothing is counted twice, since the
+shares sum to 1. What lies beyond the planes of several modes is theirs in equal parts, all else belongs to the nearest
+plane (Owen, Maximov & Chertkov 2019, for half-spaces; the planes are blurred here):
+
+.. math:: h_k(z) \propto \Phi\big((a_k \cdot z - \beta_k) / \sigma\big).
+
+So a line that runs into another mode's part of the event early on counts there for next to nothing. (Shares of unit
+normals at the design points, as a mixture has them, let one such line carry a tenth of P, among 46 limits on a walk.)
+
+Reference: Owen, Maximov & Chertkov (2019), Importance sampling the union of rare events.
 """
 
 from __future__ import annotations
@@ -99,7 +107,7 @@ class Modes:
     def surround(self, mode: Mode) -> None:
         """Rays from the origin instead of modes."""
         self.members = [mode]
-        self._normals = np.empty((0, self.meter.event.dim))
+        self._directions, self._beta = np.empty((0, self.meter.event.dim)), np.empty(0)
         self.learn(0)
 
     def adopt(self, points: DesignPoints) -> None:
@@ -111,8 +119,7 @@ class Modes:
                 (m for m in old if m.direction is not None and float(m.direction @ direction) > 1 - 1e-9), None
             )
             self.members.append(known or Mode(direction, float(beta), float(slope), Normal(), self.tuning))
-        self._normals = points.direction * points.beta[:, None]
-        self._log_p = np.asarray(log_ndtr(-points.beta)) - 0.5 * points.beta**2
+        self._directions, self._beta = points.direction, points.beta
 
     def suspects(self) -> Floats:
         """Points on lines that are about as near as the known modes, but lead elsewhere.
@@ -136,7 +143,8 @@ class Modes:
             target.append(z)
         z, towards = np.concatenate(found), np.concatenate(target)
         away = np.linalg.norm(towards, axis=1)
-        apart = np.linalg.norm(towards[:, None] - self._normals[None], axis=2)
+        at = self._directions * self._beta[:, None]
+        apart = np.linalg.norm(towards[:, None] - at[None], axis=2)
         elsewhere = (apart > 0.5 * (1.0 + 0.5 * away)[:, None]).all(axis=1)
         z = z[elsewhere & (away < least + 1.2) & (np.sum(towards * z, axis=1) > 0.0)]
         return np.asarray(z[np.argsort(np.linalg.norm(z, axis=1), kind="stable")[:4]])
@@ -186,11 +194,12 @@ class Modes:
         n = min(n, self.meter.left // (self.tuning.grid_price if mode.rough else self.tuning.simple_price))
         if n < 1:
             return
-        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.proposal.guide, n)
+        trusted = model if self.few else None  # few lines of each of many say too little to draw others by
+        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if trusted is None else trusted.proposal.guide, n)
         guess = np.full(n, mode.beta)
         if model is not None and (own := model.boundaries[k]) is not None:
             guess = self._entry(k, model.boundaries, lines.offset @ own.basis)
-        self._add(k, lines, log_w, guess, model, gradient=gradient)
+        self._add(k, lines, log_w, guess, trusted, gradient=gradient)
 
     def _add(
         self,
@@ -230,21 +239,24 @@ class Modes:
         """log of the (partitioned) probability of the event on each line; base: scalar products with design points."""
         owner, low, high = intervals
         law = self.members[k].law
+        if len(self.members) > 1:  # shares change at the mode's own plane
+            middle = np.clip(self.members[k].beta, low, high)
+            owner, low, high = np.tile(owner, 2), np.concatenate([low, middle]), np.concatenate([middle, high])
         mass = log_mass(law, low, high)
         if len(self.members) > 1:
-            along = self._normals @ _along(self.members[k])
+            along = self._directions @ _along(self.members[k])
             r = between(law, low[:, None], high[:, None], 0.5 * (_NODES + 1.0))
             share = self.log_share(k, base[owner][:, None, :] + r[:, :, None] * along)
-            mass = mass + np.log(np.exp(share) @ (0.5 * _NODE_WEIGHTS))
+            mass = mass + np.logaddexp.reduce(share + np.log(0.5 * _NODE_WEIGHTS), axis=1)
         return summed(mass, owner, len(base))
 
     def log_line(self, k: int, r: Round) -> Floats:
         """log of what each line of a round says of its mode's probability."""
-        return r.log_w + self._log_f(k, r.lines.offset @ self._normals.T, r.crossings.intervals)
+        return r.log_w + self._log_f(k, r.lines.offset @ self._directions.T, r.crossings.intervals)
 
     def log_share(self, k: int, levels: Floats) -> Floats:
-        """log h_k, from the scalar products of the points with all design points (last axis)."""
-        parts = self._log_p + levels
+        """log h_k, from the scalar products of the points with all directions (last axis)."""
+        parts = log_ndtr((levels - self._beta) / self.tuning.blur)
         top = parts.max(axis=-1, keepdims=True)
         return np.asarray(parts[..., k] - top[..., 0] - np.log(np.sum(np.exp(parts - top), axis=-1)))
 
@@ -255,7 +267,7 @@ class Modes:
         if any(mode.direction is None for mode in self.members):
             return [None for _ in self.members]
         z, gradient, worth = self._roots()
-        home = np.argmax(self._log_p + z @ self._normals.T, axis=1)
+        home = np.argmax(z @ self._directions.T - self._beta, axis=1)
         boundaries = tuple(self._fit(k, z, gradient, worth, home) for k in range(len(self.members)))
         return [self._propose(k, boundaries, z[home == k]) for k in range(len(self.members))]
 
@@ -266,8 +278,8 @@ class Modes:
         others = [j for j in range(len(self.members)) if j != k]
         if self.few:
             return others
-        beta = np.array([mode.beta for mode in self.members])
-        along = self._normals @ _along(self.members[k])
+        beta = self._beta
+        along = self._directions @ _along(self.members[k])
         with np.errstate(divide="ignore"):
             corner = (beta[k] ** 2 + beta**2 - 2.0 * along * beta[k] * beta) / np.maximum(1.0 - along**2, 1e-9)
         relevant = [j for j in others if corner[j] < beta[k] ** 2 + self.tuning.corner]
@@ -296,7 +308,7 @@ class Modes:
         slopes[~(rise > 0.05 * self.members[k].slope)] = np.nan
         weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(self.tuning.lightest)))
         root = z[rows] @ direction
-        others = self._normals[self._near(k)]
+        others = self._directions[self._near(k)]
         others = others - (others @ direction)[:, None] * direction
         return fit_boundary(
             z[rows] - root[:, None] * direction, root, slopes, weight, self.members[k].rate, others, self.tuning
@@ -327,7 +339,7 @@ class Modes:
         """log f̂ at coordinates u, by the models."""
         own = boundaries[k]
         assert own is not None
-        base = u @ (own.basis.T @ self._normals.T)
+        base = u @ (own.basis.T @ self._directions.T)
         entry = self._entry(k, boundaries, u)
         return self._log_f(k, base, Intervals(np.arange(len(u)), entry, np.full(len(u), np.inf)))
 
@@ -445,7 +457,7 @@ class Modes:
                 weight = r.log_w - math.log(count)
                 owner, low, high = r.crossings.intervals
                 weight = weight + summed(log_mass(r.lines.law, low, high), owner, len(weight))
-                share = self.log_share(k, r.crossings.at @ self._normals.T) if len(self.members) > 1 else 0.0
+                share = self.log_share(k, r.crossings.at @ self._directions.T) if len(self.members) > 1 else 0.0
                 z.append(r.crossings.at)
                 log_w.append(weight[r.crossings.on] + share)
                 severity.append(r.crossings.severity)

@@ -71,6 +71,7 @@ class LineTuning:
     several: int = tuned(12, "modes, beyond which each is learnt from fewer lines", _MODES)
     each_of_many: int = tuned(4, "starts for each of them", _MODES)
     sparse: int = tuned(2, "fresh lines a mode, at least, where there are more", _MODES)
+    blur: float = tuned(0.25, "width of the planes that share the event out between modes", _MODES)
     corner: float = tuned(9.0, "squared distance by which two modes' corner may lie further out to count", _MODES)
     most_modes: int = tuned(150, "directions; where there are more modes, rays from the origin replace them", _MODES)
     search_calls: int = tuned(4000, "calls, at most, for the search", "networks.py")
