@@ -149,7 +149,7 @@ class _Campaign:
         if failure is not None:
             return [*ledger, failure]
         models = self.modes.models()
-        if not around:
+        if any(model is not None for model in models):
             second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
             ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
         models = self._measure(models, around)
@@ -337,7 +337,7 @@ class _Campaign:
     def _first_counts(self, models: list[Model | None]) -> list[int]:
         """Fresh lines for each mode, shared out by what the models say of the modes."""
         sums = np.array([self.modes.learnt(k) if m is None else m.proposal.log_mean for k, m in enumerate(models)])
-        if not self.modes.few:  # a model of two lines may be far too high, and would take all there is for its mode
+        if not self.modes.few:  # two lines may say far too much, and would take all there is for their mode
             first = np.array([mode.law.log_sf(np.array([mode.beta]))[0] for mode in self.modes])
             sums = np.minimum(sums, first + self.method.tuning.trusted)
         share = np.exp(sums - diagnostics.log_sum_exp(sums))

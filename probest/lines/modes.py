@@ -194,12 +194,11 @@ class Modes:
         n = min(n, self.meter.left // (self.tuning.grid_price if mode.rough else self.tuning.simple_price))
         if n < 1:
             return
-        trusted = model if self.few else None  # few lines of each of many say too little to draw others by
-        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if trusted is None else trusted.proposal.guide, n)
+        lines, log_w = self._lines(k, Prior(self.meter.event.dim) if model is None else model.proposal.guide, n)
         guess = np.full(n, mode.beta)
         if model is not None and (own := model.boundaries[k]) is not None:
             guess = self._entry(k, model.boundaries, lines.offset @ own.basis)
-        self._add(k, lines, log_w, guess, trusted, gradient=gradient)
+        self._add(k, lines, log_w, guess, model, gradient=gradient)
 
     def _add(
         self,
@@ -263,27 +262,15 @@ class Modes:
     # --- the model of the boundary ---------------------------------------------------------------------------------
 
     def models(self) -> list[Model | None]:
-        """A model of every mode's boundary, from all roots that belong to the mode."""
-        if any(mode.direction is None for mode in self.members):
+        """A model of every mode's boundary, from all roots that belong to the mode; None where there are many modes, of
+        which few lines each say too little: proposals from such models are worse than none.
+        """
+        if not self.few or any(mode.direction is None for mode in self.members):
             return [None for _ in self.members]
         z, gradient, worth = self._roots()
         home = np.argmax(z @ self._directions.T - self._beta, axis=1)
         boundaries = tuple(self._fit(k, z, gradient, worth, home) for k in range(len(self.members)))
         return [self._propose(k, boundaries, z[home == k]) for k in range(len(self.members))]
-
-    def _near(self, k: int) -> list[int]:
-        """The other modes that lines of mode k may run into: where there are many, those whose planes meet its own so
-        near to the origin that it counts.
-        """
-        others = [j for j in range(len(self.members)) if j != k]
-        if self.few:
-            return others
-        beta = self._beta
-        along = self._directions @ _along(self.members[k])
-        with np.errstate(divide="ignore"):
-            corner = (beta[k] ** 2 + beta**2 - 2.0 * along * beta[k] * beta) / np.maximum(1.0 - along**2, 1e-9)
-        relevant = [j for j in others if corner[j] < beta[k] ** 2 + self.tuning.corner]
-        return sorted(relevant, key=lambda j: float(corner[j]))[: self.tuning.several]
 
     def _roots(self) -> tuple[Floats, Floats, Floats]:
         """All roots, the gradients there (nan where not known), and the logarithm of what each line is worth."""
@@ -308,7 +295,7 @@ class Modes:
         slopes[~(rise > 0.05 * self.members[k].slope)] = np.nan
         weight = np.exp(np.maximum(0.5 * (worth[rows] - worth[rows].max()), math.log(self.tuning.lightest)))
         root = z[rows] @ direction
-        others = self._directions[self._near(k)]
+        others = np.delete(self._directions, k, axis=0)
         others = others - (others @ direction)[:, None] * direction
         return fit_boundary(
             z[rows] - root[:, None] * direction, root, slopes, weight, self.members[k].rate, others, self.tuning
@@ -326,9 +313,8 @@ class Modes:
         own = boundaries[k]
         assert own is not None
         entry = own.root(u)
-        for j in self._near(k):
-            other = boundaries[j]
-            if other is None:
+        for j, other in enumerate(boundaries):
+            if other is None or j == k:
                 continue
             frame = np.column_stack([_along(self.members[j]), other.basis])
             level, rise = u @ (own.basis.T @ frame), _along(self.members[k]) @ frame

@@ -72,7 +72,6 @@ class LineTuning:
     each_of_many: int = tuned(4, "starts for each of them", _MODES)
     sparse: int = tuned(2, "fresh lines a mode, at least, where there are more", _MODES)
     blur: float = tuned(0.25, "width of the planes that share the event out between modes", _MODES)
-    corner: float = tuned(9.0, "squared distance by which two modes' corner may lie further out to count", _MODES)
     most_modes: int = tuned(150, "directions; where there are more modes, rays from the origin replace them", _MODES)
     search_calls: int = tuned(4000, "calls, at most, for the search", "networks.py")
     astray: int = tuned(48, "starts after which no more follow where most arrive nowhere", "networks.py")
