@@ -365,6 +365,8 @@ class Campaign:
         failed = [run.conclusion for run in self.tempered if run.population is None]
         wanted = wanted_error(self.method.precision)
         tempered = pool(runs) if runs else None
+        if tempered is not None and self.worth > 0.0:  # modes that no look came upon, as for samples of a guide
+            tempered = with_room(tempered, self.worth, self.new, self.method.precision)
         judged = judge(self.crude.evidence, tempered, failed, self.weighed, self.lined, wanted)
         # lines may claim what is not there, so that those whose claims were not checked refute nothing
         lined = self.lined

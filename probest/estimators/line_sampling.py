@@ -8,19 +8,26 @@ roots of the severity. With h_k a partition of unity over the modes k and q_k a 
 
 Its mean is P for *any* directions, if all roots are found; good directions make what is averaged nearly constant. They
 are those of the design points (:mod:`probest.lines.design_points`), or rays from the origin where catastrophes surround
-it (then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: its shares are those
-of unit normals at the design points, weighted by their first-order probabilities.
+it (then r is chi-distributed: directional sampling). Nothing is counted twice, since h sums to 1: what lies beyond the
+planes of several modes is theirs in equal parts (:mod:`probest.lines.modes`).
+
+*Kinds.* Where the severity is the largest of several (``any_of``, ``eventually``, a maximum over time), each of these
+is walked to by itself: none hides another, and none is left to chance.
 
 *Rounds.* First lines learn: roots and the gradients there give a quadratic model of the boundary over the few
 coordinates that matter (:mod:`probest.lines.boundary`). Gradients that point to an unknown mode start a new walk. The
 model gives a proposal q_k, a guess of every root, and a control variate whose mean takes no model calls; fresh lines
-measure what the model misses. To stop by their spread, and to take the better of two estimates, costs a bias that
-vanishes with the number of lines. Where they show the model to be poor it learns once more, and fresh lines are drawn
-anew.
+measure what the model misses. (Of more than a dozen modes, the few lines of each make no model, and none is needed: a
+line then varies by how many other modes it lies in.) To stop by their spread, and to take the better of two estimates,
+costs a bias that vanishes with the number of lines. Where they show the model to be poor it learns once more, and fresh
+lines are drawn anew.
 
 *All roots.* Each line is asked at one random point beyond its root (these points are the particles); lines that
 answer "safe", and a few others for audit, are looked at on a grid (:mod:`probest.lines.roots`). Where lines
 were seen to leave the event again, or to enter it elsewhere, all are.
+
+*Shells.* What lies far out in many directions at once is nothing to first order, and may be most of P: rays at a radius
+that is exceeded as rarely as would matter ask for it, and measure it (:mod:`probest.lines.shells`).
 
 *The search goes on* until it has cost as much as the lines: precision about known modes is worth no more than to know
 that there are no others. Where it comes upon one that counts, lines are drawn anew.
