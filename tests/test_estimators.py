@@ -125,8 +125,9 @@ def test_the_default_strategy_is_precise(event: ExactEvent) -> None:
 @pytest.mark.parametrize("event", [impossible(3), constant(3)], ids=lambda event: event.name)
 @each_method
 def test_nothing_to_find_is_said_so(method: Estimator, event: ExactEvent) -> None:
-    run = method.run(event, budget=5000, seed=seed(0))
-    check_run(run, event, 5000)
+    budget = 1_500 if isinstance(method, Surrogate) else 5_000  # regressions take their time
+    run = method.run(event, budget=budget, seed=seed(0))
+    check_run(run, event, budget)
     evidence = run.conclusion
     assert evidence.log_prob == -math.inf
     assert not evidence.converged
@@ -281,10 +282,9 @@ def test_a_bump_that_no_gradient_leads_to_is_met_by_draws() -> None:
         return slope
 
     event = ExactEvent("bump_d60", 60, truth, severity, gradient)
-    for number in range(2):
-        found = Combined().run(event, budget=50_000, seed=seed(number)).conclusion
-        assert found.interval[0] - 0.1 <= truth <= found.interval[1] + 0.1
-        assert abs(found.log_prob - truth) < 0.5
+    found = Combined().run(event, budget=50_000, seed=seed(0)).conclusion
+    assert found.interval[0] - 0.1 <= truth <= found.interval[1] + 0.1
+    assert abs(found.log_prob - truth) < 0.5
 
 
 def test_a_smooth_problem_is_settled_by_lines() -> None:

@@ -163,26 +163,22 @@ def late(lib: Any, dim: int = 24) -> tuple[Problem, float]:
 def test_a_kind_that_a_look_lacks_is_found(backend: str) -> None:
     built, truth = late(library(backend))
     method = Tempering(particles=64, islands=8, max_moves=2, target=0.5)
-    found = []
-    for number in range(2):
-        watched, seed = Watched(built.event), np.random.SeedSequence([3, number])
-        first = method.run(OneKind(watched, 0), budget=40_000, seed=seed)  # the flat one alone
-        tried: set[int] = set()
-        assert promised(watched, tried, truth, seed=seed) > 0.1
-        run, short = look_by_kinds(watched, first, method, tried, budget=40_000, seed=seed)
-        assert run is not None
-        assert not short
-        assert tried == {1}
-        assert run.calls <= 40_000
-        last = run.conclusion
-        assert last.particles is not None
-        assert (last.particles.severity >= 0.0).all()
-        found.append(last.log_prob)
-        nothing = look_by_kinds(watched, run, method, tried, budget=40_000, seed=seed)
-        assert nothing == (None, False)
-        assert promised(watched, tried, truth, seed=seed) == 0.0
-        assert look_by_kinds(watched, run, method, set(), budget=1_000, seed=seed).short
-    assert abs(float(special.logsumexp(found)) - math.log(len(found)) - truth) < 0.7
+    watched, seed = Watched(built.event), np.random.SeedSequence([3, 0])
+    first = method.run(OneKind(watched, 0), budget=40_000, seed=seed)  # the flat one alone
+    tried: set[int] = set()
+    assert promised(watched, tried, truth, seed=seed) > 0.1
+    run, short = look_by_kinds(watched, first, method, tried, budget=40_000, seed=seed)
+    assert run is not None
+    assert not short
+    assert tried == {1}
+    assert run.calls <= 40_000
+    last = run.conclusion
+    assert last.particles is not None
+    assert (last.particles.severity >= 0.0).all()
+    assert abs(last.log_prob - truth) < 4.4 * last.std_error
+    assert look_by_kinds(watched, run, method, tried, budget=40_000, seed=seed) == (None, False)  # nothing is missing
+    assert promised(watched, tried, truth, seed=seed) == 0.0
+    assert look_by_kinds(watched, run, method, set(), budget=1_000, seed=seed).short
 
 
 def test_the_default_knows_of_kinds(backend: str) -> None:
@@ -209,7 +205,7 @@ def crossing(lib: Any, steps: int = 12, limit: float = 12.0) -> tuple[Problem, f
 
 def test_lines_walk_to_each_kind(backend: str) -> None:
     built, truth = crossing(library(backend))
-    runs = [LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([5, n])) for n in range(6)]
+    runs = [LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([5, n])) for n in range(3)]
     assert all(run.conclusion.converged for run in runs)
     for run in runs:
         assert abs(run.conclusion.log_prob - truth) < 0.02 + 4.4 * run.conclusion.std_error  # 1e-5
@@ -218,7 +214,7 @@ def test_lines_walk_to_each_kind(backend: str) -> None:
 def test_lines_through_many_modes_that_overlap_vary_little(backend: str) -> None:
     """46 limits, neighbours within 19 degrees: lines that run into another mode's part may not carry the estimate."""
     built, truth = crossing(library(backend), 46, 24.0)
-    for number in range(3):
+    for number in range(2):
         last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([8, number])).conclusion
         assert last.converged
         assert last.diagnostics["largest"] < 0.02
@@ -248,7 +244,7 @@ def far_out_everywhere(lib: Any, dim: int, rest: int) -> tuple[Problem, float, f
 @pytest.mark.parametrize("dims", [(30, 1), (12, 20)])
 def test_what_is_far_out_in_all_directions_is_measured(dims: tuple[int, int], backend: str) -> None:
     built, truth, radius = far_out_everywhere(library(backend), *dims)
-    for number in range(4):
+    for number in range(2):
         last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([6, number])).conclusion
         assert last.converged
         assert abs(last.log_prob - truth) < 0.02 + 4.4 * last.std_error  # 1e-5
