@@ -6,9 +6,9 @@ limit on ‖z‖ beside one on z₁. For coordinates S (all, those of a site, th
 .. math:: P\{C,\ \|z_S\| > \rho\} = E_{u, z_{-S}} \int_{r > \rho} 1\{(r u, z_{-S}) \in C\}\, \chi_{|S|}(r)\, dr,
 
 u a uniform direction: directional sampling in S, plain sampling in the rest. ρ is how far the lines' own offsets reach;
-what their models explain is left to them, so that nothing counts twice. A few rays ask at the radius that is exceeded
-as rarely as would matter. Where some meet the event, it is entered by bisection, and random points beyond the entry
-say how much of what is there is a catastrophe (as on lines).
+what lies on lines with such offsets, or is explained by their models, is left to them, so that nothing counts twice. A
+few rays ask at the radius that is exceeded as rarely as would matter. Where some meet the event, it is entered by
+bisection, and random points beyond the entry say how much of what is there is a catastrophe (as on lines).
 
 It fails where catastrophes fill a small part of the directions (these are for gradients to find), or shells that end.
 
@@ -122,6 +122,15 @@ class Shells:
         rounds = [r for mode in self.modes for r in mode.rounds]
         return max(float(np.linalg.norm(r.lines.offset[:, block], axis=1).max()) for r in rounds)
 
+    def _outside(self, z: Floats, block: np.ndarray, reach: float) -> np.ndarray:
+        """Which rows of z lie on no line that has an offset of ``reach`` or less in these coordinates, of any mode."""
+        out = np.ones(len(z), dtype=np.bool_)
+        for mode in self.modes:
+            assert mode.direction is not None
+            offset = z[:, block] - (z @ mode.direction)[:, None] * mode.direction[block]
+            out &= np.linalg.norm(offset, axis=1) > reach
+        return out
+
     def _cast(self, block: np.ndarray, n: int) -> _Rays:
         """``n`` rays in a block."""
         law, tuning = Chi(len(block)), self.tuning
@@ -147,9 +156,9 @@ class Shells:
         at = _at(z[owner], block, r)
         severity = self.meter.evaluate(at).severity
         caught = severity >= 0.0
-        known = self.modes.explained(at, self.models)
+        known = self.modes.explained(at, self.models) | ~self._outside(at, block, reach)
         for other, beyond in self._taken:
-            known |= np.linalg.norm(at[:, other], axis=1) > beyond
+            known |= self._outside(at, other, beyond)
         new = caught & ~known
         share = np.bincount(owner[new], minlength=len(met)) / tuning.ray_points
         with np.errstate(divide="ignore"):
