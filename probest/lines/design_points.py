@@ -325,8 +325,10 @@ class Search:
         """
         kinds, tuning, dim = getattr(self.meter.event, "kinds", None), self.tuning, self.meter.event.dim
         count = 0 if kinds is None else min(kinds.count, tuning.kinds)
-        share = int(tuning.kind_share * (self.meter.left - self.floor))
-        if kinds is None or dim <= tuning.covered or GRADIENT_CALLS * count > share:
+        share = int(
+            tuning.kind_share * (self.meter.left - self.floor)
+        )  # half of it, at most, for their first gradients
+        if kinds is None or dim <= tuning.covered or 2 * GRADIENT_CALLS * count > share:
             return
         floor, self.floor = self.floor, self.meter.left - share
         which = np.arange(count) if kinds.count == count else rng.choice(kinds.count, count, replace=False)
