@@ -560,11 +560,14 @@ class Campaign:
 
     def _read(self) -> None:
         """Read the event from its weights, if it is a wide network."""
-        net = wide(self.source, self.tuning) if self.method.read and self.left >= self.tuning.read_left else None
-        if net is None:
+        if not self.method.read or self.left < self.tuning.read_left:
             return
-        method = MomentPropagation()
-        self._add(method.estimate(net, Meter(self.event, self.left), self._seed(Stream.READ)))
+        with np.errstate(over="ignore", invalid="ignore"):  # nine deviations out, an exponential has no end
+            net = wide(self.source, self.tuning)
+            if net is None:
+                return
+            method = MomentPropagation()
+            self._add(method.estimate(net, Meter(self.event, self.left), self._seed(Stream.READ)))
         self.reading = self.lines[-1]
         if self._promises():
             self.advance = advance(net, self.reading)
