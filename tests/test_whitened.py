@@ -73,14 +73,14 @@ def test_its_gradient(backend: str) -> None:
         return float(log_ndtr((start + posterior(seen - start)[0][-1] - limit) / sd))
 
     found = []
-    for number in range(4):
+    for number in range(16):
         result = estimate(problem, seed=number, progress=False)
         value, slopes = gradient(backend, result, adversary=adversary)
         assert value == pytest.approx(result.log_prob, abs=1e-4)
         found.append(slopes["start"])
-    # some 60 particles each: four of them are off by 7 % of a term's size, 4.4 deviations
+    # some 60 particles each: one is off by 14 % of a term's size, the mean of sixteen by 3.5 %
     assert np.mean(found) == pytest.approx(
-        (exact(h) - exact(-h)) / (2 * h), abs=0.3 * math.exp(stats.norm.logpdf(beta) - log_ndtr(-beta)) / sd
+        (exact(h) - exact(-h)) / (2 * h), abs=0.15 * math.exp(stats.norm.logpdf(beta) - log_ndtr(-beta)) / sd
     )
 
 

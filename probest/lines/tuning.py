@@ -10,7 +10,7 @@ __all__ = ["LineTuning"]
 
 _SMOOTH = "reliability.py (27 problems and their variants, seeds 0 to 40)"
 _MODES = "modes.py --families unions"
-_BY_KINDS = "programs.py"
+_BY_KINDS = "maxima of 2 to 46 parts, in 2 to 50 dimensions (script not kept), and networks.py"
 _VARIANTS = "reliability.py --variants"
 
 
