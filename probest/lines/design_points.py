@@ -368,7 +368,7 @@ class Search:
         if not met.any():
             return walks
         kinds = None if kinds is None else kinds[met]
-        inside = self._between(inside[met], np.zeros((int(met.sum()), inside.shape[1])), kinds)
+        inside = self._entries(inside[met], kinds)
         result = self._evaluate_either(inside, kinds, gradient=True)
         assert result.severity_grad is not None
         sent = [walk for walk, yes in zip(far, met.tolist(), strict=True) if yes]
@@ -601,9 +601,9 @@ class Search:
         margin = np.linalg.norm(z[early], axis=1) - expected[early]
         return np.asarray(z[early[np.argsort(margin, kind="stable")[: self.tuning.suspects]]])
 
-    def _entries(self, z: Floats) -> Floats:
-        """Where the rays to z enter the event, roughly."""
-        return self._between(z, np.zeros_like(z))
+    def _entries(self, z: Floats, kinds: np.ndarray | None = None) -> Floats:
+        """Where the rays to z enter the event (or each its own kind of it), roughly."""
+        return self._between(z, np.zeros_like(z), kinds)
 
     def _between(self, inside: Floats, outside: Floats, kinds: np.ndarray | None = None) -> Floats:
         """The last catastrophe (of a kind) on the way from each row of ``inside`` to ``outside``, by bisection."""

@@ -98,9 +98,7 @@ class Shells:
     def _measure(self, block: np.ndarray, share: float, precision: float) -> None:
         """Fresh rays, by turns, until their error is small enough or the budget does not allow more."""
         parts: list[_Rays] = []
-        while True:
-            if not self._room(2):
-                break
+        while self._room(2):
             parts.append(self._cast(block, 2 * self.tuning.rays))
             mass = np.exp(np.concatenate([part.log_mass for part in parts]) - self.log_prob)
             error = float(np.std(mass)) / math.sqrt(len(mass))
