@@ -160,7 +160,8 @@ class _Campaign:
             second = diagnostics.log_sum_exp(np.array([m.proposal.log_mean for m in models if m is not None]))
             ledger.append(self._heuristic("curved design points (SORM)", min(second, 0.0)))
         models = self._measure(models, around)
-        while not around and self._search_on(search):
+        while self._within(search) if around else self._search_on(search):
+            around = False
             if self.meter.left < self._lined(search):
                 points, self.late = search.points(), True  # too late to draw lines through it: it counts as unmet
                 break
@@ -224,6 +225,19 @@ class _Campaign:
         """
         owed = int(self.method.tuning.searched * self._lined(search)) - search.spent
         return owed > 0 and search.go_on(self.rng, min(owed, self.meter.left // 2))
+
+    def _within(self, search: Search) -> bool:
+        """Whether rays that agree pass a mode by: catastrophes a little within the shell that they know lead to it."""
+        mean, _ = self._spread(chosen := self._all_chosen())
+        n = min(self.method.tuning.rays_within, self.meter.left // 2)
+        if search.origin >= 0.0 or not self._precise(chosen) or not n:
+            return False
+        log_prob = self.modes.scale + math.log(mean)
+        z = self.rng.standard_normal((n, self.meter.event.dim))
+        z /= np.linalg.norm(z, axis=1, keepdims=True)
+        z *= Chi(self.meter.event.dim).isf(np.array([min(log_prob + self.method.tuning.within, -1e-6)]))
+        early = z[self.meter.evaluate(z).severity >= 0.0]
+        return len(early) > 0 and search.go_from(early[: self.method.tuning.suspects], log_prob)
 
     def _lined(self, search: Search) -> int:
         """Calls that lines have cost."""
@@ -436,8 +450,11 @@ class _Campaign:
         if shells.unmeasured:
             sentence = "catastrophes that are far out in many directions at once hold a part of P: raise the budget."
             notes = (*notes, Note(Code.UNSEEN, sentence))
+        elif shells.unasked:
+            sentence = "no calls were left to ask what lies far out in many directions at once: raise the budget."
+            notes = (*notes, Note(Code.BUDGET_SPENT, sentence))
         log_prob += math.log(whole)
-        top = log_prob + above if not shells.unmeasured else 0.0
+        top = log_prob + above if not (shells.unmeasured or shells.unasked) else 0.0
         return Evidence(
             method=self.method.name,
             log_prob=min(log_prob, 0.0),

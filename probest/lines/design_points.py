@@ -384,7 +384,7 @@ class Search:
         """More starts, and more points far out, for so many calls, until a mode is new and counts; whether one is."""
         self.floor = self.meter.left - min(calls, self.meter.left)
         dim, known = self.meter.event.dim, list(self.arrived)
-        least = max(_log_form(walk) for walk in known) + math.log(self.tuning.counts)
+        most = max(_log_form(walk) for walk in known)
         while self._room(2 * self.tuning.batch):
             z = rng.standard_normal((self.tuning.batch, dim))
             z[1::2] *= self.tuning.wide
@@ -392,10 +392,20 @@ class Search:
                 self.start_from(z)
             for _ in range(self.tuning.batch // 4):
                 self.look_around(rng, self.tuning.around)
-            new = [w for w in self.arrived if not any(w.meets(k, self.tuning.same_mode) for k in known)]
-            if any(_log_form(walk) > least for walk in new):
+            if self._turned_up(known, most):
                 return True
         return False
+
+    def go_from(self, z: Floats, log_prob: float) -> bool:
+        """Walks from the rows of z; whether they lead to a mode that is new and counts beside ``log_prob``."""
+        known, self.floor = list(self.arrived), 0
+        return self.start_from(z) > 0 and self._turned_up(known, log_prob)
+
+    def _turned_up(self, known: list[_Walk], log_prob: float) -> bool:
+        """Whether there is a mode, to first order of a share of ``log_prob`` that counts, that was not known."""
+        least = log_prob + math.log(self.tuning.counts)
+        new = [w for w in self.arrived if not any(w.meets(k, self.tuning.same_mode) for k in known)]
+        return any(_log_form(walk) > least for walk in new)
 
     @property
     def short(self) -> bool:

@@ -51,7 +51,7 @@ class Shells:
     """The parts of an event that lie beyond the lines, relative to what the lines say (``log_prob``).
 
     share: of all of them together; error: its standard error. unmeasured: whether there are some that the budget did
-    not allow to measure, of which the share is a rough guess.
+    not allow to measure, of which the share is a rough guess. unasked: blocks that it did not allow to ask in.
     """
 
     meter: Meter
@@ -63,6 +63,7 @@ class Shells:
     share: float = 0.0
     error: float = 0.0
     unmeasured: bool = False
+    unasked: int = 0
     _taken: list[tuple[np.ndarray, float]] = field(default_factory=list)
     _found: list[_Rays] = field(default_factory=list)
 
@@ -73,13 +74,17 @@ class Shells:
         """
         with contextlib.suppress(UndefinedError):  # so far out the model need not be defined
             while blocks:
-                asked = [(self._cast(block, self.tuning.rays), block) for block in blocks if self._room(1)]
-                share, block = max(((self._share(rays), block) for rays, block in asked), key=lambda pair: pair[0],
-                                   default=(0.0, blocks[0]))  # fmt: skip
-                if share < self.tuning.tenuous:
+                shares: list[float] = []
+                for block in blocks:
+                    if self.meter.left < self.tuning.rays:
+                        self.unasked = len(blocks) - len(shares)
+                        return
+                    shares.append(self._share(self._cast(block, self.tuning.rays)))
+                most = int(np.argmax(shares))
+                if shares[most] < self.tuning.tenuous:
                     return
-                self._measure(block, share, precision)
-                blocks = [other for other in blocks if other is not block]
+                self._measure(blocks[most], shares[most], precision)
+                del blocks[most]
 
     def particles(self) -> Particles | None:
         """Catastrophes of shells, with weights relative to the lines' P; None without any."""
@@ -88,9 +93,10 @@ class Shells:
         parts = [np.concatenate(part) for part in zip(*((r.z, r.log_w, r.severity) for r in self._found), strict=True)]
         return Particles(parts[0], parts[1] - self.log_prob, parts[2]) if len(parts[0]) else None
 
-    def _room(self, times: int) -> bool:
-        each = self.tuning.ray_halvings + self.tuning.ray_points + 1
-        return self.meter.left >= times * self.tuning.rays * each
+    @property
+    def _price(self) -> int:
+        """Calls of a ray that meets the event."""
+        return 1 + self.tuning.ray_halvings + self.tuning.ray_points
 
     def _share(self, rays: _Rays) -> float:
         return float(np.mean(np.exp(rays.log_mass - self.log_prob)))
@@ -98,7 +104,7 @@ class Shells:
     def _measure(self, block: np.ndarray, share: float, precision: float) -> None:
         """Fresh rays, by turns, until their error is small enough or the budget does not allow more."""
         parts: list[_Rays] = []
-        while self._room(2):
+        while self.meter.left >= 2 * self.tuning.rays * self._price:
             parts.append(self._cast(block, 2 * self.tuning.rays))
             mass = np.exp(np.concatenate([part.log_mass for part in parts]) - self.log_prob)
             error = float(np.std(mass)) / math.sqrt(len(mass))
@@ -142,6 +148,9 @@ class Shells:
             return nothing
         met = np.flatnonzero(self.meter.evaluate(_at(z, block, np.full(n, far))).severity >= 0.0)
         if not len(met):
+            return nothing
+        if self.meter.left < len(met) * (self._price - 1):
+            self.unmeasured = True
             return nothing
         inside, outside, z = np.full(len(met), far), np.full(len(met), reach), z[met]
         for _ in range(tuning.ray_halvings):

@@ -86,6 +86,8 @@ class LineTuning:
     least_rays: int = tuned(48, "rays that measure what they found, at least", _BY_KINDS)
     ray_halvings: int = tuned(6, "bisections of a ray that met the event", _BY_KINDS)
     ray_points: int = tuned(2, "random points beyond its entry", _BY_KINDS)
+    rays_within: int = tuned(128, "rays that ask for modes within a shell", "tests/test_lines.py")
+    within: float = tuned(0.5, "nats within the shell, where they ask", "tests/test_lines.py")
     tenuous: float = tuned(0.01, "share of P below which it does not count", _BY_KINDS)
     blocks: int = tuned(6, "blocks of coordinates, at most: all, those of a site, those that a gradient has", _BY_KINDS)
     trusted: float = tuned(1.0, "nats above the first order that the first lines of one of many modes may say", _MODES)
