@@ -1,10 +1,16 @@
-"""Every notebook runs from top to bottom, in a kernel of its own, with the smaller settings that it has for tests."""
+"""Every notebook runs from top to bottom, with the smaller settings that it has for tests.
+
+All that a worker of pytest runs share a kernel, whose names are deleted in between: to import everything eight times
+would take a minute.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,23 +24,33 @@ def test_there_are_notebooks() -> None:
     assert len(NOTEBOOKS) >= 5
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """A running kernel."""
+    for module in ("torch", "pyro", "numpyro", "ipykernel", "jupytext", "nbclient"):
+        pytest.importorskip(module)
+    manager = pytest.importorskip("jupyter_client").KernelManager(kernel_name="python3")
+    backend = "module://matplotlib_inline.backend_inline"
+    manager.start_kernel(env={**os.environ, **ONE_THREAD, "PROBEST_QUICK": "1", "MPLBACKEND": backend})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
-    for module in ("torch", "pyro", "numpyro", "ipykernel"):
-        pytest.importorskip(module)
-    jupytext, nbclient = pytest.importorskip("jupytext"), pytest.importorskip("nbclient")
+def test_a_notebook_runs_from_top_to_bottom(path: Path, kernel: Any, tmp_path: Path) -> None:
+    import jupytext
+    import nbclient
+    import nbformat
+
     notebook = jupytext.read(path)
-    environment = {
-        **os.environ,
-        **ONE_THREAD,
-        "PROBEST_QUICK": "1",
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    client = nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute(env=environment)  # raises CellExecutionError, which shows the cell
+    begin = f"%reset -f\n%cd -q {tmp_path}\nimport pyro; pyro.clear_param_store(); del pyro"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
+    client = nbclient.NotebookClient(notebook, timeout=120, km=kernel)
+    try:
+        client.execute()  # raises CellExecutionError, which shows the cell
+    finally:
+        client.kc.stop_channels()
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [cell for cell in notebook.cells if cell.cell_type == "code" and DRAWS.search(cell.source)]
     assert pictures

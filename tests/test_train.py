@@ -187,14 +187,14 @@ def test_a_checkpoint_resumes_where_it_was(
     backend: str, objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem, data = regression(backend)
-    options = OPTIONS | {"steps": 40, "check_every": 10, "until_log_prob": -300.0, "audit_rounds": 0}
+    options = OPTIONS | {"steps": 24, "check_every": 8, "until_log_prob": -300.0, "audit_rounds": 0}
     options["objective"] = objective
     whole = train(problem, **data, **options)
     path = tmp_path / "run.safetensors"
     step = Descent._step
 
     def interrupted(self: Descent) -> Losses:
-        if self.state.step == 20:
+        if self.state.step == 12:
             raise KeyboardInterrupt
         return step(self)
 
@@ -202,10 +202,10 @@ def test_a_checkpoint_resumes_where_it_was(
         patch.setattr(Descent, "_step", interrupted)
         half = train(problem, **data, **options, checkpoint=path)
     assert path.exists()
-    assert len(half.history) == 20
+    assert len(half.history) == 12
     rest = train(problem, **data, **options, checkpoint=path)
-    assert [step.step for step in rest.history] == list(range(1, 41))
-    assert [s.task_loss for s in rest.history[:20]] == [s.task_loss for s in half.history]
+    assert [step.step for step in rest.history] == list(range(1, 25))
+    assert [s.task_loss for s in rest.history[:12]] == [s.task_loss for s in half.history]
     for name, value in weights(whole.model).items():
         assert weights(rest.model)[name] == pytest.approx(value, abs=1e-6)
 

@@ -187,9 +187,9 @@ class _Campaign:
 
     def _measure(self, models: list[Model | None], around: bool) -> list[Model | None]:
         """Fresh lines, in rounds, until they are precise and stand their audit; the models that they ended with."""
-        lessons = 0
+        lessons, taught, tuning = 0, 0, self.method.tuning
         counts = self._first_counts(models)
-        for _ in range(self.method.tuning.rounds):
+        for _ in range(tuning.rounds):
             for k, count in enumerate(counts):
                 self.modes.measure(k, models[k], count)
             chosen = self._all_chosen()
@@ -198,10 +198,14 @@ class _Campaign:
             counts = self._further_counts(chosen)
             if not sum(counts):
                 size = self.method.first << lessons
-                if around or lessons == self.method.tuning.lessons or self.meter.left < 12 * size * len(self.modes):
+                if around or lessons == tuning.lessons or self.meter.left < 12 * size * len(self.modes):
+                    break
+                if taught > tuning.lesson_calls:
                     break
                 lessons += 1
+                before = self.meter.calls
                 self.modes.relearn(models, size)
+                taught += self.meter.calls - before
                 counts = self._further_counts(self._all_chosen())
             models = self.modes.models()
         return models

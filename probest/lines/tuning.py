@@ -117,6 +117,7 @@ class LineTuning:
     # how many lines, and when to stop
     rounds: int = tuned(20, "of fresh lines, at most", _SMOOTH)
     lessons: int = tuned(4, "of the models, each with twice as many lines as the one before", _SMOOTH)
+    lesson_calls: int = tuned(2000, "calls of lessons after which no further one begins", "networks.py, modes.py")
     audited: float = tuned(
         3.0,
         "over the precision: points that have to lie in the event before lines agree (rule of three)",
