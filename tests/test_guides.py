@@ -20,7 +20,7 @@ from probest.guides.fit import Fitted, fit_guide
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.guides.memory import Memory
 from probest.guides.mixture import Mixture
-from probest.guides.sample import Batch, seen
+from probest.guides.sample import Batch, beyond, seen
 from probest.guides.variational import GaussianGuide
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
@@ -278,6 +278,22 @@ def test_one_odd_particle_in_hundreds_does_not_make_a_guide_thin(odd: int, thin:
     coverage, unseen, _ = seen(population, guide, guide.log_ratio(drawn))
     assert unseen == pytest.approx(odd / 300, abs=0.01)
     assert (coverage < 0.2) == thin
+
+
+@pytest.mark.parametrize(("height", "credible"), [(3.0, 0.05), (2_000.0, 0.4)])
+def test_particles_that_many_samples_should_have_met_are_not_believed(height: float, credible: float) -> None:
+    """Two fifths of all particles have weights above all that were sampled: of 10,000 samples, 0.4 · 10⁴ / height."""
+    rng = np.random.default_rng(0)
+    batch = np.log(rng.uniform(0.5, 1.5, 10_000))
+    weights = np.log(np.where(np.arange(1_000) < 400, height, 1.0))
+    lacking = beyond(weights, np.full(1_000, 1e-3), batch)
+    assert lacking[400:].sum() == 0.0
+    expected = 0.4 * 10_000 / height
+    assert lacking.sum() == pytest.approx(0.4 * min(1.0, 3.0 / expected), rel=0.02)
+    assert lacking.sum() <= credible + 1e-9
+    # those of the greatest weights are believed, whatever the others claim
+    weights[:100] = math.log(1e6)
+    assert beyond(weights, np.full(1_000, 1e-3), batch)[:100].sum() == pytest.approx(0.1)
 
 
 def test_smoothed_is_a_second_opinion() -> None:

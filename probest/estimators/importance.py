@@ -43,7 +43,7 @@ from probest.guides.fit import CHEAP, DISTILLED, KINDS, VARIATIONAL, Fitted, fit
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
-from probest.guides.sample import Batch, above, clipped, draw, join, kept_weights, second_moment, seen
+from probest.guides.sample import Batch, beyond, clipped, draw, join, kept_weights, second_moment, seen, shares_of
 from probest.guides.variational import GaussianGuide, climbed, informed
 from probest.seeds import child_seed, generator
 from probest.smc.softening import Noise
@@ -309,7 +309,7 @@ def _sample_target(
         lower, upper = log_mean - math.hypot(log_mean - lower, width), log_mean + math.hypot(upper - log_mean, width)
     coverage, unseen, _ = seen(memory.population(), best.guide, total.log_w)
     if total is not tried:
-        unseen = max(unseen, above(tried.log_w, tried.log_w, total.log_w))
+        unseen = max(unseen, float(beyond(tried.log_w, shares_of(tried.log_w), total.log_w).sum()))
     smooth, khat = diagnostics.pareto_smooth(total.log_w)
     return Outcome(
         total.log_w,
@@ -513,6 +513,7 @@ def _evidence(method: Importance, meter: Meter, joint: Outcome, below: Outcome |
     ess = min(t.ess for t in targets)
     coverage = min(t.coverage for t in targets)
     unseen = max(t.unseen for t in targets)
+    error = math.hypot(error, unseen)
     if math.isfinite(upper):  # further up by the variance and the mass that the particles show and the samples do not
         upper = log_prob + (upper - log_prob) / math.sqrt(max(coverage, 0.1)) - math.log1p(-min(unseen, 0.5))
     notes = []

@@ -143,6 +143,8 @@ class _Campaign:
         points = self._look_around(search)
         around = points.origin >= 0.0 or _endless(points, self.method.tuning)
         share = int(self.method.tuning.explored_share * self.meter.left)
+        if search.astray and self.meter.event.dim > self.method.tuning.covered:
+            share = 0  # lines will not conclude, and draws lead walks no further than starts do
         if not around and search.explore(self.rng.spawn(1)[0], min(self.method.tuning.explored, share)):
             points = self._look_around(search)
             around = points.origin >= 0.0 or _endless(points, self.method.tuning)
@@ -491,7 +493,7 @@ class _Campaign:
             notes.append(Note(Code.ONE_CARRIES, sentence))
         if not self.modes.complete:
             notes.append(Note(Code.BUDGET_SPENT, "the budget ran out while lines were looked at: raise it."))
-        if search.lost > 0.6 * search.begun:
+        if search.astray:
             sentence = "most gradient walks found no boundary: modes may have been missed; use tempering."
             notes.append(Note(Code.STRAYED, sentence))
         if search.summits > self.method.tuning.most_summits * search.climbs:

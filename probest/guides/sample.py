@@ -18,10 +18,11 @@ from probest.evidence import Floats, Population
 from probest.guides.base import Guide
 from probest.guides.program import BoundProgram
 
-__all__ = ["Batch", "above", "clipped", "draw", "join", "kept_weights", "second_moment", "seen"]
+__all__ = ["Batch", "above", "beyond", "clipped", "draw", "join", "kept_weights", "second_moment", "seen", "shares_of"]
 
 _BLOCK = 2_000_000  # numbers of z alive at once
-_ODD = 0.01  # mass of particles beyond all samples that does not make a guide thin
+_ODD = 0.05  # mass of particles beyond all samples that does not make a guide thin: it is in the estimate's error
+_NONE = 3.0  # expected samples of which none is seen once in twenty times (rule of three)
 _KEEP = 40_000_000  # numbers of z kept of points on target: 320 MB
 
 
@@ -85,13 +86,19 @@ def second_moment(log_w: Floats) -> float:
     return math.log(len(log_w) / ess) if ess > 0.0 else math.inf
 
 
+def shares_of(log_w: Floats) -> Floats:
+    """Weights that sum to 1; all 0 where there are none."""
+    total = diagnostics.log_sum_exp(log_w)
+    return np.exp(log_w - total) if math.isfinite(total) else np.zeros(len(log_w))
+
+
 def seen(
     population: Population | None, guide: Guide | BoundProgram, batch: Floats, *, planned: int = 0
 ) -> tuple[float, float, float]:
     """How the particles' own weights compare with the sampled ones: coverage, unseen mass, log second moment.
 
     coverage: sampled over particles' estimate of E[w²], at most 1 when the guide is thin where particles are.
-    unseen: the particles' mass at weights above the largest that was sampled, beyond what chance explains.
+    unseen: the particles' mass at weights above the largest that was sampled (:func:`beyond`).
     planned: samples that there will be, if more than the batch has: the largest weight grows like their square root,
     as far as weights have a variance.
     """
@@ -101,18 +108,46 @@ def seen(
     if not math.isfinite(mean):
         return 0.0, 1.0, math.inf
     weights = guide.log_ratio(population.z) + population.log_weight
-    share = population.log_w - diagnostics.log_sum_exp(population.log_w)
-    unseen = above(weights, share, batch, planned)
-    if 0.0 < unseen <= _ODD:  # a particle or two, which cannot matter more than what they are counted as
-        weights = np.minimum(weights, float(np.max(batch)))
-    theirs = diagnostics.log_sum_exp(share + weights) - mean
-    return math.exp(min(0.0, second_moment(batch) - theirs)), unseen, theirs
+    share = shares_of(population.log_w)
+    lacking = beyond(weights, share, batch, planned)
+    unseen = float(lacking.sum())
+    if unseen <= _ODD:  # a few particles, which cannot matter more than what they are counted as
+        lacking = np.zeros_like(lacking)
+    sampled = np.minimum(weights, float(np.max(batch)))
+    theirs = np.concatenate([_log(lacking) + weights, _log(share - lacking) + sampled])
+    log_square = diagnostics.log_sum_exp(theirs) - mean
+    return math.exp(min(0.0, second_moment(batch) - log_square)), unseen, log_square
 
 
-def above(weights: Floats, share: Floats, batch: Floats, planned: int = 0) -> float:
-    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) beyond what ``batch`` has."""
+def beyond(weights: Floats, share: Floats, batch: Floats, planned: int = 0) -> Floats:
+    r"""Of the mass ``share`` of each particle (log-weights ``weights``), what no sample of ``batch`` shows, credibly.
+
+    At weights above all that were sampled the guide gave no sample; by the particles it should have given
+    :math:`\lambda = n P \sum_i a_i / w_i`, where a are their shares. With many expected and none seen, it is the
+    particles that claim too much (a few of them, all of one ancestor): of a part of the event that gave none, at most
+    3/λ of that is credible (rule of three). This is asked of all parts of which weights are above some level.
+    """
     growth = 0.5 * math.log(max(1.0, planned / len(batch)))
-    beyond = weights > float(np.max(batch)) + math.log(1.5) + growth
-    if not beyond.any():
-        return 0.0
-    return math.exp(diagnostics.log_sum_exp(share[beyond]) - diagnostics.log_sum_exp(share))
+    out = np.zeros(len(weights))
+    far = np.flatnonzero(weights > float(np.max(batch)) + math.log(1.5) + growth)
+    if not len(far):
+        return out
+    far = far[np.argsort(-weights[far], kind="stable")]
+    mean = diagnostics.log_mean_exp(batch)[0]
+    expected = max(planned, len(batch)) * np.cumsum(share[far] * np.exp(np.minimum(mean - weights[far], 0.0)))
+    credible = np.cumsum(share[far]) * np.minimum(1.0, _NONE / np.maximum(expected, _NONE))
+    out[far] = np.diff(np.maximum.accumulate(credible), prepend=0.0)
+    return out
+
+
+def above(weights: Floats, share: Floats, among: Floats) -> float:
+    """The part of a sample of the target (log-weights ``weights``, log-shares ``share``) whose weights are above all of
+    ``among``, those of another such sample.
+    """
+    far = weights > float(np.max(among)) + math.log(1.5)
+    return math.exp(diagnostics.log_sum_exp(share[far]) - diagnostics.log_sum_exp(share)) if far.any() else 0.0
+
+
+def _log(share: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.maximum(share, 0.0)))

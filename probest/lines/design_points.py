@@ -412,6 +412,11 @@ class Search:
         """Whether the budget ended it before as many starts as known modes ask for."""
         return self.begun < self._wanted(self.begun)
 
+    @property
+    def astray(self) -> bool:
+        """Whether most starts arrived nowhere."""
+        return self.lost > 0.6 * self.begun
+
     def _from_far(self) -> bool:
         """Walks that failed, once more from the other side: from where rays along their gradients enter the event.
 
@@ -648,7 +653,7 @@ class Search:
 
         Each known mode that counts should have been met twice, and ``each`` starts a mode should have arrived at such.
         """
-        if self.begun >= self.tuning.astray and self.lost > 0.6 * self.begun:
+        if self.begun >= self.tuning.astray_after and self.astray:
             return self.begun
         counted = self._counted()
         known, met = len(counted), sum(walk.weight for walk in counted)

@@ -10,7 +10,7 @@ __all__ = ["LineTuning"]
 
 _SMOOTH = "reliability.py (27 problems and their variants, seeds 0 to 40)"
 _MODES = "modes.py --families unions"
-_BY_KINDS = "maxima of 2 to 46 parts, in 2 to 50 dimensions (script not kept), and networks.py"
+_BY_KINDS = "unions.py and networks.py"
 _VARIANTS = "reliability.py --variants"
 
 
@@ -74,7 +74,7 @@ class LineTuning:
     blur: float = tuned(0.25, "width of the planes that share the event out between modes", _MODES)
     most_modes: int = tuned(150, "directions; where there are more modes, rays from the origin replace them", _MODES)
     search_calls: int = tuned(4000, "calls, at most, for the search", "networks.py")
-    astray: int = tuned(48, "starts after which no more follow where most arrive nowhere", "networks.py")
+    astray_after: int = tuned(48, "starts after which no more follow where most arrive nowhere", "networks.py")
     alone: int = tuned(30, "modes, if each was met by one start alone, that are taken for no end of them", _MODES)
     searched: float = tuned(
         1.0, "times the calls of lines, for the search for modes, at least", "modes.py --families shy"
