@@ -177,6 +177,11 @@ class _Part:
         return self.exact is not None or self.evidence is not None
 
     @property
+    def searched(self) -> bool:
+        """Whether another estimate would go on from what is known."""
+        return self.campaign is not None and self.campaign.searched
+
+    @property
     def log_prob(self) -> float:
         """log P_k."""
         return self.exact if self.exact is not None else -math.inf if self.evidence is None else self.evidence.log_prob
@@ -613,19 +618,21 @@ class _Campaign:
             total = self._joint()
             estimated = [part for part in self.parts if part.evidence is not None]
             wanting = [(self._worth(part, total), part) for part in estimated if not part.refined]
-            wanting = [(worth, part) for worth, part in wanting if worth > 0.0]
+            wanting = [(worth, part) for worth, part in wanting if worth > 0.0 and self.left >= self._further(part)]
             if not wanting or (self.method.precision is not None and max(self._errors()) <= self.aim):
                 return
             part = max(wanting, key=lambda one: (one[0], -one[1].calls))[1]
-            on = part.campaign is not None and part.campaign.searched
-            if self.left < max(self.tuning.least_calls, part.calls // 3 if on else part.calls):
-                return
+            on = part.searched
             share = math.exp(min(part.joint - total, 0.0)) if math.isfinite(part.joint) else 1.0
             budget = min(self.left, max((1 if on else 4) * part.calls, self.left // len(wanting)))
             calls = part.calls
             self._run(part, self._precision(max(share, self.tuning.negligible)), budget, Stream.REFINE)
             part.refined = not on or part.calls == calls
             self._ask(part)
+
+    def _further(self, part: _Part) -> int:
+        """Calls without which another estimate of the stratum says little more than it has."""
+        return max(self.tuning.least_calls, part.calls // 3 if part.searched else part.calls)
 
     def _worth(self, part: _Part, total: float) -> float:
         """What another estimate of the stratum may change in P, relative to it; 0 where its own will do."""
@@ -669,7 +676,7 @@ class _Campaign:
         Where it starts afresh it replaces the earlier one if it is converged or sharper.
         """
         before = part.evidence
-        afresh = part.campaign is None or not part.campaign.searched
+        afresh = not part.searched
         if part.campaign is None or afresh:
             warm = before.particles if before is not None and not before.converged else None
             inner = self.method.inner
