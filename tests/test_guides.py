@@ -296,6 +296,26 @@ def test_particles_that_many_samples_should_have_met_are_not_believed(height: fl
     assert beyond(weights, np.full(1_000, 1e-3), batch)[:100].sum() == pytest.approx(0.1)
 
 
+class Bounded:
+    """Uniform on the unit square, in place of a normal law: no density at all elsewhere."""
+
+    dim = 2
+
+    def log_ratio(self, z: Floats) -> Floats:
+        inside = ((z > 0.0) & (z < 1.0)).all(axis=1)
+        return np.where(inside, stats.norm.logpdf(z).sum(axis=1), math.inf)
+
+
+@pytest.mark.parametrize(("odd", "covered"), [(3, True), (60, False)])
+def test_particles_where_a_guide_has_no_density(odd: int, covered: bool) -> None:
+    rng = np.random.default_rng(0)
+    guide, drawn, z = Bounded(), rng.random((5_000, 2)), rng.random((300, 2))
+    z[:odd] += 2.0
+    coverage, unseen, _ = seen(Population(z, np.zeros(300), np.zeros(300), None, 300.0), guide, guide.log_ratio(drawn))
+    assert unseen == pytest.approx(odd / 300)
+    assert (coverage > 0.5) == covered
+
+
 def test_smoothed_is_a_second_opinion() -> None:
     event = half_space(10, 4.0)
     evidence = Importance().run(event, budget=20_000, seed=np.random.SeedSequence(0)).conclusion

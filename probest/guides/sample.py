@@ -113,8 +113,8 @@ def seen(
     unseen = float(lacking.sum())
     if unseen <= _ODD:  # a few particles, which cannot matter more than what they are counted as
         lacking = np.zeros_like(lacking)
-    sampled = np.minimum(weights, float(np.max(batch)))
-    theirs = np.concatenate([_log(lacking) + weights, _log(share - lacking) + sampled])
+    beside, sampled = lacking > 0.0, np.minimum(weights, float(np.max(batch)))
+    theirs = np.concatenate([_log(lacking[beside]) + weights[beside], _log(share - lacking) + sampled])
     log_square = diagnostics.log_sum_exp(theirs) - mean
     return math.exp(min(0.0, second_moment(batch) - log_square)), unseen, log_square
 
