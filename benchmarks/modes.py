@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from scipy import integrate, special, stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reliability import Case, assess, of_exact_event, tell  # noqa: E402
+from reliability import Case, add_members, of_exact_event, told  # noqa: E402
 
 from probest.evidence import Floats  # noqa: E402
 from probest.testing.events import Batch, ExactEvent  # noqa: E402
@@ -299,20 +298,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--members", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--budget", type=int, default=10_000)
-    parser.add_argument("--estimator", default=None, help="a single estimator; default: what users get")
-    parser.add_argument("--peers", action="store_true", help="OpenTURNS beside it")
-    parser.add_argument("--out", type=Path, help="write rows and settings as JSON here, after each problem")
+    add_members(parser, FAMILIES, seeds=10)
     options = parser.parse_args(argv)
-    console = Console(width=150)
-    rows, broken = assess(cases(options), options)
-    tell(console, rows, options)
-    console.print(f"broken promises: {len(broken)}", *broken, sep="\n", highlight=False)
-    return int(bool(broken))
+    return told(cases(options), options)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reliability import Case, assess, chosen, of_problem, tell  # noqa: E402
+from reliability import Case, chosen, of_problem, told  # noqa: E402
 
 from models import digits, pendulum  # noqa: E402
 from models._libraries import Backend, library  # noqa: E402
@@ -273,16 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=20_000_000)
     parser.set_defaults(estimator=None, peers=False)
     options = parser.parse_args(argv)
-    console = Console(width=150)
     if options.make_reference:
-        make_references(options, console)
+        make_references(options, Console(width=150))
         return 0
-    rows, broken = assess(cases(options), options)
-    if not rows:
-        raise SystemExit(f"--problems {options.problems}: nothing with a reference has such a name")
-    tell(console, rows, options)
-    console.print(f"broken promises: {len(broken)}", *broken, sep="\n", highlight=False)
-    return int(bool(broken))
+    return told(cases(options), options)
 
 
 if __name__ == "__main__":

@@ -495,16 +495,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if a run broke a promise (NaN, a probability above 1, more calls than the budget)."""
-    options = parse(argv)
+def told(cases: Iterable[Case], options: argparse.Namespace) -> int:
+    """Run and print them; 1 if a run broke a promise (NaN, a probability above 1, more calls than the budget)."""
     console = Console(width=150)
-    rows, broken = assess(MODES[options.mode](options), options)
+    rows, broken = assess(cases, options)
     if not rows:
-        raise SystemExit(f"--problems {options.problems}: nothing has such a name")
-    (tell_calls if options.mode == "calls_to_accuracy" else tell)(console, rows, options)
+        raise SystemExit("nothing to run: no problem (with a reference) has such a name, or --members is 0")
+    calls = getattr(options, "mode", "") == "calls_to_accuracy"
+    (tell_calls if calls else tell)(console, rows, options)
     console.print(f"broken promises: {len(broken)}", *broken, sep="\n", highlight=False)
     return int(bool(broken))
+
+
+def add_members(parser: argparse.ArgumentParser, families: Iterable[str], *, seeds: int) -> None:
+    """Arguments of a benchmark of families whose members are drawn at random."""
+    parser.add_argument("--families", default=",".join(families))
+    parser.add_argument("--members", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=10_000)
+    parser.add_argument("--estimator", default=None, help="a single estimator; default: what users get")
+    parser.add_argument("--peers", action="store_true", help="OpenTURNS beside it")
+    parser.add_argument("--out", type=Path, help="write rows and settings as JSON here, after each problem")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    return told(MODES[options.mode](options), options)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reliability import Case, assess, of_problem, tell  # noqa: E402
+from reliability import Case, add_members, of_problem, told  # noqa: E402
 
+from models._libraries import Backend, library  # noqa: E402
 from probest import Problem  # noqa: E402
 
 # Severities of all parts, (..., K), at z (..., dim); the first argument is numpy, jax.numpy or torch's namespace.
 Parts = Callable[[Any, Any], Any]
 Family = Callable[[np.random.Generator, int], Parts]
+
+
+def like(xp: Any, z: Any, value: Any) -> Any:
+    """An array of z's library and type."""
+    return xp.asarray(value, dtype=z.dtype)
 
 
 def unit_rows(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
@@ -42,14 +47,14 @@ def unit_rows(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
 def half_spaces(rng: np.random.Generator, dim: int) -> Parts:
     normals = unit_rows(rng, int(rng.integers(2, 40)), dim)
     limits = rng.uniform(3.0, 3.8, len(normals))
-    return lambda xp, z: z @ xp.asarray(normals.T) - xp.asarray(limits)
+    return lambda xp, z: z @ like(xp, z, normals.T) - like(xp, z, limits)
 
 
 def walk(rng: np.random.Generator, dim: int) -> Parts:
     decay, limit = rng.uniform(0.3, 0.99), rng.uniform(3.2, 4.0)
     steps = np.tril(decay ** (np.arange(dim)[:, None] - np.arange(dim)).clip(0))
     steps /= np.linalg.norm(steps, axis=1, keepdims=True)
-    return lambda xp, z: z @ xp.asarray(steps.T) - limit
+    return lambda xp, z: z @ like(xp, z, steps.T) - limit
 
 
 def bent(rng: np.random.Generator, dim: int) -> Parts:
@@ -57,7 +62,9 @@ def bent(rng: np.random.Generator, dim: int) -> Parts:
     bend, limits = rng.uniform(-0.24, 0.36, len(normals)), rng.uniform(3.0, 3.9, len(normals))
 
     def parts(xp: Any, z: Any) -> Any:
-        return z @ xp.asarray(normals.T) - xp.asarray(limits) + xp.asarray(bend) * ((z * z).mean(-1)[..., None] - 1.0)
+        return (
+            z @ like(xp, z, normals.T) - like(xp, z, limits) + like(xp, z, bend) * ((z * z).mean(-1)[..., None] - 1.0)
+        )
 
     return parts
 
@@ -65,7 +72,7 @@ def bent(rng: np.random.Generator, dim: int) -> Parts:
 def both_sides(rng: np.random.Generator, dim: int) -> Parts:
     normals = unit_rows(rng, int(rng.integers(2, 11)), dim)
     limits = rng.uniform(3.2, 4.0, len(normals))
-    return lambda xp, z: xp.abs(z @ xp.asarray(normals.T)) - xp.asarray(limits)
+    return lambda xp, z: xp.abs(z @ like(xp, z, normals.T)) - like(xp, z, limits)
 
 
 def network(rng: np.random.Generator, dim: int) -> Parts:
@@ -74,8 +81,9 @@ def network(rng: np.random.Generator, dim: int) -> Parts:
     first, second, last = (rng.standard_normal(shape) * math.sqrt(2.0 / shape[0]) for shape in shapes)
 
     def values(xp: Any, z: Any) -> Any:
-        hidden = xp.maximum(z @ xp.asarray(first), xp.asarray(0.0))
-        return xp.maximum(hidden @ xp.asarray(second), xp.asarray(0.0)) @ xp.asarray(last)
+        zero = like(xp, z, 0.0)
+        hidden = xp.maximum(z @ like(xp, z, first), zero)
+        return xp.maximum(hidden @ like(xp, z, second), zero) @ like(xp, z, last)
 
     drawn = values(np, np.random.default_rng(5).standard_normal((100_000, dim))).max(axis=1)
     limit = float(np.quantile(drawn, 1.0 - 10.0 ** -rng.uniform(3.0, 4.0)))
@@ -88,7 +96,7 @@ def oscillation(rng: np.random.Generator, dim: int) -> Parts:
     waves, limit = waves * math.sqrt(2.0 / dim), rng.uniform(3.3, 4.2)
 
     def parts(xp: Any, z: Any) -> Any:
-        x = z @ xp.asarray(waves.T)
+        x = z @ like(xp, z, waves.T)
         return xp.abs(x + 0.05 * x * x) - limit
 
     return parts
@@ -105,8 +113,8 @@ def beside_a_sphere(rng: np.random.Generator, dim: int) -> Parts:
     radius = math.sqrt(dim) + 0.78 * limits[2]
 
     def parts(xp: Any, z: Any) -> Any:
-        plane = z @ xp.asarray(first) - limits[0]
-        rippled = 20.0 * (z @ xp.asarray(second) - limits[1]) + xp.sin(z[..., 0])
+        plane = z @ like(xp, z, first) - limits[0]
+        rippled = 20.0 * (z @ like(xp, z, second) - limits[1]) + xp.sin(z[..., 0])
         return xp.stack([plane, rippled, xp.sqrt((z * z).sum(-1)) - radius], -1)
 
     return parts
@@ -135,36 +143,12 @@ def counted(parts: Parts, dim: int, draws: int) -> tuple[float, float]:
     return math.log(hits / n), 1.0 / math.sqrt(hits)
 
 
-def problem(parts: Parts, dim: int, backend: str) -> Problem:
-    if backend == "numpyro":
-        import jax.numpy as jnp
-        import numpyro
-        from numpyro.distributions import Normal
-
-        return Problem(
-            lambda: numpyro.sample("z", Normal(jnp.zeros(dim), 1.0).to_event(1)),
-            lambda x: x,
-            lambda _, y: jnp.max(parts(jnp, y)),
-        )
-    import pyro
-    import torch
-    from pyro.distributions import Normal as PyroNormal
-
-    class Namespace:
-        """torch with asarray in the type of what is computed."""
-
-        maximum, abs, exp, sin, sqrt, stack = (
-            torch.maximum, torch.abs, torch.exp, torch.sin, torch.sqrt, torch.stack,
-        )  # fmt: skip
-
-        @staticmethod
-        def asarray(value: Any) -> torch.Tensor:
-            return torch.as_tensor(value, dtype=torch.get_default_dtype())
-
+def problem(parts: Parts, dim: int, backend: Backend) -> Problem:
+    sample, dist, xp = library(backend)
     return Problem(
-        lambda: pyro.sample("z", PyroNormal(torch.zeros(dim), 1.0).to_event(1)),
+        lambda: sample("z", dist.Normal(xp.zeros(dim), 1.0).to_event(1)),
         lambda x: x,
-        lambda _, y: parts(Namespace, y).max(),
+        lambda _, y: xp.max(parts(xp, y)),
     )
 
 
@@ -180,24 +164,13 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--members", type=int, default=6)
+    add_members(parser, FAMILIES, seeds=2)
     parser.add_argument("--first", type=int, default=0, help="number of the first member")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--backend", choices=("pyro", "numpyro"), default="numpyro")
-    parser.add_argument("--budget", type=int, default=10_000)
     parser.add_argument("--precision", type=float, default=0.05)
-    parser.add_argument("--estimator", default=None, help="a single estimator; default: what users get")
     parser.add_argument("--draws", type=int, default=8_000_000, help="plain draws for the truth, at most")
-    parser.add_argument("--peers", action="store_true", help="OpenTURNS beside it")
-    parser.add_argument("--out", type=Path, help="write rows and settings as JSON here, after each problem")
     options = parser.parse_args(argv)
-    console = Console(width=150)
-    rows, broken = assess(cases(options), options)
-    tell(console, rows, options)
-    console.print(f"broken promises: {len(broken)}", *broken, sep="\n", highlight=False)
-    return int(bool(broken))
+    return told(cases(options), options)
 
 
 if __name__ == "__main__":

@@ -64,14 +64,6 @@ def randomness_stays(request: pytest.FixtureRequest) -> Iterator[None]:
         )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_programs_go() -> Iterator[None]:
-    """Frees what JAX traced and compiled in a module: all of it together grows to several gigabytes a worker."""
-    yield
-    if jax := sys.modules.get("jax"):
-        jax.clear_caches()
-
-
 def _settings() -> dict[str, Callable[[], Any]]:
     """Readers of the settings of every library that is imported."""
     readers: dict[str, Callable[[], Any]] = {}

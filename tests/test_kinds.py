@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from library import library
-from scipy import integrate, special, stats
+from scipy import special, stats
 
 from probest import Problem, estimate
 from probest.checkers import all_of, any_of, eventually, negate
@@ -17,7 +17,7 @@ from probest.estimators.by_kinds import look_by_kinds, promised
 from probest.estimators.line_sampling import LineSampling
 from probest.estimators.tempering import Tempering
 from probest.surrogates.watched import OneKind, Watched
-from probest.testing.events import ExactEvent, half_space
+from probest.testing.events import ExactEvent, half_space, half_space_or_sphere
 
 DIM = 3
 Z = np.random.default_rng(0).standard_normal((60, DIM))
@@ -234,11 +234,7 @@ def far_out_everywhere(lib: Any, dim: int, rest: int) -> tuple[Problem, float, f
         gusts, others = x
         return lib.xp.max(lib.xp.stack([gusts[0] + 0.0 * others[0] - beta, (gusts**2).sum() / radius - radius]))
 
-    def both(t: float) -> float:
-        return float(stats.norm.pdf(t) * stats.chi2.sf(radius**2 - t**2, dim - 1))
-
-    twice = integrate.quad(both, beta, radius)[0] + float(stats.norm.sf(radius))
-    return Problem(adversary, lambda x: x, checker), math.log(math.exp(log_a) + math.exp(log_b) - twice), radius
+    return Problem(adversary, lambda x: x, checker), half_space_or_sphere(dim, log_a, log_b).log_prob, radius
 
 
 @pytest.mark.parametrize("dims", [(30, 1), (12, 20)])

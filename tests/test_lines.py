@@ -32,6 +32,7 @@ from probest.testing.events import (
     constant,
     corner,
     half_space,
+    half_space_or_sphere,
     impossible,
     islands,
     parabola,
@@ -461,26 +462,8 @@ def test_more_modes_than_the_budget_has_lines_for_is_said() -> None:
         assert run.conclusion.converged or run.conclusion.notes
 
 
-def beside_a_shell(dim: int, log_plane: float, log_shell: float) -> ExactEvent:
-    """A half-space beside the outside of a sphere, to which no gradient leads from near the origin."""
-    beta, radius = float(-special.ndtri_exp(log_plane)), float(stats.chi.isf(math.exp(log_shell), dim))
-
-    def severity(z: Floats) -> Floats:
-        return np.maximum(z[:, 0] - beta, (z**2).sum(axis=1) / radius - radius)
-
-    def gradient(z: Floats) -> Floats:
-        plane = z[:, 0] - beta > (z**2).sum(axis=1) / radius - radius
-        return np.where(plane[:, None], np.eye(dim)[0], 2.0 * z / radius)
-
-    def both(t: float) -> float:
-        return float(stats.norm.pdf(t) * stats.chi2.sf(radius**2 - t**2, dim - 1))
-
-    twice = integrate.quad(both, beta, radius)[0] + float(stats.norm.sf(radius))
-    return ExactEvent("shell", dim, math.log(math.exp(log_plane) + math.exp(log_shell) - twice), severity, gradient)
-
-
 def test_lines_that_could_not_ask_for_shells_do_not_conclude() -> None:
-    event = beside_a_shell(20, -9.5, -9.0)
+    event = half_space_or_sphere(20, -9.5, -9.0)
     for budget in range(200, 1_600, 50):
         found = LineSampling().run(event, budget=budget, seed=np.random.SeedSequence(budget)).conclusion
         assert not found.converged or abs(found.log_prob - event.log_prob) < 0.02 + 4.5 * found.std_error

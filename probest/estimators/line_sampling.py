@@ -142,10 +142,10 @@ class _Campaign:
             return [self._nothing(Code.NO_BOUNDARY, "gradients lead to no boundary of the event.")]
         points = self._look_around(search)
         around = points.origin >= 0.0 or _endless(points, self.method.tuning)
-        share = int(self.method.tuning.explored_share * self.meter.left)
-        if search.astray and self.meter.event.dim > self.method.tuning.covered:
-            share = 0  # lines will not conclude, and draws lead walks no further than starts do
-        if not around and search.explore(self.rng.spawn(1)[0], min(self.method.tuning.explored, share)):
+        # where starts went astray lines will not conclude, and draws lead walks no further than starts do
+        hopeless = search.astray and self.meter.event.dim > self.method.tuning.covered
+        draws = min(self.method.tuning.explored, int(self.method.tuning.explored_share * self.meter.left))
+        if not (around or hopeless) and search.explore(self.rng.spawn(1)[0], draws):
             points = self._look_around(search)
             around = points.origin >= 0.0 or _endless(points, self.method.tuning)
         ledger = [self._heuristic("design points (FORM)", points.log_form)]
@@ -200,9 +200,8 @@ class _Campaign:
             counts = self._further_counts(chosen)
             if not sum(counts):
                 size = self.method.first << lessons
-                if around or lessons == tuning.lessons or self.meter.left < 12 * size * len(self.modes):
-                    break
-                if taught > tuning.lesson_calls:
+                enough = lessons == tuning.lessons or taught > tuning.lesson_calls
+                if around or enough or self.meter.left < 12 * size * len(self.modes):
                     break
                 lessons += 1
                 before = self.meter.calls

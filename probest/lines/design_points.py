@@ -325,9 +325,7 @@ class Search:
         """
         kinds, tuning, dim = getattr(self.meter.event, "kinds", None), self.tuning, self.meter.event.dim
         count = 0 if kinds is None else min(kinds.count, tuning.kinds)
-        share = int(
-            tuning.kind_share * (self.meter.left - self.floor)
-        )  # half of it, at most, for their first gradients
+        share = int(tuning.kind_share * (self.meter.left - self.floor))  # of which first gradients take half, at most
         if kinds is None or dim <= tuning.covered or 2 * GRADIENT_CALLS * count > share:
             return
         floor, self.floor = self.floor, self.meter.left - share

@@ -51,7 +51,7 @@ class Shells:
     """The parts of an event that lie beyond the lines, relative to what the lines say (``log_prob``).
 
     share: of all of them together; error: its standard error. unmeasured: whether there are some that the budget did
-    not allow to measure, of which the share is a rough guess. unasked: blocks that it did not allow to ask in.
+    not allow to measure, of which the share is a rough guess. unasked: whether it did not allow to ask in every block.
     """
 
     meter: Meter
@@ -63,7 +63,7 @@ class Shells:
     share: float = 0.0
     error: float = 0.0
     unmeasured: bool = False
-    unasked: int = 0
+    unasked: bool = False
     _taken: list[tuple[np.ndarray, float]] = field(default_factory=list)
     _found: list[_Rays] = field(default_factory=list)
 
@@ -77,14 +77,14 @@ class Shells:
                 shares: list[float] = []
                 for block in blocks:
                     if self.meter.left < self.tuning.rays:
-                        self.unasked = len(blocks) - len(shares)
+                        self.unasked = True
                         return
                     shares.append(self._share(self._cast(block, self.tuning.rays)))
                 most = int(np.argmax(shares))
                 if shares[most] < self.tuning.tenuous:
                     return
                 self._measure(blocks[most], shares[most], precision)
-                del blocks[most]
+                blocks = blocks[:most] + blocks[most + 1 :]
 
     def particles(self) -> Particles | None:
         """Catastrophes of shells, with weights relative to the lines' P; None without any."""

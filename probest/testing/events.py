@@ -95,6 +95,25 @@ def union(dim: int, thresholds: tuple[float, ...]) -> ExactEvent:
     return ExactEvent(f"union4_{label}_d{dim}", dim, log_prob, lambda z: branches(z).max(axis=1), gradient)
 
 
+def half_space_or_sphere(dim: int, log_plane: float, log_shell: float) -> ExactEvent:
+    """z₁ ≥ β or ‖z‖ ≥ radius, each of a given log-probability: the sphere is nothing to first order."""
+    beta, radius = float(-special.ndtri_exp(log_plane)), float(stats.chi.isf(math.exp(log_shell), dim))
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray(np.maximum(z[:, 0] - beta, (z**2).sum(axis=1) / radius - radius))
+
+    def gradient(z: Floats) -> Floats:
+        plane = z[:, 0] - beta > (z**2).sum(axis=1) / radius - radius
+        return np.where(plane[:, None], np.eye(dim)[0], 2.0 * z / radius)
+
+    def both(t: float) -> float:
+        return float(stats.norm.pdf(t) * stats.chi2.sf(radius**2 - t**2, dim - 1))
+
+    twice = integrate.quad(both, beta, radius)[0] + float(stats.norm.sf(radius))
+    log_prob = math.log(math.exp(log_plane) + math.exp(log_shell) - twice)
+    return ExactEvent(f"half_space_or_sphere_d{dim}", dim, log_prob, severity, gradient)
+
+
 def sphere(dim: int, radius: float) -> ExactEvent:
     """‖z‖ ≥ radius."""
 
