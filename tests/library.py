@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from models._libraries import library as of_models
+from probest.programs.event import Event
 
 
 def library(backend: Any) -> Any:
@@ -50,3 +51,31 @@ def gradient(backend: str, estimate: Any, *, model: Any = None, adversary: Any =
 def _number(value: Any) -> Any:
     """A float, or an array where there are several."""
     return np.asarray(value) if value.ndim else float(value)
+
+
+def assert_same_event(one: Event, other: Event) -> None:
+    """One program in both libraries: the same sites, values, severities, log-weights and gradients at the same z.
+
+    With the listed sites as z says and, where there are any, with them held at values of their lists. What an estimator
+    does with these numbers is NumPy's, and need be tried in one of the libraries alone.
+    """
+    for name in ("dim", "boolean", "weighted", "differentiable"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert [site._replace(distribution="") for site in one.sites] == [
+        site._replace(distribution="") for site in other.sites
+    ]
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((64, one.dim))
+    codes = {site.name: rng.choice(site.choices[:40], (64, site.elements)) for site in one.sites if site.choices}
+    found: list[list[np.ndarray | None]] = []
+    for event in (one, other):
+        values = event.decode(z).sites
+        held = {
+            site.name: site.decoded(codes[site.name], values[site.name].dtype) for site in event.sites if site.choices
+        }
+        at = [event.evaluate(z, gradient=event.differentiable, held=kept) for kept in ({}, held)[: 1 + bool(held)]]
+        found.append([*(values[name] for name in sorted(values)), *at[0], *at[-1]])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)

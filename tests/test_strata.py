@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from library import gradient, library, parameters
+from library import assert_same_event, gradient, library, parameters
 from scipy import integrate, special, stats
 
 from probest import Combined, CrossEntropy, Problem, Stratified, Tempering, estimate
@@ -416,8 +416,23 @@ def test_the_nearest_case_comes_decoded_whether_or_not_it_is_a_catastrophe(backe
     )
 
 
+IN_BOTH = ["switch", "half_spaces", "closed_loop", "counts"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_same_event_in_both_libraries(family: str) -> None:
+    for name in ("numpyro", "pyro"):
+        pytest.importorskip(name)
+    assert_same_event(*(made(name, family)[0].event for name in ("numpyro", "pyro")))
+
+
+@pytest.mark.parametrize(
+    ("backend", "family"),
+    [("pyro", family) for family in FAMILIES] + [("numpyro", family) for family in IN_BOTH],
+    indirect=["backend"],
+)
 def test_a_rare_value_cannot_hide(backend: str, family: str) -> None:
+    """In NumPyro for each sort of program; of the others, the estimator is handed the same numbers (above)."""
     built, truth = made(backend, family)
     result = estimate(built, seed=1, **QUIET)
     assert result.ledger[-1].method == "stratified"
