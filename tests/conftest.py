@@ -5,6 +5,7 @@ Guards look only at libraries that are imported already, so that a test of plain
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import random
@@ -32,6 +33,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     for module in BACKENDS[request.param]:
         pytest.importorskip(module)
     return request.param
+
+
+@pytest.fixture
+def any_backend() -> str:
+    """A backend that is installed, for what is NumPy's alone once a program has become an event.
+
+    That both make the same event of a program is tested point by point: ``library.assert_same_event``.
+    """
+    found = [name for name, modules in BACKENDS.items() if all(map(importlib.util.find_spec, modules))]
+    return found[0] if found else pytest.skip("neither Pyro nor NumPyro is installed")
 
 
 @pytest.fixture(autouse=True)

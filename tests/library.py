@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from models._libraries import library as of_models
-from probest.programs.event import Event
+from probest import Problem
 
 
 def library(backend: Any) -> Any:
-    """What the ready models use, and ``factor``, ``plate``, ``param``, ``array`` and ``module(fn, params)``."""
+    """What the ready models use, and ``name``, ``factor``, ``plate``, ``param``, ``array``, ``module(fn, params)``."""
     shared, root = of_models(backend), importlib.import_module(backend)
     return SimpleNamespace(
         **shared._asdict(),
+        name=backend,
         factor=root.factor,
         plate=root.plate,
         param=root.param,
@@ -53,17 +56,21 @@ def _number(value: Any) -> Any:
     return np.asarray(value) if value.ndim else float(value)
 
 
-def assert_same_event(one: Event, other: Event) -> None:
+def assert_same_event(problem: Callable[[Any], Problem]) -> None:
     """One program in both libraries: the same sites, values, severities, log-weights and gradients at the same z.
 
-    With the listed sites as z says and, where there are any, with them held at values of their lists. What an estimator
-    does with these numbers is NumPy's, and need be tried in one of the libraries alone.
+    With the listed sites as z says and, where there are any, with them held at values of their lists; and the
+    severities of its kinds. What an estimator does with these numbers is NumPy's, and need be tried in one library.
+
+    problem: makes it, of what :func:`library` returns.
     """
+    for name in ("numpyro", "pyro"):
+        pytest.importorskip(name)
+    one, other = (problem(library(name)).event for name in ("numpyro", "pyro"))
     for name in ("dim", "boolean", "weighted", "differentiable"):
         assert getattr(one, name) == getattr(other, name), name
-    assert [site._replace(distribution="") for site in one.sites] == [
-        site._replace(distribution="") for site in other.sites
-    ]
+    sites = [[site._replace(distribution="") for site in event.sites] for event in (one, other)]
+    assert sites[0] == sites[1]
     rng = np.random.default_rng(0)
     z = rng.standard_normal((64, one.dim))
     codes = {site.name: rng.choice(site.choices[:40], (64, site.elements)) for site in one.sites if site.choices}
@@ -74,7 +81,8 @@ def assert_same_event(one: Event, other: Event) -> None:
             site.name: site.decoded(codes[site.name], values[site.name].dtype) for site in event.sites if site.choices
         }
         at = [event.evaluate(z, gradient=event.differentiable, held=kept) for kept in ({}, held)[: 1 + bool(held)]]
-        found.append([*(values[name] for name in sorted(values)), *at[0], *at[-1]])
+        kinds = event.evaluate_kinds(z)[2] if event.kinds else None
+        found.append([*(values[name] for name in sorted(values)), *at[0], *at[-1], kinds])
     for mine, theirs in zip(*found, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:

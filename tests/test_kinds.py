@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from library import library
+from library import assert_same_event, library
 from scipy import special, stats
 
 from probest import Problem, estimate
@@ -160,8 +161,8 @@ def late(lib: Any, dim: int = 24) -> tuple[Problem, float]:
     return built, float(np.logaddexp(a, b) + math.log1p(-math.exp(a + b - np.logaddexp(a, b))))
 
 
-def test_a_kind_that_a_look_lacks_is_found(backend: str) -> None:
-    built, truth = late(library(backend))
+def test_a_kind_that_a_look_lacks_is_found(any_backend: str) -> None:
+    built, truth = late(library(any_backend))
     method = Tempering(particles=64, islands=8, max_moves=2, target=0.5)
     watched, seed = Watched(built.event), np.random.SeedSequence([3, 0])
     first = method.run(OneKind(watched, 0), budget=40_000, seed=seed)  # the flat one alone
@@ -181,8 +182,8 @@ def test_a_kind_that_a_look_lacks_is_found(backend: str) -> None:
     assert look_by_kinds(watched, run, method, set(), budget=1_000, seed=seed).short
 
 
-def test_the_default_knows_of_kinds(backend: str) -> None:
-    built, truth = late(library(backend))
+def test_the_default_knows_of_kinds(any_backend: str) -> None:
+    built, truth = late(library(any_backend))
     result = estimate(built, budget=20_000, progress=False)
     assert result.lower - 0.1 <= truth <= result.upper + 0.1
 
@@ -203,17 +204,17 @@ def crossing(lib: Any, steps: int = 12, limit: float = 12.0) -> tuple[Problem, f
     return built, math.log1p(-float(np.trapezoid(alive, at)))
 
 
-def test_lines_walk_to_each_kind(backend: str) -> None:
-    built, truth = crossing(library(backend))
+def test_lines_walk_to_each_kind(any_backend: str) -> None:
+    built, truth = crossing(library(any_backend))
     runs = [LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([5, n])) for n in range(3)]
     assert all(run.conclusion.converged for run in runs)
     for run in runs:
         assert abs(run.conclusion.log_prob - truth) < 0.02 + 4.4 * run.conclusion.std_error  # 1e-5
 
 
-def test_lines_through_many_modes_that_overlap_vary_little(backend: str) -> None:
+def test_lines_through_many_modes_that_overlap_vary_little(any_backend: str) -> None:
     """46 limits, neighbours within 19 degrees: lines that run into another mode's part may not carry the estimate."""
-    built, truth = crossing(library(backend), 46, 24.0)
+    built, truth = crossing(library(any_backend), 46, 24.0)
     for number in range(2):
         last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([8, number])).conclusion
         assert last.converged
@@ -238,8 +239,8 @@ def far_out_everywhere(lib: Any, dim: int, rest: int) -> tuple[Problem, float, f
 
 
 @pytest.mark.parametrize("dims", [(30, 1), (12, 20)])
-def test_what_is_far_out_in_all_directions_is_measured(dims: tuple[int, int], backend: str) -> None:
-    built, truth, radius = far_out_everywhere(library(backend), *dims)
+def test_what_is_far_out_in_all_directions_is_measured(dims: tuple[int, int], any_backend: str) -> None:
+    built, truth, radius = far_out_everywhere(library(any_backend), *dims)
     for number in range(2):
         last = LineSampling().run(built.event, budget=4_000, seed=np.random.SeedSequence([6, number])).conclusion
         assert last.converged
@@ -250,6 +251,11 @@ def test_what_is_far_out_in_all_directions_is_measured(dims: tuple[int, int], ba
     # too few calls to measure it: that there is something is said
     last = LineSampling().run(built.event, budget=2_100, seed=np.random.SeedSequence([6, 0])).conclusion
     assert not last.converged or abs(last.log_prob - truth) < 0.02 + 4.4 * last.std_error
+
+
+@pytest.mark.parametrize("family", [late, crossing, functools.partial(far_out_everywhere, dim=12, rest=20)])
+def test_they_are_the_same_events_in_both_libraries(family: Any) -> None:
+    assert_same_event(lambda lib: family(lib)[0])
 
 
 class Unruly(ExactEvent):
