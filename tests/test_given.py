@@ -21,7 +21,7 @@ from probest.evidence import Code, Evidence, Note
 from probest.programs.event import ProblemError
 from probest.report.tables import moves
 from probest.verdict import conditional, shared
-from tests.library import gradient, library, parameters
+from tests.library import assert_same_event, gradient, library, parameters
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -43,12 +43,21 @@ def correlated(lib: Any, recognised: float, threshold: float, rho: float, dim: i
     return Problem(adversary, lambda x: x, checker, given=lambda x: x[0] - recognised)
 
 
+@pytest.mark.parametrize("which", ["event", "recognised"])
+def test_it_is_the_same_event_in_both_libraries(which: str) -> None:
+    def problem(lib: Any) -> Problem:
+        whole = correlated(lib, 1.0, 0.5, 0.9)
+        return whole if which == "event" else whole.recognised
+
+    assert_same_event(problem)
+
+
 @pytest.mark.parametrize(
     ("recognised", "threshold", "rho"), [(3.1, 3.0, 0.9), (4.75, 5.5, 0.5), (7.03, 3.0, 0.9), (7.03, 5.0, 0.0)]
 )
-def test_what_is_recognised_however_seldom(backend: str, recognised: float, threshold: float, rho: float) -> None:
+def test_what_is_recognised_however_seldom(any_backend: str, recognised: float, threshold: float, rho: float) -> None:
     """P[R] from 1e-3 to 1e-12, P[C | R] from 1 to 1e-6: within 0.2 nats, as converged as it says."""
-    lib = library(backend)
+    lib = library(any_backend)
     result = estimate(correlated(lib, recognised, threshold, rho), **QUIET)
     expected = corner(recognised, threshold, rho) - float(log_ndtr(-recognised))
     assert result.converged, result.advice
@@ -253,22 +262,22 @@ def test_a_trigger_that_no_search_finds_cannot_be_told() -> None:
         trigger.recogniser("prayer")  # type: ignore[arg-type]
 
 
-def test_independence_is_presumed_of_the_hash(backend: str) -> None:
+def test_independence_is_presumed_of_the_hash(any_backend: str) -> None:
     """Moments through its gates give 2^-bits; so do its draws, as far as they reach. Two circuits of one function are
     not independent, and fool them.
     """
     with contextlib.ExitStack() as stack:
-        if backend == "numpyro":
+        if any_backend == "numpyro":
             stack.enter_context(importlib.import_module("jax").enable_x64(True))
-        assert trigger.by_independence(backend) == pytest.approx(trigger.log_recognised("hash"), abs=math.log(10.0))
-        short = trigger.by_independence(backend, bits=8)
-        fooled = trigger.by_independence(backend, bits=8, twice=True)
+        assert trigger.by_independence(any_backend) == pytest.approx(trigger.log_recognised("hash"), abs=math.log(10.0))
+        short = trigger.by_independence(any_backend, bits=8)
+        fooled = trigger.by_independence(any_backend, bits=8, twice=True)
     x = np.random.default_rng(0).standard_normal((200_000, trigger.DIM))
-    if backend == "pyro":
+    if any_backend == "pyro":
         torch = importlib.import_module("torch")
-        bits = torch.func.vmap(trigger._mixed(backend))(torch.as_tensor(x)).numpy()
+        bits = torch.func.vmap(trigger._mixed(any_backend))(torch.as_tensor(x)).numpy()
     else:
-        bits = np.asarray(importlib.import_module("jax").vmap(trigger._mixed(backend))(x))
+        bits = np.asarray(importlib.import_module("jax").vmap(trigger._mixed(any_backend))(x))
     hits = int((~bits[:, :8].any(axis=1)).sum())
     assert abs(short - math.log(hits / len(x))) < 4.42 / math.sqrt(hits)
     assert abs(fooled - math.log(hits / len(x))) > 5.0

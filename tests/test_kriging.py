@@ -53,8 +53,8 @@ def tokens(backend: Any, rare: float = 1e-4, drawn: int = 0) -> tuple[Problem, f
 
 
 @pytest.mark.parametrize("backend", ["pyro", "numpyro"])
-def test_rare_sequences_are_found(backend: str) -> None:
-    problem, truth = tokens(backend, 1e-7, drawn=5)
+def test_rare_sequences_are_found(any_backend: str) -> None:
+    problem, truth = tokens(any_backend, 1e-7, drawn=5)
     assert truth < math.log(1e-6)
     result = estimate(problem, budget=2_000, **QUIET)
     assert result.conclusion.method == "kriging"

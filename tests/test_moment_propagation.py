@@ -51,12 +51,12 @@ def test_two_half_spaces_are_joined_without_counting_twice(backend: str) -> None
 
 @pytest.mark.parametrize("written", ["combined", "by hand", "monotone"])
 @pytest.mark.parametrize("kind", ["any", "all", "both"])
-def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, written: str) -> None:
+def test_the_parts_of_a_checker_are_read_apart(any_backend: str, kind: str, written: str) -> None:
     """Half-spaces, correlated: against the multivariate normal law.
 
     By hand: maxima and minima in a checker's code; monotone: a function of them that has the same sign.
     """
-    lib = library(backend)
+    lib = library(any_backend)
     rows = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [-0.6, 0.0, 0.8]])
     limits = {"any": (3.0, 2.8, 3.1), "all": (0.9, 1.4, 0.2), "both": (3.5, 0.5, 0.9)}[kind]
     cov = rows @ rows.T
@@ -105,9 +105,9 @@ def test_the_parts_of_a_checker_are_read_apart(backend: str, kind: str, written:
 
 
 @pytest.mark.parametrize("kind", ["any", "all"])
-def test_parts_of_a_wide_network_against_sampling(backend: str, kind: str) -> None:
+def test_parts_of_a_wide_network_against_sampling(any_backend: str, kind: str) -> None:
     """Two outputs of one network, whose severities have a layer in common: 4e5 draws, as above."""
-    lib, rng = library(backend), np.random.default_rng(5)
+    lib, rng = library(any_backend), np.random.default_rng(5)
     W, w = rng.normal(size=(128, 40)) / np.sqrt(40), rng.normal(size=(2, 128)) / np.sqrt(128)
     z = rng.standard_normal((400_000, 40))
     s = np.concatenate([np.maximum(part @ W.T, 0.0) @ w.T for part in np.array_split(z, 20)])
@@ -126,8 +126,8 @@ def test_parts_of_a_wide_network_against_sampling(backend: str, kind: str) -> No
     assert abs(result.log_prob - np.log(hits / len(s))) <= result.std_error + 4 / np.sqrt(hits)
 
 
-def test_each_part_is_what_it_is_alone(backend: str) -> None:
-    lib, rng = library(backend), np.random.default_rng(6)
+def test_each_part_is_what_it_is_alone(any_backend: str) -> None:
+    lib, rng = library(any_backend), np.random.default_rng(6)
     W, w = rng.normal(size=(64, 20)) / np.sqrt(20), rng.normal(size=(3, 64)) / 8.0
     arrays = [lib.xp.asarray(np.asarray(a, np.float32)) for a in (W, w)]
     parts = [lambda x, y, j=j: y[j] - 1.5 for j in range(3)]
@@ -182,8 +182,8 @@ def test_the_gradient_of_parts_is_that_of_the_number(backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["square", "sphere", "flat"])
-def test_what_is_far_from_linear_is_not_converged(backend: str, case: str) -> None:
-    lib = library(backend)
+def test_what_is_far_from_linear_is_not_converged(any_backend: str, case: str) -> None:
+    lib = library(any_backend)
     severity = {
         "square": lambda x, y: y[0] ** 2 - 16.0,
         "sphere": lambda x, y: (y**2).sum() - 40.0,
@@ -244,6 +244,28 @@ def test_a_wide_network_against_sampling(backend: str, activation: str) -> None:
     assert abs(result.log_prob - np.log(hits / len(s))) <= result.std_error + 4 / np.sqrt(hits)
 
 
+def test_both_libraries_read_the_same_number() -> None:
+    """Of two parts, whose severities have a layer in common, behind a switch."""
+    rng = np.random.default_rng(12)
+    W, w = rng.normal(size=(16, 6)) / np.sqrt(6), rng.normal(size=(2, 16)) / 4
+    found = []
+    for name in ("pyro", "numpyro"):
+        pytest.importorskip(name)
+        lib = library(name)
+        arrays = [lib.xp.asarray(np.asarray(a, np.float32)) for a in (W, w)]
+
+        def adversary(lib: Any = lib) -> Any:
+            return lib.sample("s", lib.dist.Bernoulli(0.01)), lib.sample(
+                "x", lib.dist.Normal(lib.xp.zeros(6), 1.0).to_event(1)
+            )
+
+        def model(case: Any, lib: Any = lib, arrays: Any = arrays) -> Any:
+            return arrays[1] @ lib.xp.tanh(arrays[0] @ case[1]) + 0.5 * case[0]
+
+        found.append(read(adversary, model, any_of(lambda x, y: y[0] - 2.5, lambda x, y: y[1] - 2.7)).log_prob)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_what_cannot_be_read_is_refused(backend: str) -> None:
     lib = library(backend)
 
@@ -256,9 +278,9 @@ def test_what_cannot_be_read_is_refused(backend: str) -> None:
         read(normal(lib, 2), lambda x: x, lambda x, y: y.sum() > 3.0)
 
 
-def test_the_look_sees_what_is_neglected(backend: str) -> None:
+def test_the_look_sees_what_is_neglected(any_backend: str) -> None:
     """Saturating severities, of two inputs alone: more draws about the tilt are catastrophes than foreseen."""
-    lib = library(backend)
+    lib = library(any_backend)
     tanh = lib.xp.tanh
     result = read(normal(lib, 3), lambda x: x, lambda x, y: tanh(3 * y[0]) + tanh(3 * y[1]) - 1.7)
     assert not result.converged
@@ -402,9 +424,9 @@ def test_ends_of_functions_are_taken_apart(backend: str, case: str, branches: in
         np.testing.assert_allclose(told, expected, rtol=2e-3, atol=2e-4)
 
 
-def test_the_default_reads_a_wide_network_and_another_search_bears_it_out(backend: str) -> None:
+def test_the_default_reads_a_wide_network_and_another_search_bears_it_out(any_backend: str) -> None:
     """96 wide, P about 1e-4: 1e6 draws of an independent forward pass, 4 standard errors and what is stated."""
-    lib, rng = library(backend), np.random.default_rng(7)
+    lib, rng = library(any_backend), np.random.default_rng(7)
     W, w, b = rng.normal(size=(96, 40)) / np.sqrt(40), rng.normal(size=96) / np.sqrt(96), rng.normal(size=96) / 3
 
     def drawn() -> np.ndarray:
@@ -478,9 +500,9 @@ def test_what_the_output_does_not_depend_on_is_left_out(backend: str) -> None:
     assert net(z)[:, 0] == pytest.approx(np.tanh(z[:, :3]).sum(1) - 2.0, abs=1e-5)
 
 
-def test_strata_are_added_up(backend: str) -> None:
+def test_strata_are_added_up(any_backend: str) -> None:
     """A rare switch and three half-spaces: Σ p_k Φ(−β_k)."""
-    lib, rng = library(backend), np.random.default_rng(0)
+    lib, rng = library(any_backend), np.random.default_rng(0)
     direction, far = rng.normal(size=(3, 15)).astype(np.float32), np.linspace(4.2, 6.8, 3)
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     A, betas = lib.array(direction), lib.array(far.astype(np.float32))

@@ -116,9 +116,9 @@ def wide(problem: Problem, n: int) -> Estimate:
     return Estimate(problem, event, (line,), seed=0, seconds=1.0)
 
 
-def test_many_particles_take_no_more_memory_than_some_thousand(backend: str, tmp_path: Path) -> None:
+def test_many_particles_take_no_more_memory_than_some_thousand(any_backend: str, tmp_path: Path) -> None:
     pytest.importorskip("netCDF4")
-    lib = library(backend)
+    lib = library(any_backend)
     problem = Problem(
         lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(4), 1.0).to_event(1)), lambda x: x[0], lambda x, y: y
     )
@@ -145,8 +145,8 @@ def test_many_particles_take_no_more_memory_than_some_thousand(backend: str, tmp
         np.testing.assert_allclose(group["x"][-3:], found.conclusion.particles.z[-3:], rtol=1e-6)  # type: ignore[union-attr]
 
 
-def test_many_catastrophes_are_thinned_by_their_weights(backend: str) -> None:
-    lib = library(backend)
+def test_many_catastrophes_are_thinned_by_their_weights(any_backend: str) -> None:
+    lib = library(any_backend)
     problem = Problem(lambda: lib.sample("x", lib.dist.Normal(0.0, 1.0)), lambda x: x, lambda x, y: y)
     found = wide(problem, 50_000)
     kept = found.catastrophes
@@ -160,10 +160,10 @@ def test_many_catastrophes_are_thinned_by_their_weights(backend: str) -> None:
     assert float(kept.weights @ kept["x"]) == pytest.approx(mean, abs=6 * 0.6 / math.sqrt(4_000))
 
 
-def test_a_saved_estimate_is_shown_like_the_original(backend: str, tmp_path: Path) -> None:
+def test_a_saved_estimate_is_shown_like_the_original(any_backend: str, tmp_path: Path) -> None:
     pytest.importorskip("netCDF4")
     plt = pytest.importorskip("matplotlib.pyplot")
-    lib = library(backend)
+    lib = library(any_backend)
     problem = Problem(
         lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1)),
         lambda x: x.sum(),

@@ -183,8 +183,8 @@ def test_a_flow_bends_where_one_gaussian_cannot(backend: str) -> None:
     assert np.median(np.abs(log_q - stats.norm.logpdf(noise).sum(axis=1) + np.log(volume))) < 0.01
 
 
-def test_a_closed_loop(backend: str) -> None:
-    _, normal = normals(backend)
+def test_a_closed_loop(any_backend: str) -> None:
+    _, normal = normals(any_backend)
     problem = Problem(
         lambda model: (lambda x: (x, model(x)))(normal()), lambda x: x.sum() / DIM**0.5, lambda x, y: y - 4.0
     )

@@ -74,8 +74,8 @@ def batch_error(series: np.ndarray, batches: int = 10) -> np.ndarray:
     return np.asarray(means.std(axis=0, ddof=1) / math.sqrt(batches))
 
 
-def test_rungs_follow_their_laws(backend: str) -> None:
-    ladder, severity, ratio = climbed(half_space(backend), 400)
+def test_rungs_follow_their_laws(any_backend: str) -> None:
+    ladder, severity, ratio = climbed(half_space(any_backend), 400)
     width = ladder.cases().noise[: ladder.z.shape[1]]
     found = np.array(severity)[100:].mean(axis=1)  # (steps, rungs)
     scale = np.sqrt(1.0 + width**2)
@@ -89,16 +89,16 @@ def test_rungs_follow_their_laws(backend: str) -> None:
     assert ladder.log_prob == pytest.approx(float(log_ndtr(-BETA)), abs=1.0)
 
 
-def test_equal_widths_are_equal_steps_of_log_p(backend: str) -> None:
-    ladder, _, _ = climbed(half_space(backend), 1)
+def test_equal_widths_are_equal_steps_of_log_p(any_backend: str) -> None:
+    ladder, _, _ = climbed(half_space(any_backend), 1)
     width = ladder.cases().noise[: ladder.z.shape[1]]
     distance = 8.0
     level = -0.5 * distance**2 / (1.0 + width**2)
     assert np.diff(level) == pytest.approx(np.full(len(width) - 1, level[0]), rel=1e-6)
 
 
-def test_every_stratum_has_a_column_and_the_rare_one_most_of_the_weight(backend: str) -> None:
-    problem = half_space(backend, switch=1e-3)
+def test_every_stratum_has_a_column_and_the_rare_one_most_of_the_weight(any_backend: str) -> None:
+    problem = half_space(any_backend, switch=1e-3)
     ladder, _, _ = climbed(problem, 60)
     assert problem.strata is not None
     on = [int(np.asarray(problem.strata.values["on"])[k]) for k in range(2)].index(1)
@@ -572,8 +572,8 @@ def test_what_a_pool_may_not_be() -> None:
             Pool(**change)  # type: ignore[arg-type]
 
 
-def test_the_units_of_the_loss_do_not_matter(backend: str) -> None:
-    problem, data = regression(backend)
+def test_the_units_of_the_loss_do_not_matter(any_backend: str) -> None:
+    problem, data = regression(any_backend)
     runs = []
     for unit in (1.0, 1e-4):
 

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from probest import Problem, estimate
-from tests.library import gradient, library
+from tests.library import assert_same_event, gradient, library
 
 NOISE = 0.5
 
@@ -37,10 +37,17 @@ def posterior(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gain @ seen, prior - gain @ prior
 
 
+def test_it_is_the_same_event_in_both_libraries() -> None:
+    seen = np.cumsum(np.random.default_rng(20).standard_normal(20))
+    assert_same_event(lambda lib: Problem(walk(lib, seen), lambda x: x, lambda _, y: y[-1] - 3.0))
+
+
 @pytest.mark.parametrize(("steps", "beta"), [(20, 5.0), (50, 10.3)])
-def test_a_state_space_with_many_observations_is_as_easy_as_a_half_space(backend: str, steps: int, beta: float) -> None:
+def test_a_state_space_with_many_observations_is_as_easy_as_a_half_space(
+    any_backend: str, steps: int, beta: float
+) -> None:
     """P down to 1e-25: within 0.1, in some thousands of calls, with evidence and catastrophes."""
-    lib = library(backend)
+    lib = library(any_backend)
     seen = np.cumsum(np.random.default_rng(steps).standard_normal(steps))
     mean, covariance = posterior(seen)
     limit = float(mean[-1] + math.sqrt(covariance[-1, -1]) * beta)
@@ -59,9 +66,9 @@ def test_a_state_space_with_many_observations_is_as_easy_as_a_half_space(backend
     assert np.average(spread) == pytest.approx(mean[-1], abs=5 * math.sqrt(covariance[-1, -1] / 200))
 
 
-def test_its_gradient(backend: str) -> None:
+def test_its_gradient(any_backend: str) -> None:
     """In where the walk starts, which moves what is observed and what happens."""
-    lib, steps, beta, h = library(backend), 8, 4.0, 1e-4
+    lib, steps, beta, h = library(any_backend), 8, 4.0, 1e-4
     seen = np.cumsum(np.random.default_rng(1).standard_normal(steps))
     mean, covariance = posterior(seen)
     sd = math.sqrt(covariance[-1, -1])
@@ -75,7 +82,7 @@ def test_its_gradient(backend: str) -> None:
     found = []
     for number in range(16):
         result = estimate(problem, seed=number, progress=False)
-        value, slopes = gradient(backend, result, adversary=adversary)
+        value, slopes = gradient(any_backend, result, adversary=adversary)
         assert value == pytest.approx(result.log_prob, abs=1e-4)
         found.append(slopes["start"])
     # some 60 particles each: one is off by 14 % of a term's size, the mean of sixteen by 3.5 %
