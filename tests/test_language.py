@@ -232,31 +232,27 @@ def text_problem(least: int, token: int = 2, steps: int = 6) -> tuple[Problem, C
     return problem, lm, every, (every == token).sum(1) >= least
 
 
-@pytest.mark.parametrize("least", [3, 5])
-def test_estimates_of_text_agree_with_enumeration(least: int) -> None:
+@pytest.mark.parametrize(
+    ("least", "budget", "options"), [(3, 30_000, {}), (5, 50_000, {"precision": 0.02, "seed": 1})]
+)
+def test_estimates_of_text_agree_with_enumeration(least: int, budget: int, options: dict[str, Any]) -> None:
+    """The second: with this seed a proposal that sits on one text, its weights all alike, was once preferred, 84,000
+    draws of which were worth 43.
+    """
     problem, lm, every, hit = text_problem(least)
     with torch.no_grad():
         truth = float(lm().log_prob(every)[hit].logsumexp(0))
-    result = estimate(problem, budget=30_000, progress=False)
+    result = estimate(problem, budget=budget, progress=False, **options)
     assert result.conclusion.method == "learned proposal"
-    assert result.calls <= 30_000
+    assert result.converged
+    assert result.calls < 40_000
+    assert result.calls <= budget
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
     assert result.std_error < 0.3
     assert result.lower_bound(0.99) < truth
     assert result.catastrophes is not None
     text = result.catastrophes["text"]
     assert ((text == 2).sum(1) >= least).all()
-
-
-def test_a_proposal_that_sits_on_one_text_is_not_preferred() -> None:
-    """Its weights are all alike: 84,000 draws of it were worth 43, with this seed."""
-    problem, lm, every, hit = text_problem(5)
-    with torch.no_grad():
-        truth = float(lm().log_prob(every)[hit].logsumexp(0))
-    result = estimate(problem, budget=50_000, precision=0.02, seed=1, progress=False)
-    assert result.converged
-    assert result.calls < 40_000
-    assert abs(result.log_prob - truth) < 4.0 * result.std_error
 
 
 def test_a_steered_model_is_a_proposal() -> None:
@@ -463,10 +459,11 @@ def test_answers_have_the_law_of_what_follows(settings: dict[str, Any]) -> None:
 
 
 def test_estimates_with_a_model_that_answers_agree_with_enumeration() -> None:
-    problem, exact = dialogue(5)
+    """And so do their gradients in both language models."""
+    problem, exact = dialogue(4)
     with torch.no_grad():
         truth = float(exact(problem.model))
-    result = estimate(problem, budget=20_000, progress=False)
+    result = estimate(problem, budget=40_000, precision=0.02, progress=False)
     assert result.conclusion.method == "learned proposal"
     assert result.converged
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
@@ -474,6 +471,14 @@ def test_estimates_with_a_model_that_answers_agree_with_enumeration() -> None:
     assert set(result.catastrophes) == {"text", "answer"}
     split = estimate(problem, budget=20_000, estimator=Splitting(), progress=False)
     assert abs(split.log_prob - truth) < 4.0 * split.std_error
+    weights = [lm.model.transformer.wte.weight for lm in models_of(problem.event.program).values()]
+    result.log_prob_at(model=problem.model).backward()
+    found = [weight.grad.clone() for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    exact(problem.model).backward()
+    for weight, gradient in zip(weights, found, strict=True):
+        assert float((gradient - weight.grad).norm() / weight.grad.norm()) < 0.05
 
 
 def test_a_model_that_cannot_be_batched_is_split() -> None:
@@ -489,19 +494,6 @@ def test_a_model_that_cannot_be_batched_is_split() -> None:
     assert found.conclusion.method == "splitting"
     with torch.no_grad():
         assert abs(found.log_prob - float(exact(problem.model))) < 4.0 * found.std_error
-
-
-def test_gradients_in_both_language_models_are_those_of_enumeration() -> None:
-    problem, exact = dialogue(4)
-    result = estimate(problem, budget=40_000, precision=0.02, progress=False)
-    weights = [lm.model.transformer.wte.weight for lm in models_of(problem.event.program).values()]
-    result.log_prob_at(model=problem.model).backward()
-    found = [weight.grad.clone() for weight in weights]
-    for weight in weights:
-        weight.grad = None
-    exact(problem.model).backward()
-    for weight, gradient in zip(weights, found, strict=True):
-        assert float((gradient - weight.grad).norm() / weight.grad.norm()) < 0.05
 
 
 def test_what_a_model_does_beside_writing_has_no_gradient() -> None:
@@ -522,9 +514,7 @@ def test_what_a_model_does_beside_writing_has_no_gradient() -> None:
 def test_a_model_that_answers_is_trained() -> None:
     problem, exact = dialogue(5)
     with torch.no_grad():
-        texts = problem.adversary()[None].repeat(400, 1)
-        for i in range(400):
-            texts[i] = problem.adversary()
+        texts = models_of(problem.event.program)["text"]().sample((400,))
         data = texts, problem.model.lm.after(texts).sample()
         before = float(exact(problem.model))
 
@@ -624,7 +614,7 @@ def test_a_pool_of_language_adversaries_is_played_against() -> None:
     run = train(problem, **options)
     assert len(run.adversaries) == 1
     with torch.no_grad():
-        many = torch.stack([run.adversaries[-1]() for _ in range(300)])
+        many = torch.stack([run.adversaries[-1]() for _ in range(150)])
     given = float(((texts == 2).sum(-1) >= 3).double().mean())
     assert float(((many == 2).sum(-1) >= 3).double().mean()) > given + 0.1
 
