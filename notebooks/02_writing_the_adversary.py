@@ -189,14 +189,14 @@ def odd_pictures():
 pyro.set_rng_seed(0)
 kernel = pyro.infer.NUTS(odd_pictures, max_tree_depth=6)
 pyro_sampler = pyro.infer.MCMC(
-    kernel, num_samples=30 if QUICK else 500, warmup_steps=30 if QUICK else 300, disable_progbar=True
+    kernel, num_samples=20 if QUICK else 500, warmup_steps=20 if QUICK else 300, disable_progbar=True
 )
 pyro_sampler.run()
 
 pyro.clear_param_store()
 normal = pyro.infer.autoguide.AutoNormal(odd_pictures, init_scale=0.5)
 fit = pyro.infer.SVI(odd_pictures, normal, pyro.optim.Adam({"lr": 0.02}), pyro.infer.Trace_ELBO())
-losses = [fit.step() for _ in range(150 if QUICK else 2_000)]
+losses = [fit.step() for _ in range(60 if QUICK else 2_000)]
 
 styles = {
     "estimate": odd.catastrophes.weights @ odd.catastrophes["style"],
@@ -220,7 +220,7 @@ def tempered():
 
 
 guide = AutoNormal(tempered, init_scale=0.3)
-steps = 200 if QUICK else 3_000
+steps = 100 if QUICK else 3_000
 svi = SVI(tempered, guide, numpyro.optim.Adam(0.02), Trace_ELBO(num_particles=4))
 fitted = svi.run(jax.random.PRNGKey(1), steps, progress_bar=False).params
 found_by_svi = guide.median(fitted)

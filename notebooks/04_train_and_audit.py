@@ -139,10 +139,10 @@ run = train(
     task=task,
     data=recorded,
     until_log_prob=-22.0,
-    steps=200 if QUICK else 1_000,
+    steps=60 if QUICK else 1_000,
     learning_rate=2e-3,
-    budget=6_000 if QUICK else 50_000,
-    check_budget=4_000 if QUICK else 20_000,
+    budget=3_000 if QUICK else 50_000,
+    check_budget=2_000 if QUICK else 20_000,
     seed=1,
 )
 run
@@ -175,7 +175,7 @@ run.audit
 # the result is a program like any other, and can be audited like any other.
 
 # %%
-settings = {"steps": 50, "refine": 10, "judge": 500} if QUICK else {}
+settings = {"steps": 20, "refine": 3, "judge": 300} if QUICK else {}
 worst = search(run.problem, kl=3.0, base=run.believed, seed=0, **settings)
 print(
     f"log P {worst.base.log_prob:.1f} under D, {worst.log_prob:.1f} under the worst adversary within {worst.kl:.1f} nats"

@@ -19,6 +19,8 @@
 # A bridge with two cables, loaded by wind. It fails when either cable is overloaded.
 
 # %%
+import os
+
 import arviz as az
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from probest import Autoguide, Bounds, Problem, estimate
+
+QUICK = bool(os.environ.get("PROBEST_QUICK"))  # smaller settings, for tests
 
 
 def storm():
@@ -74,7 +78,8 @@ plt.show()
 
 # %%
 kernel = NUTS(problem.conditioned(0.2))
-mcmc = MCMC(kernel, num_warmup=300, num_samples=300, num_chains=2, chain_method="sequential", progress_bar=False)
+warmup, draws = (80, 80) if QUICK else (300, 300)
+mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=2, chain_method="sequential", progress_bar=False)
 mcmc.run(jax.random.key(0))
 drawn = az.from_numpyro(mcmc)
 az.summary(drawn, var_names=["load", "severity"], kind="all")[["mean", "sd", "ess_bulk", "r_hat"]]
@@ -104,7 +109,7 @@ replayed = Predictive(problem.conditioned(0.2), posterior_samples=mcmc.get_sampl
 softened = problem.conditioned(0.3, gaussianized=True)
 auto = AutoMultivariateNormal(softened)
 svi = SVI(softened, auto, numpyro.optim.Adam(0.02), Trace_ELBO(num_particles=8))
-fitted = svi.run(jax.random.key(0), 1_000, progress_bar=False)
+fitted = svi.run(jax.random.key(0), 300 if QUICK else 1_000, progress_bar=False)
 mine = estimate(problem, guide=Autoguide(auto, fitted.params), budget=20_000, seed=0)
 print(
     f"with the autoguide {mine.log_prob:.2f} ± {mine.std_error:.2f}, by default {result.log_prob:.2f} ± {result.std_error:.2f}"

@@ -275,7 +275,9 @@ def test_svi_of_numpyro_trains_a_guide_that_the_estimate_uses() -> None:
     assert line(run, "upper bound").log_prob > truth - 0.1
 
 
-def fitted_autoguide(backend: str, problem: Problem, kind: str, temperature: float = 0.5) -> Autoguide:
+def fitted_autoguide(
+    backend: str, problem: Problem, kind: str, temperature: float = 0.5, steps: int = 250
+) -> Autoguide:
     """A library's own autoguide, trained by its own SVI and optimiser."""
     softened_program = problem.conditioned(temperature, gaussianized=True)
     if backend == "pyro":
@@ -288,7 +290,7 @@ def fitted_autoguide(backend: str, problem: Problem, kind: str, temperature: flo
             torch.manual_seed(0)
             auto = getattr(autoguide, kind)(softened_program)
             svi = SVI(softened_program, auto, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(8))
-            for _ in range(250):
+            for _ in range(steps):
                 svi.step()
         pyro.clear_param_store()
         return Autoguide(auto)
@@ -318,8 +320,6 @@ def test_autoguides_are_proposals(backend: str) -> None:
     assert abs(result.log_prob - truth) < 4.0 * result.std_error
     run = Bounds(guide=given).run(problem.event, budget=12_000, seed=seed(0))
     assert line(run, "lower bound").log_prob < truth + 0.1
-    bound = fitted_autoguide(backend, problem, "AutoNormal").bind(problem.event)  # widths alone: it need not suffice
-    assert problem.event.severity(bound.parts[0].sample(4_000, np.random.default_rng(0))).mean() > -8.0
     other = Problem(adversary, lambda x: x, lambda _, y: y[0].sum() - 3.0)
     with pytest.raises(ProblemError, match="make it of"):
         _native(backend, other).bind(other.event)
@@ -327,6 +327,17 @@ def test_autoguides_are_proposals(backend: str) -> None:
         import pyro
 
         pyro.clear_param_store()
+
+
+def test_an_autoguide_of_widths_alone_need_not_suffice(any_backend: str) -> None:
+    lib = library(any_backend)
+    problem = Problem(
+        lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1)),
+        lambda x: x,
+        lambda _, y: y.sum() / 3.0**0.5 - 4.0,
+    )
+    bound = fitted_autoguide(any_backend, problem, "AutoNormal", steps=120).bind(problem.event)
+    assert problem.event.severity(bound.parts[0].sample(4_000, np.random.default_rng(0))).mean() > -2.0
 
 
 def _native(backend: str, problem: Problem) -> Autoguide:

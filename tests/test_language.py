@@ -232,9 +232,7 @@ def text_problem(least: int, token: int = 2, steps: int = 6) -> tuple[Problem, C
     return problem, lm, every, (every == token).sum(1) >= least
 
 
-@pytest.mark.parametrize(
-    ("least", "budget", "options"), [(3, 30_000, {}), (5, 50_000, {"precision": 0.02, "seed": 1})]
-)
+@pytest.mark.parametrize(("least", "budget", "options"), [(3, 30_000, {}), (5, 50_000, {"precision": 0.02, "seed": 1})])
 def test_estimates_of_text_agree_with_enumeration(least: int, budget: int, options: dict[str, Any]) -> None:
     """The second: with this seed a proposal that sits on one text, its weights all alike, was once preferred, 84,000
     draws of which were worth 43.

@@ -158,7 +158,7 @@ def test_a_reading_is_loss_enough(backend: str) -> None:
         "audit_rounds": 0, "progress": False,
     }  # fmt: skip
     if backend == "numpyro":  # its gradient is not compiled: only that it is the same
-        options |= {"steps": 1, "budget": 2_000, "check_budget": 500}
+        options |= {"steps": 1, "budget": 2_000, "check_budget": 500, "audit": MonteCarlo()}
     data |= {"data": (inputs, answers)}
     run = train(problem, **data, **options)
     read = run.history[0]
