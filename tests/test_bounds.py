@@ -300,7 +300,7 @@ def fitted_autoguide(
 
     auto = getattr(autoguide, kind)(softened_program)
     found = SVI(softened_program, auto, numpyro.optim.Adam(0.03), Trace_ELBO(8)).run(
-        jax.random.key(0), 800, progress_bar=False
+        jax.random.key(0), 3 * steps, progress_bar=False
     )
     return Autoguide(auto, found.params)
 
