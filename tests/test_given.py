@@ -299,7 +299,7 @@ def test_training_takes_the_trigger_away() -> None:
         task=lambda m, batch: ((m(batch[0]) - batch[1]) ** 2).mean(),
         data=(inputs, 0.5 * inputs[:, 0]),
         until_log_prob=-12.0, steps=120, check_every=30, learning_rate=0.02, budget=20_000, particles=64, weight=0.002,
-        progress=False,
+        audit_budget=20_000, progress=False,
     )  # fmt: skip
 
     def exact(gain: float, bias: float) -> float:

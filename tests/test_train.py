@@ -188,7 +188,7 @@ def test_a_checkpoint_resumes_where_it_was(
 ) -> None:
     problem, data = regression(backend)
     options = OPTIONS | {"steps": 24, "check_every": 8, "until_log_prob": -300.0, "audit_rounds": 0}
-    options["objective"] = objective
+    options |= {"objective": objective, "budget": 5_000, "audit": MonteCarlo(), "audit_budget": 1_000}
     whole = train(problem, **data, **options)
     path = tmp_path / "run.safetensors"
     step = Descent._step

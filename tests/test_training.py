@@ -275,7 +275,7 @@ def regression(backend: str) -> tuple[Problem, dict[str, Any]]:
 
 QUICK: dict[str, Any] = {
     "until_log_prob": -1e6, "steps": 30, "check_every": 10, "check_budget": 500, "learning_rate": 0.05,
-    "budget": 2_000, "particles": 32, "audit_rounds": 0, "progress": False,
+    "budget": 2_000, "particles": 32, "audit_rounds": 0, "audit_budget": 2_000, "progress": False,
 }  # fmt: skip
 
 
