@@ -53,10 +53,14 @@ def summary(lib: Any, x: Any) -> Any:
     return x["wind"].sum() + 1.0 * x["kind"] + 1.0 * count + share + parts[0] + mixed + size
 
 
-def test_layout_and_decoding(backend: str) -> None:
+@functools.cache  # compiled once for all tests
+def of_everything(backend: str) -> Problem:
     lib = library(backend)
-    problem = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 20.0)
-    event = problem.event
+    return Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 20.0)
+
+
+def test_layout_and_decoding(backend: str) -> None:
+    event = of_everything(backend).event
     names = [site.name for site in event.sites]
     assert names == ["kind", "count", "wind", "share", "parts", "mixed_component", "mixed", "inner"]
     assert event.dim == 1 + 1 + 3 + 2 + 3 + 1 + 1 + 1
@@ -75,8 +79,7 @@ def test_layout_and_decoding(backend: str) -> None:
 
 
 def test_held_sites_add_their_density(backend: str) -> None:
-    lib = library(backend)
-    event = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 20.0).event
+    event = of_everything(backend).event
     z = np.random.default_rng(1).standard_normal((4, event.dim))
     held = event.site_values(z, ("kind", "wind"))
     free, kept = event.evaluate(z), event.evaluate(np.zeros_like(z) + z, held=held)
@@ -93,7 +96,7 @@ def test_the_same_program_in_both_libraries() -> None:
     for name in ("pyro", "numpyro"):
         pytest.importorskip(name)
         lib = library(name)
-        event = Problem(everything(lib), functools.partial(summary, lib), lambda x, y: y - 22.0).event
+        event = of_everything(name).event
         found[name] = event.evaluate(z, gradient=True)
 
         def small(lib: Any = lib) -> Any:

@@ -52,7 +52,6 @@ def tokens(backend: Any, rare: float = 1e-4, drawn: int = 0) -> tuple[Problem, f
     return Problem(adversary, lambda x: x, severity), float(special.logsumexp(log_p[total >= limit]))
 
 
-@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
 def test_rare_sequences_are_found(any_backend: str) -> None:
     problem, truth = tokens(any_backend, 1e-7, drawn=5)
     assert truth < math.log(1e-6)

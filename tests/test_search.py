@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from typing import Any
@@ -30,11 +31,13 @@ def normals(backend: str) -> tuple[Any, Any]:
     return lib, lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(DIM), 1.0).to_event(1))
 
 
+@functools.cache  # compiled once for all tests
 def half_space(backend: str) -> Problem:
     _, adversary = normals(backend)
     return Problem(adversary, lambda x: x.sum() / DIM**0.5, lambda x, y: y - 4.5)
 
 
+@functools.cache  # compiled once for all tests
 def union(backend: str) -> Problem:
     lib, adversary = normals(backend)
     signs = lib.array([1.0, 1.0, -1.0, 1.0])
@@ -158,6 +161,7 @@ def test_a_tilt_has_the_density_of_its_mixture(backend: str) -> None:
     assert min(tails) > FAILURE_RATE / len(tails)
 
 
+@functools.cache  # compiled once for all tests
 def parabola(backend: str) -> tuple[Problem, float]:
     """And log P, by an integral in one dimension."""
     problem = Problem(normals(backend)[1], lambda x: x[1] + 0.3 * x[0] ** 2, lambda _, y: y - 6.0)

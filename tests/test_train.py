@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ DIM = 10
 TRUE = 0.5
 
 
+@functools.cache  # compiled once for all tests
 def regression(backend: str) -> tuple[Problem, dict[str, Any]]:
     """M: y = gain · x₀ + bias · x₁ with data on y = TRUE · x₀, and catastrophe |y| ≥ 5: log P = log 2Φ(−5/|w|)."""
     lib = library(backend)
@@ -159,7 +161,7 @@ def test_a_reading_is_loss_enough(backend: str) -> None:
     }  # fmt: skip
     if backend == "numpyro":  # its gradient is not compiled: only that it is the same
         options |= {"steps": 1, "budget": 2_000, "check_budget": 500, "audit": MonteCarlo()}
-    data |= {"data": (inputs, answers)}
+    data = data | {"data": (inputs, answers)}
     run = train(problem, **data, **options)
     read = run.history[0]
     assert read.pressure == pytest.approx(read.log_prob, abs=0.02)

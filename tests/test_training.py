@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -38,6 +39,7 @@ BETA = 4.0
 DIM = 6
 
 
+@functools.cache  # compiled once for all tests
 def half_space(backend: str, *, switch: float | None = None, seen: float | None = None) -> Problem:
     """x·a ≥ BETA; with a switch of that probability, only where it is on; with an observation of the first axis."""
     lib = library(backend)
@@ -255,6 +257,7 @@ def test_what_a_teacher_may_not_say(backend: str) -> None:
 # The run as a whole ---------------------------------------------------------------------------------------------------
 
 
+@functools.cache  # compiled once for all tests
 def regression(backend: str) -> tuple[Problem, dict[str, Any]]:
     """M: y = gain · x₀ + bias · x₁, catastrophe |y| ≥ 5; the data say nothing of the bias, the teacher that it is 0."""
     lib = library(backend)

@@ -113,8 +113,8 @@ class Backend(Protocol):
         boolean: whether it returns a bool or a float.
         """
 
-    def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
-        """``fn()``, traced where that is quicker than running it step by step."""
+    def rehearse(self, fn: Callable[[], PyTree], *, values: bool = True) -> PyTree:
+        """``fn()``, traced where that is quicker than running it step by step; for its effects without ``values``."""
 
     def snapshot(self, leaf: Any) -> Any:
         """A NumPy copy of a leaf that can be written to in place, or the leaf itself if it cannot."""

@@ -106,10 +106,10 @@ class JaxBackend:
         constants = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, trees))
         return jax.pure_callback(call, scalar, *constants, vmap_method="sequential")
 
-    def rehearse(self, fn: Callable[[], PyTree]) -> PyTree:
+    def rehearse(self, fn: Callable[[], PyTree], *, values: bool = True) -> PyTree:
         # Step by step, every operation of the program would be compiled on its own.
         try:
-            return jax.jit(fn)()
+            return jax.jit(fn)() if values else jax.eval_shape(fn)
         except UNTRACEABLE as error:
             raise _cannot_batch(error) from error
 

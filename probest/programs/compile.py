@@ -64,7 +64,7 @@ def compile_event(
             # Parameters become arguments. A second run with them given may draw no key: that would be hidden
             # randomness.
             parts = parts._replace(params=first.params)
-        second = _rehearse(composition, parts, rng)
+        second = _rehearse(composition, parts, rng, values=False)
     sites = _ordered_sites(first, second)
     composition = replace(composition, sites=sites, late=first.own < len(sites))
     severity = frontend.backend.as_array(first.value[2])
@@ -145,7 +145,7 @@ def _find_frontend(adversary: Any, model: Any, closed_loop: bool, backend: str |
             stack.enter_context(frontend.backend.evaluating(adversary, model))
         call: Callable[[], Any] = partial(_once, adversary, *((model,) if closed_loop else ()))
         for frontend in candidates:
-            call = partial(frontend.backend.rehearse, call)
+            call = partial(frontend.backend.rehearse, call, values=False)
         try:
             call()
         except Exception as error:
@@ -186,8 +186,8 @@ def _check_foreign(frontend: Frontend, *parts: tuple[str, Any]) -> None:
             )
 
 
-def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) -> Run:
-    """One run on fresh coordinates, with every check that needs no batch."""
+def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator, *, values: bool = True) -> Run:
+    """One run on fresh coordinates, with every check that needs no batch; for its sites alone without ``values``."""
     kept: list[Run] = []
 
     def arrays() -> tuple[Any, ...]:
@@ -197,16 +197,18 @@ def _rehearse(composition: Composition, parts: Parts, rng: np.random.Generator) 
         return run.value, run.log_weight, run.sites, run.params, seen, run.coarseness
 
     backend = composition.frontend.backend
-    outputs = arrays() if composition.batching == "loop" else backend.rehearse(arrays)
-    value, log_weight, sites, params, values, coarseness = outputs
+    outputs = arrays() if composition.batching == "loop" else backend.rehearse(arrays, values=values)
+    if not values:
+        return kept[-1]
+    value, log_weight, sites, params, said, coarseness = outputs
     if composition.black_boxes:
         value = (*value[:2], _ask(composition, *value))
     if np.isnan(backend.to_host(backend.as_array(value[2])).astype(float)):
         raise SeverityError("severity is NaN: the checker must return a number for every observation and action")
     if np.isnan(backend.to_host(log_weight)):
-        raise ProblemError(f"the log-density of the observed sites ({', '.join(values)}) is NaN")
+        raise ProblemError(f"the log-density of the observed sites ({', '.join(said)}) is NaN")
     observed = {
-        name: seen._replace(value=backend.to_host(backend.as_array(values[name])))
+        name: seen._replace(value=backend.to_host(backend.as_array(said[name])))
         for name, seen in kept[-1].observed.items()
     }
     coarse = {name: float(backend.to_host(apart)) for name, apart in coarseness.items()}
