@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -93,9 +94,26 @@ class Playable(Family, Protocol):
         """The opponent with these parameters, as :meth:`Opponent.arrays` gives them."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Ratio:
+    """What a law says of points, for a backend to compile; the same for the same law."""
+
+    law: Law
+
+    def __call__(self, parts: Parts, z: Array, held: Points) -> Array:
+        del z
+        return self.law.log_ratio(parts, held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Ratio) and other.law is self.law
+
+    def __hash__(self) -> int:
+        return id(self.law)
+
+
 def ratio_of(backend: Backend, law: Law, parts: Parts, points: Points) -> Floats:
     """log q_θ − log p₀ at points ``(n,)``, on the host; ``-inf`` where q draws nothing."""
+    rows = np.zeros((len(next(iter(points.values()))), 1))
     with backend.no_gradient():
-        value = law.log_ratio(parts, {name: backend.from_host(v) for name, v in points.items()})
-    found = backend.to_host(value)
+        found = backend.on_host(_Ratio(law), parts, rows, points)[0]
     return np.asarray(np.where(np.isnan(found), -math.inf, found), dtype=np.float64)
