@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=50_000)
     parser.add_argument("--kl", type=float, default=10.0)
     parser.add_argument("--judge", type=int, default=1_000_000)
@@ -75,6 +76,10 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1))
 
 
+def seeds_of(options: argparse.Namespace) -> range:
+    return range(options.first_seed, options.first_seed + options.seeds)
+
+
 def compared(event: str, problem: Problem, truth: float, options: argparse.Namespace) -> Iterator[Row]:
     """The default estimate and splitting on one problem."""
     from probest import LearnedProposal, Splitting, estimate
@@ -82,7 +87,7 @@ def compared(event: str, problem: Problem, truth: float, options: argparse.Names
     for method in (LearnedProposal(), Splitting()):
         runs = [
             estimate(problem, budget=options.budget, seed=i, estimator=method, progress=False)
-            for i in range(options.seeds)
+            for i in seeds_of(options)
         ]
         error = np.array([run.log_prob - truth for run in runs])
         stated = np.array([run.std_error for run in runs])
@@ -145,7 +150,7 @@ def adversary(options: argparse.Namespace) -> Iterator[Row]:
     problem = counted(lm, language.SIGNS.index("s") + 1, 8)
     hits, n = PLAIN["s, 8 times"]
     given = hits / n
-    for seed in range(options.seeds):
+    for seed in seeds_of(options):
         base = estimate(problem, budget=options.budget, seed=seed, progress=False)
         own = LanguageAdversary(lm, twist=True)
         found = search(problem, own, kl=options.kl, base=base, seed=seed, progress=False)
@@ -166,7 +171,7 @@ def training(options: argparse.Namespace) -> Iterator[Row]:
     from models import language
     from probest import MonteCarlo, train
 
-    for seed in range(options.seeds):
+    for seed in seeds_of(options):
         ordinary = language.train_model(seed=seed)
         settings = {**language.TRAINING, "audit": MonteCarlo(), "audit_rounds": 0, "seed": seed, "progress": False}
         problem = language.problem(ordinary)
@@ -200,7 +205,7 @@ def answers(options: argparse.Namespace) -> Iterator[Row]:
     from models import language
     from probest import MonteCarlo, estimate, train
 
-    for seed in range(options.seeds):
+    for seed in seeds_of(options):
         problem = language.answer_problem()
         settings = {**language.ANSWER_TRAINING, "audit": MonteCarlo(), "audit_rounds": 0, "seed": seed}
         run = train(problem, data=language.answer_data()[0], progress=False, **settings)
