@@ -598,3 +598,13 @@ def test_functions_of_a_softmax(library: Library) -> None:
         close(found[0], average, 1e-2 * std)
         close(found[1], cov, 2e-2 * std**2)
         close(found[2], cross, 2e-2 * std)
+
+
+def test_under_jit_it_says_that_it_cannot_be_compiled() -> None:
+    jax = pytest.importorskip("jax")
+    mean = jax.numpy.zeros(3)
+    for fn in (lambda scale: moments(lambda x: scale * x, mean).mean, lambda at: moments(lambda x: 2.0 * x, at).mean):
+        with pytest.raises(MomentError, match=r"outside of jax\.jit"):
+            jax.jit(fn)(mean)
+    slope = jax.grad(lambda scale: moments(lambda x: scale * x, mean).variance.sum())(mean + 2.0)
+    np.testing.assert_allclose(slope, 4.0, rtol=1e-6)

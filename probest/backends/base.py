@@ -122,6 +122,9 @@ class Backend(Protocol):
     def constant(self, value: Array) -> Array:
         """The value as a constant of any gradient."""
 
+    def compiling(self) -> bool:
+        """Whether this runs while somebody's ``jit`` traces it, so that values are not known."""
+
     def no_gradient(self) -> AbstractContextManager[Any]:
         """No gradient is recorded inside."""
 

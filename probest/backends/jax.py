@@ -79,7 +79,7 @@ class JaxBackend:
         *,
         gradient: bool = False,
     ) -> tuple[PyTree, list[np.ndarray] | None]:
-        if _traced():
+        if self.compiling():
             # Under somebody's jit, what happens on the host still happens now: tracing is a state of the thread.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(self._now, fn, parts, z, held, gradient).result()
@@ -128,6 +128,9 @@ class JaxBackend:
 
     def constant(self, value: Array) -> Array:
         return jax.lax.stop_gradient(value)
+
+    def compiling(self) -> bool:
+        return isinstance(jnp.zeros(()), jax.core.Tracer)
 
     def no_gradient(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -187,10 +190,6 @@ def _cannot_batch(error: Exception) -> BatchingError:
         "jax.numpy.where or jax.lax, and NumPy functions by jax.numpy; or pass batching='loop' to Problem, "
         f"which runs one case at a time.\n{type(error).__name__}: {str(error).splitlines()[0]}"
     )
-
-
-def _traced() -> bool:
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -118,6 +118,9 @@ class TorchBackend:
     def constant(self, value: Array) -> Array:
         return value.detach()
 
+    def compiling(self) -> bool:
+        return torch.compiler.is_compiling()
+
     def no_gradient(self) -> AbstractContextManager[Any]:
         return torch.no_grad()
 

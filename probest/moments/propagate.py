@@ -124,7 +124,8 @@ def moments(
         The moments, arrays of the library of ``mean``, differentiable in everything that ``fn`` is made of.
 
     Raises:
-        MomentError: an operation has no rule; the message names it and its place in the user's code.
+        MomentError: an operation has no rule; the message names it and its place in the user's code. Or it is called
+            under ``jax.jit``.
         TypeError: ``mean`` is not an array of torch or JAX, or ``fn`` cannot be called or does not return one array.
         ValueError: ``mean`` or ``cov`` is not finite, or ``cov`` is not a covariance of that shape.
     """
@@ -159,6 +160,11 @@ def interpret(
         raise TypeError(f"moments(fn=...) has to be a function or module, not {type(fn).__name__}")
     name = _library_of(mean)
     backend, front = load_backend(name), front_of(name)
+    if backend.compiling():
+        raise MomentError(
+            "moments: which nodes and orders it takes depends on values, so it cannot be compiled. Call it outside of "
+            "jax.jit or torch.compile; gradients of it are no harm"
+        )
     shape = tuple(mean.shape)
     _check(backend, mean, cov)
     if isinstance(fn, Traced):
