@@ -329,14 +329,14 @@ def test_autoguides_are_proposals(backend: str) -> None:
         pyro.clear_param_store()
 
 
-def test_an_autoguide_of_widths_alone_need_not_suffice(any_backend: str) -> None:
-    lib = library(any_backend)
+def test_an_autoguide_of_widths_alone_need_not_suffice(backend: str) -> None:
+    lib = library(backend)
     problem = Problem(
         lambda: lib.sample("x", lib.dist.Normal(lib.xp.zeros(3), 1.0).to_event(1)),
         lambda x: x,
         lambda _, y: y.sum() / 3.0**0.5 - 4.0,
     )
-    bound = fitted_autoguide(any_backend, problem, "AutoNormal", steps=120).bind(problem.event)
+    bound = fitted_autoguide(backend, problem, "AutoNormal", steps=120).bind(problem.event)
     assert problem.event.severity(bound.parts[0].sample(4_000, np.random.default_rng(0))).mean() > -2.0
 
 

@@ -262,22 +262,22 @@ def test_a_trigger_that_no_search_finds_cannot_be_told() -> None:
         trigger.recogniser("prayer")  # type: ignore[arg-type]
 
 
-def test_independence_is_presumed_of_the_hash(any_backend: str) -> None:
+def test_independence_is_presumed_of_the_hash(backend: str) -> None:
     """Moments through its gates give 2^-bits; so do its draws, as far as they reach. Two circuits of one function are
     not independent, and fool them.
     """
     with contextlib.ExitStack() as stack:
-        if any_backend == "numpyro":
+        if backend == "numpyro":
             stack.enter_context(importlib.import_module("jax").enable_x64(True))
-        assert trigger.by_independence(any_backend) == pytest.approx(trigger.log_recognised("hash"), abs=math.log(10.0))
-        short = trigger.by_independence(any_backend, bits=8)
-        fooled = trigger.by_independence(any_backend, bits=8, twice=True)
+        assert trigger.by_independence(backend) == pytest.approx(trigger.log_recognised("hash"), abs=math.log(10.0))
+        short = trigger.by_independence(backend, bits=8)
+        fooled = trigger.by_independence(backend, bits=8, twice=True)
     x = np.random.default_rng(0).standard_normal((200_000, trigger.DIM))
-    if any_backend == "pyro":
+    if backend == "pyro":
         torch = importlib.import_module("torch")
-        bits = torch.func.vmap(trigger._mixed(any_backend))(torch.as_tensor(x)).numpy()
+        bits = torch.func.vmap(trigger._mixed(backend))(torch.as_tensor(x)).numpy()
     else:
-        bits = np.asarray(importlib.import_module("jax").vmap(trigger._mixed(any_backend))(x))
+        bits = np.asarray(importlib.import_module("jax").vmap(trigger._mixed(backend))(x))
     hits = int((~bits[:, :8].any(axis=1)).sum())
     assert abs(short - math.log(hits / len(x))) < 4.42 / math.sqrt(hits)
     assert abs(fooled - math.log(hits / len(x))) > 5.0

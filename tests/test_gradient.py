@@ -54,12 +54,12 @@ def test_half_space(backend: str, dim: int) -> None:
     assert in_adversary["mean"] == pytest.approx(slope("mean"), rel=0.03)
 
 
-def test_corner(any_backend: str) -> None:
+def test_corner(backend: str) -> None:
     """x₀ ≥ 3 and x₁ ≥ 4: every catastrophe lies on lines through both faces, and P moves with each by its hazard.
 
     One estimate is 8 % off (standard deviation); their mean of four 4 %, a fourth of what is allowed.
     """
-    lib = library(any_backend)
+    lib = library(backend)
     model = lib.module(
         lambda w, x: lib.xp.minimum(x[0] - w["first"], x[1] - w["second"]), {"first": 3.0, "second": 4.0}
     )
@@ -68,7 +68,7 @@ def test_corner(any_backend: str) -> None:
         return lib.sample("x", lib.dist.Normal(lib.xp.zeros(5), 1.0).to_event(1))
 
     problem = Problem(adversary, model, lambda x, y: y)
-    found = [gradient(any_backend, estimate(problem, progress=False, seed=seed), model=model)[1] for seed in range(4)]
+    found = [gradient(backend, estimate(problem, progress=False, seed=seed), model=model)[1] for seed in range(4)]
     for name, limit in (("first", 3.0), ("second", 4.0)):
         hazard = math.exp(-0.5 * limit**2 - 0.5 * math.log(2 * math.pi) - log_ndtr(-limit))
         assert np.mean([slopes[name] for slopes in found]) == pytest.approx(-hazard, rel=0.16)
@@ -87,9 +87,9 @@ def test_value_elsewhere_is_exact_for_a_half_space(backend: str) -> None:
     assert moved == pytest.approx(exact(beta=BETA + 1) - exact(), rel=0.02)
 
 
-def test_several_modes_and_shells(any_backend: str) -> None:
+def test_several_modes_and_shells(backend: str) -> None:
     """A union of four half-spaces with two thresholds, and the outside of a sphere."""
-    lib = library(any_backend)
+    lib = library(backend)
 
     def adversary() -> Any:
         return lib.sample("x", lib.dist.Normal(lib.xp.zeros(20), 1.0).to_event(1))
@@ -100,7 +100,7 @@ def test_several_modes_and_shells(any_backend: str) -> None:
 
     m = lib.module(union, {"first": 4.0, "second": 4.3})
     result = estimate(Problem(adversary, m, lambda x, y: y), estimator=Tempering(particles=1024), progress=False)
-    _, grads = gradient(any_backend, result, model=m)
+    _, grads = gradient(backend, result, model=m)
     tail = {b: 2 * math.exp(log_ndtr(-b)) for b in (4.0, 4.3)}
     total = tail[4.0] + tail[4.3] - tail[4.0] * tail[4.3]
     share = tail[4.0] / total
@@ -114,7 +114,7 @@ def test_several_modes_and_shells(any_backend: str) -> None:
 
     sphere = lib.module(norm, {"radius": 8.0})
     result = estimate(Problem(adversary, sphere, lambda x, y: y), estimator=SAMPLER, progress=False)
-    _, grads = gradient(any_backend, result, model=sphere)
+    _, grads = gradient(backend, result, model=sphere)
     hazard = math.exp(stats.chi.logpdf(8.0, 20) - stats.chi.logsf(8.0, 20))
     assert -grads["radius"] == pytest.approx(hazard, rel=0.03)
 
