@@ -14,8 +14,9 @@ english: the writer of English; a catastrophe is that a letter comes up so many 
 adversary: search() for the worst adversary within ``--kl`` nats on the first of these events: P under what is found,
 KL, what that reaches of the closed form, and the share of the KL that the event itself needs, kl(q || P) / KL.
 
-training: the reader of brackets, ordinary, trained on the worst of sampled texts, and by train() with a teacher, for as
-many model calls: catastrophes among ``--judge`` fresh texts, the same for all, and the accuracy.
+training: the reader of brackets: ordinary; trained on the worst of sampled texts; against a writer that REINFORCE
+trains; by train() with a teacher, for as many model calls; and by train() against a pool of writers too. Catastrophes
+among ``--judge`` fresh texts, the same for all, and the accuracy.
 
 answers: a language model that goes on with texts, ordinary, trained by the policy gradient of P (REINFORCE), and by
 train() without a teacher, for as many model calls: catastrophes among ``--judge`` fresh texts and answers, and the loss
@@ -169,36 +170,50 @@ def adversary(options: argparse.Namespace) -> Iterator[Row]:
 
 def training(options: argparse.Namespace) -> Iterator[Row]:
     from models import language
-    from probest import MonteCarlo, train
+    from probest import MonteCarlo, Pool, train
+    from probest.adversaries.language import LanguageAdversary
 
+    texts = written(options.judge)
     for seed in seeds_of(options):
         ordinary = language.train_model(seed=seed)
         settings = {**language.TRAINING, "audit": MonteCarlo(), "audit_rounds": 0, "seed": seed, "progress": False}
-        problem = language.problem(ordinary)
-        run = train(problem, task=language.task_loss, data=language.load_data()[0], **settings)
+        settings["budget"] = 1_000  # of the estimates before and after, which nobody reads here
+        problem, data = language.problem(ordinary), language.load_data()[0]
+        family = LanguageAdversary(language.english_writer(), twist=True, budget=5_000)
+        pool = Pool(kl=3.0, every=100, steps=20, most=2, family=family)
+        run = train(problem, task=language.task_loss, data=data, **settings)
+        played = train(problem, task=language.task_loss, data=data, adversaries=pool, **settings)
         calls = run.costs.steps.calls + run.costs.looks.calls
         models = {
-            "ordinary": ordinary,
-            "worst of sampled": language.adversarial_baseline(ordinary, calls, seed),
-            "train()": run.model,
+            "ordinary": (ordinary, 0),
+            "worst of sampled": (language.adversarial_baseline(ordinary, calls, seed), calls),
+            "REINFORCE adversary": (language.reinforced_adversary(ordinary, calls, seed), calls),
+            "train()": (run.model, calls),
+            "train(), pool of writers": (played.model, played.costs.steps.calls + played.costs.looks.calls),
         }
-        hits, law, n = dict.fromkeys(models, 0), language.english_writer()(), 0
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(1_000 + seed)
-            while n < options.judge:
-                texts = law.sample((4_096,))
-                n += len(texts)
-                for name, model in models.items():
-                    hits[name] += int((language.checker(texts, model(texts)) >= 0.0).sum())
-        for name, model in models.items():
-            yield {
+        for name, (model, spent) in models.items():
+            with torch.no_grad():
+                hits = sum(int((language.checker(part, model(part)) >= 0.0).sum()) for part in texts.split(4_096))
+            row: Row = {
                 "seed": str(seed),
                 "training": name,
-                "catastrophes": float(hits[name]),
-                "of texts": float(n),
+                "catastrophes": float(hits),
+                "of texts": float(len(texts)),
                 "accuracy": language.accuracy(model),
-                "calls": 0.0 if name == "ordinary" else float(calls),
+                "calls": float(spent),
             }
+            print(json.dumps(row), file=sys.stderr)
+            yield row
+
+
+def written(count: int) -> torch.Tensor:
+    """So many texts of the writer of English, the same at each call; minutes for a million."""
+    from models import language
+
+    law = language.english_writer()()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1_000)
+        return torch.cat([law.sample((2_048,)).to(torch.uint8) for _ in range(-(-count // 2_048))])
 
 
 def answers(options: argparse.Namespace) -> Iterator[Row]:

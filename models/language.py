@@ -266,6 +266,40 @@ def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Modu
         return _descended(model, max(1, calls // (1_024 + 3 * 128)), 1e-3, batch)
 
 
+def reinforced_adversary(
+    model: nn.Module, calls: int, seed: int = 0, *, draws: int = 512, rate: float = 3e-4, nearness: float = 0.1
+) -> nn.Module:
+    """A copy of ``model`` trained against a writer that REINFORCE trains to raise the severity, for ``calls`` calls.
+
+    Each step the writer, a copy of D's with all its parameters, draws texts (a call each) and ascends the policy
+    gradient of their severities in units of their standard deviation, less ``nearness`` times the nats by which it is
+    likelier to write them than D; M learns the teacher's answers to the worst quarter (three calls each).
+    """
+    model, prior, writer = copy.deepcopy(model), english_writer()(), copy.deepcopy(english_writer())
+    writer.requires_grad_(True)
+    policy = torch.optim.Adam(writer.parameters(), lr=rate)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            texts = writer().sample((draws,))
+            severity = checker(texts, model(texts))
+            worst = texts[severity.topk(draws // 4).indices]
+            farther = prior.log_prob(texts)
+        log_prob = writer().log_prob(texts)
+        gain = (severity - severity.mean()) / severity.std().clamp(min=1e-6)
+        gain = gain - nearness * (log_prob.detach() - farther)
+        policy.zero_grad()
+        (-(gain - gain.mean()) * log_prob).mean().backward()
+        torch.nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
+        policy.step()
+        usual = _some(load_data()[0], 64)
+        return torch.cat([usual[0], worst]), torch.cat([usual[1], teacher(worst)])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _descended(model, max(1, calls // (draws + 3 * (draws // 4))), 1e-3, batch)
+
+
 def _some(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     rows = torch.randint(len(data[0]), (count,))
     return data[0][rows], data[1][rows]
