@@ -254,14 +254,15 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
     """Where nothing passed: the evidence with the least error that none refutes, and an interval that spans all.
 
     What is missing makes an estimate too low, and its error too small: so a higher one refutes a lower one that it does
-    not agree with, however precise that says it is; only a vague one does not.
+    not agree with, however precise that says it is. A vague one does only where it is higher by more than Markov's
+    bound; the room for what no search came upon makes none vague, since that only lies above.
     """
     found = [line for line in (judged, *others) if line is not None and math.isfinite(line.log_prob)]
     if judged.converged or len(found) < 2:
         return judged
-    sharp = [line for line in found if line.std_error <= RULES.vaguest]
-    stand = [line for line in found if not refuted(line, sharp)]
-    best = min(stand, key=lambda line: line.std_error)
+    sharp = [line for line in found if _sampled_error(line) <= RULES.vaguest]
+    stand = [line for line in found if not (refuted(line, sharp) or _far_below(line, found))]
+    best = min(stand, key=_sampled_error)
     # one that lacks only precision has room for what it may lack; what is vague adds nothing to that
     passed = best.codes <= {Code.IMPRECISE}
     spread = [line for line in stand if line.std_error <= RULES.vaguest] if passed else found
@@ -273,6 +274,21 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
     if not notes:
         notes = (Note(Code.UNCHECKED, "no other look confirms this: raise the budget."),)
     return replace(best, converged=False, interval=(lower, upper), notes=tuple(dict.fromkeys(notes)))
+
+
+def _sampled_error(one: Evidence) -> float:
+    """The standard error without the room for what no search came upon, by which an estimate is too low at most."""
+    return math.sqrt(max(one.std_error**2 - one.diagnostics.get("left_out", 0.0) ** 2, 0.0))
+
+
+def _far_below(one: Evidence, others: Sequence[Evidence]) -> bool:
+    """Whether another, however vague, is so much higher that it would have to be ``seldom`` times too high.
+
+    Of those whose mean is P, nearly at least: samples of a guide and tempering. Lines may claim what is not there.
+    """
+    room = math.log(RULES.seldom) + reach(_sampled_error(one))
+    fair = [other for other in others if other.batches or {"samples", "island_ess"} & other.diagnostics.keys()]
+    return any(other.log_prob - room > one.log_prob for other in fair)
 
 
 def or_learned(bound: Evidence, learned: Evidence | None) -> Evidence:

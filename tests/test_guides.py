@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
 from probest import diagnostics
+from probest.estimators import importance
 from probest.estimators.combined import Combined
 from probest.estimators.importance import Importance, importance_sample
 from probest.evidence import Floats, Population
 from probest.guides.base import Defensive, Prior, allocate
+from probest.guides.cylinder import Cylinder
 from probest.guides.directional import Directional, fit_directional, log_normaliser
-from probest.guides.fit import Fitted, fit_guide
+from probest.guides.fit import Fitted, fit_guide, ranked_guides
 from probest.guides.flow import FLOWS, check_installed, fit_flow
 from probest.guides.memory import Memory
 from probest.guides.mixture import Mixture
+from probest.guides.radial import Radial
 from probest.guides.sample import Batch, beyond, seen
+from probest.guides.subspace import gradient_rows, informed_basis, with_mean
 from probest.guides.variational import GaussianGuide
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, half_space, numeric_gradient, parabola
@@ -111,6 +116,101 @@ def test_directional_fit_recovers_its_parameters() -> None:
     np.testing.assert_allclose(fit.concentration[order], law.concentration, rtol=0.05)
     np.testing.assert_allclose(fit.shape[order], law.shape, rtol=0.12)
     np.testing.assert_allclose(fit.spread[order], law.spread, rtol=0.02)
+
+
+def test_cylinder_follows_its_density() -> None:
+    dim, n = 12, 40_000
+    basis = np.linalg.qr(rng(1).standard_normal((dim, 2)))[0]
+    inside = Mixture(basis, np.array([0.4, 0.6]), np.array([[0.0, 0.5], [0.3, -0.2]]), np.stack([1.2 * np.eye(2)] * 2))
+    radius = math.sqrt(dim - 2)
+    across = Radial(dim - 2, np.array([0.5, 0.5]), np.log([0.9 * radius, radius]), np.array([0.3, 0.3]))
+    law = Cylinder(inside, across)
+    z = law.sample(n, rng(2))
+    log_r = np.log(np.linalg.norm(z - z @ basis @ basis.T, axis=1))
+    mixed = 0.5 * sum(stats.norm.cdf(np.sort(log_r), m, 0.3) for m in across.means)
+    assert stats.kstest(mixed, "uniform").pvalue > FAILURE_RATE
+    # E_q[φ/q] of what has probability 1/4 under the adversary: one half by sign, the other by length
+    w = np.exp(law.log_ratio(z)) * (z[:, 0] > 0.0) * (np.sum(z**2, axis=1) > stats.chi2.median(dim))
+    assert abs(w.mean() - 0.25) < REACH * w.std() / math.sqrt(n)
+
+
+def test_what_lies_within_a_distance_of_an_axis_is_a_cylinder() -> None:
+    dim, n, reach, beyond_ = 40, 600, 4.5, 2.5
+    log_prob = stats.norm.logsf(beyond_) + stats.chi.logcdf(reach, dim - 1)
+    u = rng(1).random((2, n))
+    rho = stats.chi.ppf(u[0] * stats.chi.cdf(reach, dim - 1), dim - 1)
+    side = rng(2).standard_normal((n, dim - 1))
+    side *= (rho / np.linalg.norm(side, axis=1))[:, None]
+    z = np.column_stack([stats.norm.isf(u[1] * stats.norm.sf(beyond_)), side])
+
+    def severity(z: Floats) -> Floats:
+        return np.asarray(np.minimum(z[:, 0] - beyond_, reach - np.linalg.norm(z[:, 1:], axis=1)))
+
+    event = ExactEvent("axis", dim, float(log_prob), severity, numeric_gradient(severity))
+    assert fit_guide(z, np.zeros(n), rng(3)).kind == "cylinder"
+    population = Population(z, np.zeros(n), np.zeros(n), None, float(n))
+    evidence = importance_sample(
+        Importance(), event, Memory.of(population), None, budget=50_000, seed=np.random.SeedSequence(0)
+    )
+    assert evidence.converged, evidence.notes
+    assert abs(evidence.log_prob - log_prob) < REACH * evidence.std_error
+
+
+def beyond_limits(scale: Floats, limit: float, dim: int, n: int) -> tuple[ExactEvent, Population]:
+    """All of several coordinates beyond a limit, each in units of its own; exact draws of the posterior."""
+    k = len(scale)
+
+    def each(z: Floats) -> Floats:
+        return np.asarray(scale * (z[:, :k] - limit))
+
+    def gradient(z: Floats) -> Floats:
+        which = each(z).argmin(axis=1)
+        return np.asarray(scale[which, None] * np.eye(dim)[which])
+
+    event = ExactEvent("limits", dim, k * float(stats.norm.logsf(limit)), lambda z: each(z).min(axis=1), gradient)
+    z = rng(1).standard_normal((n, dim))
+    z[:, :k] = stats.norm.isf(rng(2).random((n, k)) * stats.norm.sf(limit))
+    rows = gradient_rows(z, np.zeros(n), gradient(z), None)
+    return event, Population(z, np.zeros(n), np.zeros(n), rows, float(n))
+
+
+def test_limits_that_no_gradient_shows_are_seen_by_the_mean() -> None:
+    """The gradient is nearly always that of the limit in the smallest units."""
+    event, found = beyond_limits(np.array([1e-3, 1.0, 1.0]), 2.0, 40, 300)
+    basis = informed_basis(found.z, found.log_w, found.rows, threshold=0.15)
+    assert basis.shape[1] == 1
+    whole = with_mean(basis, found.z, found.log_w)
+    assert whole.shape[1] == 2
+    np.testing.assert_allclose(whole.T @ whole, np.eye(2), atol=1e-12)
+    assert whole[1:3, 1].sum() ** 2 / 2.0 > 0.85  # along (0, 1, 1) / √2, but for the noise of 37 others
+    assert with_mean(basis, found.z, found.log_w, 5.0).shape[1] == 1  # five points do not tell
+    assert with_mean(np.eye(40), found.z, found.log_w).shape == (40, 40)
+    evidence = importance_sample(
+        Importance(), event, Memory.of(found), None, budget=50_000, seed=np.random.SeedSequence(0)
+    )
+    assert evidence.converged, evidence.notes
+    assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
+
+
+def test_where_the_best_guide_misses_the_event_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    event, found = beyond_limits(np.ones(2), 2.0, 10, 300)
+    ranked = list(ranked_guides(found.z, found.log_w, rng(0), rows=found.rows, effective=300.0))
+    assert len({(f.kind, None if f.basis is None else f.basis.shape[1]) for f in ranked}) == len(ranked) > 1
+    away = Fitted(Mixture(np.eye(10), np.ones(1), np.full((1, 10), -9.0), np.eye(10)[None]), "mixture", np.eye(10), 1)
+    tried: list[int] = []
+
+    def misleading(*args: object, **options: object) -> Iterator[Fitted]:
+        for i, each in enumerate((away, away, *ranked)):
+            tried.append(i)
+            yield each
+
+    monkeypatch.setattr(importance, "ranked_guides", misleading)
+    evidence = importance_sample(
+        Importance(), event, Memory.of(found), None, budget=50_000, seed=np.random.SeedSequence(0)
+    )
+    assert tried == [0, 1, 2]
+    assert evidence.converged, evidence.notes
+    assert abs(evidence.log_prob - event.log_prob) < REACH * evidence.std_error
 
 
 def test_a_cone_beyond_a_radius_is_directional() -> None:

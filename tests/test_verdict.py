@@ -191,6 +191,25 @@ def test_a_higher_estimate_refutes_a_lower_one_however_precise_that_says_it_is()
     assert settle(precise, line(-24.1, 0.005, converged=False)).log_prob == -24.1
 
 
+def test_a_vague_estimate_with_mean_p_refutes_what_is_below_markovs_bound() -> None:
+    """An estimate with mean P is once in 40 times 40 times too high, and e^19 times too high almost never."""
+    low, vague = line(-24.0, 0.01, converged=False), line(-5.0, 1.4, converged=False)
+    for found in ({"samples": 500.0}, {"island_ess": 1.0}):
+        assert settle(low, replace(vague, diagnostics=found)).log_prob == -5.0
+        assert settle(low, replace(vague, log_prob=-20.5, diagnostics=found)).log_prob == -24.0
+    assert settle(low, replace(vague, std_error=3.0)).log_prob == -24.0
+
+
+def test_room_for_what_no_search_came_upon_makes_no_estimate_vague() -> None:
+    """It lies above: samples with an error of their own of .1 refute a vague tempering five nats below."""
+    tempered = replace(line(-19.5, 1.5, converged=False), diagnostics={"island_ess": 1.0, "left_out": 0.5})
+    sampled = replace(line(-14.3, 1.57, converged=False), diagnostics={"samples": 500.0, "left_out": 1.566})
+    assert settle(tempered, sampled).log_prob == -14.3
+    nearer = replace(tempered, log_prob=-15.5)
+    assert settle(nearer, sampled).log_prob == -14.3
+    assert settle(nearer, sampled).std_error == 1.57
+
+
 def test_a_higher_estimate_that_disagrees_refutes_and_a_lower_one_does_not() -> None:
     assert not refuted(line(-10.0), [])
     assert not refuted(line(-10.0), [line(-10.1), line(-9.9)])

@@ -24,7 +24,9 @@ Stein (1945), A two-sample test for a linear hypothesis whose power is independe
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -39,7 +41,7 @@ from probest.estimators.tempering import Tempering
 from probest.evidence import Code, EventLike, Evidence, Floats, Note, Particles, Population, Run
 from probest.guides.autoguide import Autoguide
 from probest.guides.base import Defensive, Guide
-from probest.guides.fit import CHEAP, DISTILLED, KINDS, VARIATIONAL, Fitted, fit_guide, refit_guide
+from probest.guides.fit import CHEAP, DISTILLED, KINDS, VARIATIONAL, Fitted, ranked_guides, refit_guide
 from probest.guides.flow import FLOWS, check_installed
 from probest.guides.memory import Memory
 from probest.guides.program import BoundProgram, ProgramGuide
@@ -98,6 +100,8 @@ class ImportanceTuning:
     trial_share: float = tuned(0.03, "of the budget that is left, for each trial of a guide", "networks.py")
     good_enough: float = tuned(4.0, "second moment of the weights at which a guide is not refitted", _EXACT)
     least_gain: float = tuned(0.2, "nats of the second moment that a refit has to bring for another", _EXACT)
+    probe: float = tuned(0.2, "of a trial's samples, for the next best guide where the best missed", "modes.py")
+    probes: int = tuned(4, "such guides at most", "modes.py")
     far_off: float = tuned(1.5, "times the precision, at which the concluding sample is enlarged, once", _EXACT)
     enlarged: int = tuned(10, "times, at most: one large weight says little about how many are needed", _EXACT)
     safe: float = tuned(1.2, "times the samples that will just do, where it is enlarged to what is enough", _NETWORKS)
@@ -129,10 +133,10 @@ class Importance:
     max_samples: at most this many concluding samples.
     guide: a fixed proposal to use as it is, or a program (:class:`~probest.guides.program.ProgramGuide`) or autoguide,
         which is checked against particles; None finds particles by ``find`` and fits one.
-    guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``, and
-        ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit. ``variational``:
-        beside these, a Gaussian guide that climbs its variational bound on the event, by gradients. ``distilled``:
-        where these would take too many samples, what a network knows that was taught the model's answers
+    guides: kinds of law to fit, which held-out particles choose among: ``mixture``, ``radial``, ``directional``,
+        ``cylinder``, and ``zuko`` or ``flowjax``, the normalizing flows of these libraries, which take seconds to fit.
+        ``variational``: beside these, a Gaussian guide that climbs its variational bound on the event, by gradients.
+        ``distilled``: where these would take too many samples, what a network knows that was taught the model's answers
         (:mod:`probest.estimators.distilling`), which takes some seconds; for severities with gradients.
     find: the tempering that finds particles, with at most half of the budget.
     give_up: largest standard error worth sampling for. A guide that promises worse with all that is left of the budget
@@ -342,10 +346,12 @@ def _aim(
     method, meter, precision = plan.method, plan.meter, plan.precision
     left = meter.left - reserve
     fitted = given
+    others: Iterator[Fitted] = iter(())
     if fitted is None:
         known = memory.known()
         kinds = tuple(kind for kind in method.guides if kind not in (VARIATIONAL, DISTILLED)) or CHEAP
-        fitted = fit_guide(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=kinds)
+        others = ranked_guides(known.z, known.log_w, rng, rows=known.rows, effective=known.effective, kinds=kinds)
+        fitted = next(others)
     looks = memory.population()
     most = max(method.first_batch // 2, int(method.tuning.trial_share * left))
     size = max(1, min(left, method.max_samples) if whole else min(most, left // 4))
@@ -354,6 +360,12 @@ def _aim(
     if given is not None:
         return best
     memory.keep(fitted.guide, batch)
+    if not np.isfinite(batch.log_w).any():
+        second = _other_that_hits(plan, memory, others, size, reserve, rng, inside)
+        if second is not None:
+            batch = draw(meter, second.guide, size, rng, inside)
+            memory.keep(second.guide, batch)
+            fitted, best = second, _Aim(second, batch, _cost(looks, second.guide, batch.log_w), False)
     other = _climbed(plan, memory, reserve, rng) if VARIATIONAL in method.guides and inside else None
     taught = memory.student is not None and memory.student.known is not None
     if other is not None:
@@ -369,7 +381,7 @@ def _aim(
             precision is not None and best.cost < math.log(2.0 * size * precision**2)
         )
         known = memory.known()
-        if enough or left < 3 * size or len(known.z) < 16:
+        if enough or not np.isfinite(batch.log_w).any() or left < 3 * size or len(known.z) < 16:
             break
         fitted = refit_guide(fitted, known.z, known.log_w, rng, moments=known.rows is None)
         batch = draw(meter, fitted.guide, size, rng, inside)
@@ -392,6 +404,28 @@ def _aim(
         return best
     known = memory.known()  # the last trial too: better by more than what an untried guide risks
     return best._replace(fitted=refit_guide(best.fitted, known.z, known.log_w, rng, moments=known.rows is None))
+
+
+def _other_that_hits(
+    plan: _Plan,
+    memory: Memory,
+    others: Iterator[Fitted],
+    size: int,
+    reserve: int,
+    rng: np.random.Generator,
+    inside: bool,
+) -> Fitted | None:
+    """Where the best guide missed the event: the next one a few draws of which do not."""
+    tuning, meter = plan.method.tuning, plan.meter
+    probe = max(1, int(tuning.probe * size))
+    for other in itertools.islice(others, tuning.probes):
+        if meter.left - reserve < 2 * size + probe:
+            return None
+        batch = draw(meter, other.guide, probe, rng, inside)
+        memory.keep(other.guide, batch)
+        if np.isfinite(batch.log_w).any():
+            return other
+    return None
 
 
 def _distilled(plan: _Plan, memory: Memory, best: _Aim, seed: np.random.SeedSequence, *, left: int) -> Fitted | None:

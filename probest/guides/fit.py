@@ -6,7 +6,7 @@ gets widened copies of itself and the prior as defensive parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,20 +16,22 @@ from probest import diagnostics
 from probest.diagnostics import Ints
 from probest.evidence import Floats
 from probest.guides.base import Guide, Law
+from probest.guides.cylinder import fit_cylinder
 from probest.guides.directional import fit_directional
 from probest.guides.flow import FLOWS, fit_flow
 from probest.guides.mixture import fit_mixture
 from probest.guides.program import BoundProgram
 from probest.guides.radial import fit_radial
-from probest.guides.subspace import informed_basis
+from probest.guides.subspace import informed_basis, with_mean
 
-__all__ = ["CHEAP", "DISTILLED", "KINDS", "VARIATIONAL", "Fitted", "fit_guide", "refit_guide"]
+__all__ = ["CHEAP", "DISTILLED", "KINDS", "VARIATIONAL", "Fitted", "fit_guide", "ranked_guides", "refit_guide"]
 
-CHEAP = ("mixture", "radial", "directional")
+CHEAP = ("mixture", "radial", "directional", "cylinder")
 VARIATIONAL = "variational"  # climbs its bound on the event itself (probest.estimators.importance)
 DISTILLED = "distilled"  # what a network knows that was taught the severity (probest.estimators.distilling)
 KINDS = (*CHEAP, *FLOWS, VARIATIONAL, DISTILLED)
 
+_ALIKE = 5  # coordinates, from which on a few directions may matter and the others be alike
 _JUDGED = 400  # particles of each half that candidates are compared on
 
 
@@ -48,10 +50,14 @@ class Fitted:
 
 
 class _Candidate(NamedTuple):
-    """A kind of law, in the subspace of eigenvalues above ``threshold`` (0: all of it; None: it has none)."""
+    """A kind of law, in the subspace of eigenvalues above ``threshold`` (0: all of it; None: it has none).
+
+    mean: whether the subspace has to hold the mean too.
+    """
 
     kind: str
     threshold: float | None
+    mean: bool = False
 
 
 def _candidates(kinds: Sequence[str], n: int, dim: int) -> list[_Candidate]:
@@ -60,9 +66,12 @@ def _candidates(kinds: Sequence[str], n: int, dim: int) -> list[_Candidate]:
         if kind == "mixture":
             found.append(_Candidate(kind, 1.0))
             if dim >= 3:
-                found.append(_Candidate(kind, 0.15))
+                found += [_Candidate(kind, 0.15), _Candidate(kind, 0.15, mean=True)]
             if 2 < dim <= 12 and n > 12 * dim:
                 found.append(_Candidate(kind, 0.0))
+        elif kind == "cylinder":
+            if dim >= _ALIKE:
+                found += [_Candidate(kind, 1.0), _Candidate(kind, 0.15), _Candidate(kind, 1.0, mean=True)]
         elif kind in FLOWS or dim >= 3:
             found.append(_Candidate(kind, None if kind == "radial" else 0.15))
     return found or [_Candidate("mixture", 1.0)]
@@ -82,12 +91,48 @@ def fit_guide(
     z ``(n, dim)``, log_w ``(n,)``; rows: see :func:`probest.guides.subspace.informed_basis`. effective: how many
     independent points the particles are worth, where less than their effective sample size.
     """
-    n, dim = z.shape
+    return next(ranked_guides(z, log_w, rng, rows=rows, effective=effective, kinds=kinds))
+
+
+def ranked_guides(
+    z: Floats,
+    log_w: Floats,
+    rng: np.random.Generator,
+    *,
+    rows: Floats | None = None,
+    effective: float | None = None,
+    kinds: Sequence[str] = CHEAP,
+) -> Iterator[Fitted]:
+    """The candidates of :func:`fit_guide`, the best first; of a kind and a size of subspace one. Each is fitted when it
+    is asked for.
+    """
+    alive = np.isfinite(log_w)
+    candidates = _candidates(kinds, *z.shape)
+    scores = _scores(candidates, z, log_w, rng, rows, effective) if len(candidates) > 1 else np.zeros(1)
+    told: set[tuple[str, int]] = set()
+    for i in np.argsort(-scores, kind="stable"):
+        kind = candidates[i].kind
+        basis = _basis(candidates[i], z[alive], log_w[alive], rows, effective)
+        key = kind, _rank(basis)
+        if key not in told:
+            told.add(key)
+            yield _fitted(kind, _fit(kind, z[alive], log_w[alive], basis, rng, effective), basis)
+
+
+def _scores(
+    candidates: Sequence[_Candidate],
+    z: Floats,
+    log_w: Floats,
+    rng: np.random.Generator,
+    rows: Floats | None,
+    effective: float | None,
+) -> Floats:
+    """How well each predicts one half of the particles when fitted to the other."""
+    n = len(z)
     alive = np.isfinite(log_w)
     half = np.arange(n) < n // 2
-    candidates = _candidates(kinds, n, dim)
     scores = np.zeros(len(candidates))
-    for first in (True, False) if len(candidates) > 1 else ():
+    for first in (True, False):
         # the subspace is part of the fit: found from the training half alone, or it would recognise the other
         whole = np.flatnonzero((half if first else ~half) & alive)
         train, test = _thin(whole), _thin(np.flatnonzero((half if not first else ~half) & alive))
@@ -100,16 +145,18 @@ def fit_guide(
         enough = None if effective is None else 0.5 * effective * len(train) / len(whole)
         w = np.exp(log_w[test] - diagnostics.log_sum_exp(log_w[test]))
         known: dict[tuple[str, int], float] = {}
-        for i, (kind, threshold) in enumerate(candidates):
-            basis = _basis(threshold, z[train], log_w[train], part_rows)
-            key = kind, -1 if basis is None else basis.shape[1]
+        for i, candidate in enumerate(candidates):
+            basis = _basis(candidate, z[train], log_w[train], part_rows, enough)
+            key = candidate.kind, _rank(basis)
             if key not in known:
-                law = _fit(kind, z[train], log_w[train], basis, rng, enough, starts=1)
+                law = _fit(candidate.kind, z[train], log_w[train], basis, rng, enough, starts=1)
                 known[key] = float(w @ law.defended().log_ratio(z[test]))
             scores[i] -= known[key]
-    kind, threshold = candidates[int(np.argmax(scores))]
-    basis = _basis(threshold, z[alive], log_w[alive], rows)
-    return _fitted(kind, _fit(kind, z[alive], log_w[alive], basis, rng, effective), basis)
+    return scores
+
+
+def _rank(basis: Floats | None) -> int:
+    return -1 if basis is None else basis.shape[1]
 
 
 def refit_guide(fitted: Fitted, z: Floats, log_w: Floats, rng: np.random.Generator, *, moments: bool = False) -> Fitted:
@@ -130,12 +177,15 @@ def _thin(rows: Ints) -> Ints:
     return rows[np.arange(_JUDGED) * len(rows) // _JUDGED]
 
 
-def _basis(threshold: float | None, z: Floats, log_w: Floats, rows: Floats | None) -> Floats | None:
-    if threshold is None:
+def _basis(
+    candidate: _Candidate, z: Floats, log_w: Floats, rows: Floats | None, effective: float | None
+) -> Floats | None:
+    if candidate.threshold is None:
         return None
-    if threshold == 0.0:
+    if candidate.threshold == 0.0:
         return np.eye(z.shape[1])
-    return informed_basis(z, log_w, rows, threshold=threshold)
+    basis = informed_basis(z, log_w, rows, threshold=candidate.threshold)
+    return with_mean(basis, z, log_w, effective) if candidate.mean else basis
 
 
 def _fit(
@@ -152,6 +202,8 @@ def _fit(
         return fit_radial(z, log_w)
     if kind in FLOWS:
         return fit_flow(kind, z, log_w, basis, rng, effective=effective)
+    if kind == "cylinder" and z.shape[1] - basis.shape[1] > 1:
+        return fit_cylinder(z, log_w, basis, rng, effective=effective, starts=starts)
     if kind == "directional":
         return fit_directional(z, log_w, basis, rng, effective=effective)
     return fit_mixture(z, log_w, basis, rng, effective=effective, starts=starts)

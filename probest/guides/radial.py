@@ -25,7 +25,7 @@ from probest import diagnostics
 from probest.evidence import Floats
 from probest.guides.base import Defensive, Prior, stratify
 
-__all__ = ["Radial", "fit_radial"]
+__all__ = ["Radial", "fit_radial", "fit_radius", "log_length"]
 
 _LOG2PI = math.log(2.0 * math.pi)
 
@@ -54,7 +54,10 @@ class Radial:
         return np.asarray(np.exp(self.means[kind] + self.scales[kind] * rng.standard_normal(n)), dtype=np.float64)
 
     def log_ratio(self, z: Floats) -> Floats:
-        log_r = 0.5 * np.log(np.maximum(np.einsum("ij,ij->i", z, z), 1e-300))
+        return self.log_density_ratio(log_length(np.einsum("ij,ij->i", z, z)))
+
+    def log_density_ratio(self, log_r: Floats) -> Floats:
+        """log φ − log q at these log-radii ``(n,)``."""
         half = 0.5 * self.dim
         # densities of log r: the prior's (chi) and the guide's
         log_chi = self.dim * log_r - 0.5 * np.exp(2.0 * log_r) - (half - 1.0) * math.log(2.0) - special.gammaln(half)
@@ -77,14 +80,23 @@ class Radial:
         return Defensive((self.widened(1.15), self.widened(2.0), Prior(self.dim)), (0.8, 0.17, 0.03))
 
 
+def log_length(square: Floats) -> Floats:
+    """log r of r² ``(n,)``, finite at 0."""
+    return np.asarray(0.5 * np.log(np.maximum(square, 1e-300)), dtype=np.float64)
+
+
 def fit_radial(z: Floats, log_w: Floats) -> Radial:
+    """The radius of weighted points ``(n, dim)``."""
+    return fit_radius(log_length(np.einsum("ij,ij->i", z, z)), log_w, z.shape[1])
+
+
+def fit_radius(log_r: Floats, log_w: Floats, dim: int) -> Radial:
     """Two components cut at the weighted median of log r: a shell's radii are skewed, one normal wastes half."""
     w = np.exp(log_w - diagnostics.log_sum_exp(log_w))
-    log_r = 0.5 * np.log(np.maximum(np.einsum("ij,ij->i", z, z), 1e-300))
     order = np.argsort(log_r, kind="stable")
-    below = np.zeros(len(z), dtype=np.bool_)
+    below = np.zeros(len(log_r), dtype=np.bool_)
     below[order] = np.cumsum(w[order]) <= 0.6
-    overall = float(np.sqrt(max(w @ (log_r - w @ log_r) ** 2, 1e-12)))
+    overall = math.sqrt(max(float(w @ (log_r - float(w @ log_r)) ** 2), 1e-12))
     weights, means, scales = [], [], []
     for part in (below, ~below):
         mass = float(w[part].sum())
@@ -96,4 +108,4 @@ def fit_radial(z: Floats, log_w: Floats) -> Radial:
         means.append(centre)
         scales.append(max(1.2 * spread, 0.25 * overall, 1e-4))
     total = np.array(weights)
-    return Radial(z.shape[1], total / total.sum(), np.array(means), np.array(scales))
+    return Radial(dim, total / total.sum(), np.array(means), np.array(scales))

@@ -20,10 +20,11 @@ import scipy
 from probest import diagnostics
 from probest.evidence import Floats
 
-__all__ = ["gradient_rows", "informed_basis"]
+__all__ = ["gradient_rows", "informed_basis", "with_mean"]
 
 _MAX_RANK = 24
 _MAX_ROWS = 2000
+_SURELY = 4.0  # standard deviations
 
 
 def gradient_rows(z: Floats, log_w: Floats, severity_grad: Floats | None, weight_grad: Floats | None) -> Floats | None:
@@ -70,6 +71,25 @@ def informed_basis(
         keep = np.argsort(-w, kind="stable")[:_MAX_ROWS]
         z, w = z[keep], w[keep] / w[keep].sum()
     return _moment_basis(z, w, effective, most)
+
+
+def with_mean(basis: Floats, z: Floats, log_w: Floats, effective: float | None = None) -> Floats:
+    """The basis, and the direction of what it leaves of the sample's mean, where that is no chance.
+
+    Of several limits the gradient is that of one, the nearest in its own units: limits that have large ones are seldom
+    it, and what they demand shows in the mean alone. effective: how many independent points the sample is worth, where
+    less than its effective sample size.
+    """
+    free = z.shape[1] - basis.shape[1]
+    if free == 0:
+        return basis
+    enough = min(effective or math.inf, diagnostics.effective_sample_size(log_w))
+    mean = np.exp(log_w - diagnostics.log_sum_exp(log_w)) @ z
+    mean -= basis @ (basis.T @ mean)
+    square = float(mean @ mean)
+    if enough * square <= free + _SURELY * math.sqrt(2.0 * free):  # chi-square's mean and deviation
+        return basis
+    return np.column_stack([basis, mean / math.sqrt(square)])
 
 
 def _row_space(rows: Floats) -> tuple[Floats, Floats]:
