@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -109,6 +109,7 @@ class ImportanceTuning:
         0.3, "of the budget that is left, for fresh samples: beyond, a student learns", _NETWORKS
     )
     distil_left: int = tuned(8_000, "calls left below which none does", _NETWORKS)
+    distil_sums: int = tuned(1_500, "the same, where severities are sums over coordinates", "modes.py (waves)")
     distil_share: float = tuned(0.15, "of its samples, from the guide that was fitted", _NETWORKS)
     distil_precision: float = tuned(0.02, "nats that it aims at where none are asked for", _NETWORKS)
     climb_steps: int = tuned(60, "steps of a variational guide up its bound", "bounds.py --parts gradients")
@@ -360,6 +361,10 @@ def _aim(
     if given is not None:
         return best
     memory.keep(fitted.guide, batch)
+    if inside and _is_sum(plan, memory, best, meter.left - reserve):
+        best = _better(plan, memory, best, size, reserve, rng, seed)
+        if best.fitted.kind == DISTILLED:
+            return best
     if not np.isfinite(batch.log_w).any():
         second = _other_that_hits(plan, memory, others, size, reserve, rng, inside)
         if second is not None:
@@ -391,15 +396,11 @@ def _aim(
         best = _Aim(fitted, batch, cost, False) if gain > 0.0 else best._replace(fresh=False)
         if gain < method.tuning.least_gain:
             break
-    if DISTILLED in method.guides and inside and not meter.event.weighted:
-        student = _distilled(plan, memory, best, seed, left=meter.left - reserve)
-        if student is not None:
-            batch = draw(meter, student.guide, max(1, min(size, (meter.left - reserve) // 4)), rng, inside)
-            memory.keep(student.guide, batch)
-            cost = _cost(looks, student.guide, batch.log_w)
-            if cost < best.cost:
-                return _Aim(student, batch, cost, False)
-            best = best._replace(fresh=False)
+    left = meter.left - reserve
+    if inside and left >= method.tuning.distil_left and _learns(plan, best, left):
+        best = _better(plan, memory, best, size, reserve, rng, seed)
+        if best.fitted.kind == DISTILLED:
+            return best
     if best.fresh:
         return best
     known = memory.known()  # the last trial too: better by more than what an untried guide risks
@@ -428,23 +429,51 @@ def _other_that_hits(
     return None
 
 
-def _distilled(plan: _Plan, memory: Memory, best: _Aim, seed: np.random.SeedSequence, *, left: int) -> Fitted | None:
-    """What a student knows as the guide, beside the best that was fitted; None where that will do or it learns nothing.
+def _learns(plan: _Plan, best: _Aim, left: int) -> bool:
+    """Whether a student may be taught, and what was fitted would take too many samples."""
+    method, event = plan.method, plan.meter.event
+    if DISTILLED not in method.guides or event.weighted or best.fitted.kind == "program":
+        return False
+    wanted = plan.precision or method.tuning.distil_precision
+    return _samples_for(wanted, best.cost, best.tried.log_w) > method.tuning.distil_beyond * left
+
+
+def _is_sum(plan: _Plan, memory: Memory, best: _Aim, left: int) -> bool:
+    """Whether a student is taught before anything else is tried: of a sum over coordinates it knows all soon."""
+    event = plan.meter.event
+    if not isinstance(event, Watched) or left < plan.method.tuning.distil_sums or not _learns(plan, best, left):
+        return False
+    memory.student = memory.student or Student()
+    return memory.student.sums_up(event.cases())
+
+
+def _better(
+    plan: _Plan,
+    memory: Memory,
+    best: _Aim,
+    size: int,
+    reserve: int,
+    rng: np.random.Generator,
+    seed: np.random.SeedSequence,
+) -> _Aim:
+    """What a student knows, beside the best that was fitted, where its trial is better; or that.
 
     The fitted guide keeps a share: weights are bounded where the student is sure of what is not so.
     """
-    tuning = plan.method.tuning
-    precision = plan.precision or tuning.distil_precision
-    enough = _samples_for(precision, best.cost, best.tried.log_w) <= tuning.distil_beyond * left
-    if enough or left < tuning.distil_left or isinstance(best.fitted.guide, BoundProgram):
-        return None
+    tuning, meter = plan.method.tuning, plan.meter
     memory.student = memory.student or Student()
-    taught = distilled_guide(memory.student, plan.meter, precision=precision, budget=left, seed=seed, trial=plan.trial)
-    if taught is None or plan.meter.left < 1:
-        return None
+    precision = plan.precision or tuning.distil_precision
+    left = meter.left - reserve
+    taught = distilled_guide(memory.student, meter, precision=precision, budget=left, seed=seed, trial=plan.trial)
+    if taught is None or meter.left < 1:
+        return best
     share = tuning.distil_share
-    mixed = Defensive((taught.guide, best.fitted.guide), (1.0 - share, share))
-    return Fitted(mixed, DISTILLED, best.fitted.basis, best.fitted.components, taught.error)
+    mixed = Defensive((taught.guide, cast(Guide, best.fitted.guide)), (1.0 - share, share))
+    fitted = Fitted(mixed, DISTILLED, best.fitted.basis, best.fitted.components, taught.error)
+    batch = draw(meter, mixed, max(1, min(size, (meter.left - reserve) // 4)), rng, True)
+    memory.keep(mixed, batch)
+    cost = _cost(memory.population(), mixed, batch.log_w)
+    return _Aim(fitted, batch, cost, False) if cost < best.cost else best._replace(fresh=False)
 
 
 def _climbed(plan: _Plan, memory: Memory, reserve: int, rng: np.random.Generator) -> Fitted | None:

@@ -3,8 +3,9 @@ r"""A student: a small network that is taught an event's severity, where the eve
 It sees :math:`u = U^\top z`, in the few directions U along which the gradients of the severity near its limit point
 (active subspace): a network of two hundred inputs and a first layer of forty units has no more. The severity is taken
 in units of its change over one standard deviation of z along its gradient, drawn together where it is far from the
-limit, and cases count the more the nearer they are to the limit. How far the student is from the truth is measured on
-cases that it picked itself and had not been taught.
+limit, and cases count the more the nearer they are to the limit. Where functions of single coordinates say nearly all
+of it (:mod:`probest.surrogates.sums`), the student is their sum, in all coordinates, and the network learns the rest.
+How far the student is from the truth is measured on cases that it picked itself and had not been taught.
 
 References: Constantine (2015), Active subspaces; Radhakrishnan et al. (2024), Mechanism for feature learning in neural
 networks (inputs stretched by the mean outer product of gradients); Hinton, Vinyals & Dean (2015), Distilling the
@@ -21,6 +22,7 @@ from scipy import special
 
 from probest.evidence import Evaluation, Floats
 from probest.surrogates.network import Lesson, Network, taught
+from probest.surrogates.sums import Sums, fit_sums
 from probest.surrogates.watched import Cases
 from probest.tuning import tuned
 
@@ -48,6 +50,9 @@ class StudentTuning:
     grown: float = tuned(1.5, "times as many gradients, for a new subspace", _BY)
     doubt: float = tuned(1.2, "times its usual error, as its stated one", _BY)
     outliers: float = tuned(3.0, "usual errors, beyond which how far it was off does not matter", _BY)
+    sums: float = tuned(
+        0.9, "of gradients that sums of functions of single coordinates have to explain, to be part of it", "modes.py"
+    )
     kind: float = tuned(0.01, "of all cases, that a kind has to be the largest in, for an output of its own", _BY)
     kinds: int = tuned(16, "outputs for kinds, at most, and one for all others", _BY)
     others: float = tuned(0.2, "of what gradients count, that other directions which it has to see count", _BY)
@@ -58,13 +63,15 @@ class StudentTuning:
 class Distilled(NamedTuple):
     """What a student knows: ŝ as a function of u ``(n, r)``, and the standard deviation of its error.
 
-    basis ``(dim, r)`` has orthonormal columns; stretch ``(r,)`` multiplies u before the network sees it.
+    basis ``(dim, r)`` has orthonormal columns; stretch ``(r,)`` multiplies u before the network sees it. sums: what it
+    adds to what the network says, of each coordinate of u by itself; None for nothing.
     """
 
     network: Network
     basis: Floats
     stretch: Floats
     noise: float
+    sums: Sums | None = None
 
     @property
     def differentiable(self) -> bool:
@@ -85,11 +92,15 @@ class Distilled(NamedTuple):
         return np.asarray(z + (u - z @ self.basis) @ self.basis.T)
 
     def severity(self, u: Floats) -> Floats:
-        return self.network.value(u * self.stretch)
+        value = self.network.value(u * self.stretch)
+        return value if self.sums is None else value + self.sums.value(u)
 
     def severity_and_slope(self, u: Floats) -> tuple[Floats, Floats]:
         value, slope = self.network.value_and_slope(u * self.stretch)
-        return value, slope * self.stretch
+        if self.sums is None:
+            return value, slope * self.stretch
+        more, steeper = self.sums.value_and_slope(u)
+        return value + more, slope * self.stretch + steeper
 
     def log_chance(self, u: Floats) -> Floats:
         """log Φ(ŝ/σ̂): how likely a catastrophe is, as far as the student can tell."""
@@ -183,10 +194,16 @@ class Student:
                 counts = np.concatenate([counts, np.full(len(slopes), tuning.others * counts.sum() / len(slopes))])
             basis, stretch = _directions(rows, counts, tuning)
             self.kinds = _leading(cases, weight, tuning) if kinds is None else kinds
+            sums = None if self.kinds else self._sums(cases, weight)
+            if sums is not None:
+                basis, stretch = np.eye(cases.z.shape[1]), np.ones(cases.z.shape[1])
             network = Network.drawn(len(stretch), tuning.width, rng, max(1, len(self.kinds) + 1))
         else:
             assert self.known is not None
-            network, basis, stretch, noise = self.known
+            network, basis, stretch, noise, sums = self.known
+        if sums is not None:  # what is left of it
+            more, steeper = sums.value_and_slope(cases.z)
+            value, slope = value - more, slope - steeper
         values = self._of_kinds(cases, value)
         counts = 1.0 / (1.0 + (values / tuning.near) ** 2) / weight[:, None]
         lesson = Lesson((cases.z @ basis) * stretch, values, (slope @ basis) / stretch, weight, np.minimum(counts, 1.0))
@@ -199,8 +216,28 @@ class Student:
             rate=tuning.rate if first else tuning.later_rate,
             slopes=tuning.slopes,
         )
-        self.known = Distilled(network, basis, stretch, noise)
+        self.known = Distilled(network, basis, stretch, noise, sums)
         return self.known
+
+    def sums_up(self, cases: Cases) -> bool:
+        """Whether it would be taught a sum of functions of single coordinates, by all that is known."""
+        if self.known is not None:
+            return self.known.sums is not None
+        sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
+        self.scale = _scale(cases, sloped)
+        if not self.scale > 0.0 or cases.kinds.shape[1]:
+            return False
+        value = self._drawn_together(cases.severity)
+        return self._sums(cases, 1.0 / (1.0 + (value / self.tuning.near) ** 2)) is not None
+
+    def _sums(self, cases: Cases, weight: Floats) -> Sums | None:
+        """Functions of single coordinates, where these are nearly all that there is to the severity."""
+        sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
+        found, share = fit_sums(cases.z[sloped], cases.slope[sloped] / self.scale, weight[sloped])
+        if share < self.tuning.sums:
+            return None
+        rest = cases.severity / self.scale - found.value(cases.z)
+        return found._replace(constant=float(weight @ rest) / float(weight.sum()), reach=self.tuning.reach)
 
     @property
     def sketch(self) -> Sketch | None:
