@@ -19,6 +19,7 @@ from probest.smc.transition import sketched_sweep
 from probest.surrogates.guide import DistilledGuide
 from probest.surrogates.network import Lesson, Network, _forward, _pulled, taught
 from probest.surrogates.student import Distilled, Sketch, Student
+from probest.surrogates.sums import fit_sums
 from probest.surrogates.watched import Watched
 from probest.testing import FAILURE_RATE
 from probest.testing.events import ExactEvent, conditioned, half_space, numeric_gradient
@@ -86,6 +87,64 @@ def test_a_network_learns_from_gradients_what_values_alone_do_not_say() -> None:
             assert np.sqrt(np.mean((sloped - square(new)[1]) ** 2)) < 0.1
     assert errors[0] < 0.1
     assert errors[0] < 0.7 * errors[1]
+
+
+def curves(z: Floats) -> tuple[Floats, Floats]:
+    """A sum over coordinates with many modes, and its gradient."""
+    return np.asarray(np.sum(np.sin(3.0 * z + 1.0) + 0.2 * z, axis=1)), 3.0 * np.cos(3.0 * z + 1.0) + 0.2
+
+
+def test_sums_are_learned_from_gradients() -> None:
+    rng = np.random.default_rng(2)
+    z, new = 1.5 * rng.standard_normal((1_000, 20)), rng.standard_normal((500, 20))
+    sums, share = fit_sums(z, curves(z)[1], np.ones(len(z)))
+    assert share > 0.97
+    value, slope = sums.value_and_slope(new)
+    exact, steep = curves(new)
+    np.testing.assert_allclose(value, sums.value(new))
+    assert np.std(value - exact) < 0.02 * np.std(exact)
+    assert np.sqrt(np.mean((slope - steep) ** 2)) < 0.03 * np.sqrt(np.mean(steep**2))
+    far, step = np.full((1, 20), 12.0), 1e-4 * np.eye(20)[0]
+    drawn = sums._replace(constant=1.0, reach=10.0)
+    for at in (new[:1], far):  # slopes are those of the values, beyond the grid too
+        difference = (drawn.value(at + step) - drawn.value(at - step)) / 2e-4
+        np.testing.assert_allclose(difference, drawn.value_and_slope(at)[1][:, 0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.sinh(drawn.value(new) / 10.0) * 10.0, value + 1.0)
+
+
+def test_what_is_no_sum_is_not_taken_for_one() -> None:
+    rng = np.random.default_rng(3)
+    z = rng.standard_normal((1_000, 20))
+    turned = np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    for slope in (z[:, ::-1], np.cos(3.0 * z @ turned) @ turned.T, np.ones_like(z)):
+        assert fit_sums(z, slope, np.ones(len(z)))[1] < 0.5
+    student = Student()
+    watched = Watched(bent_event())
+    watched.evaluate(2.0 * z @ np.eye(20, DIM), gradient=True)
+    assert not student.sums_up(watched.cases())
+
+
+def test_a_sum_over_coordinates_with_many_modes_takes_few_calls() -> None:
+    """Its law by convolution. Looks find some of its modes, a fitted mixture as many as it has components."""
+    dim, step = 12, 1e-3
+    grid = np.linspace(-9.0, 9.0, 400_001)
+    one = curves(grid[:, None])[0]
+    low = float(one.min())
+    mass = np.bincount(np.rint((one - low) / step).astype(int), stats.norm.pdf(grid))
+    size = 1 << math.ceil(math.log2(dim * len(mass)))
+    law = np.fft.irfft(np.fft.rfft(mass / mass.sum(), size) ** dim, size)
+    limit = 9.7
+    log_prob = math.log(law[dim * low + step * np.arange(size) >= limit].sum())
+    assert -12.0 < log_prob < -8.0
+    event = ExactEvent("sum", dim, log_prob, lambda z: curves(z)[0] - limit, lambda z: curves(z)[1])
+    run = Combined(precision=0.2).run(event, budget=10_000, seed=seed(0))
+    taught = [line for line in run.ledger if line.method == "importance sampling"][-1]
+    assert taught.diagnostics["ess"] > 100.0
+    own = math.sqrt(taught.std_error**2 - taught.diagnostics["left_out"] ** 2)
+    assert own < 0.2
+    assert abs(taught.log_prob - log_prob) < stats.norm.isf(FAILURE_RATE / 2) * own
+    lower, upper = run.conclusion.interval
+    assert lower < log_prob < upper
 
 
 def test_what_is_watched_is_kept_and_all_else_is_the_events_own() -> None:

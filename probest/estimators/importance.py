@@ -109,7 +109,7 @@ class ImportanceTuning:
         0.3, "of the budget that is left, for fresh samples: beyond, a student learns", _NETWORKS
     )
     distil_left: int = tuned(8_000, "calls left below which none does", _NETWORKS)
-    distil_sums: int = tuned(1_500, "the same, where severities are sums over coordinates", "modes.py (waves)")
+    distil_sums: int = tuned(800, "the same, where severities are sums over coordinates", "modes.py (waves)")
     distil_share: float = tuned(0.15, "of its samples, from the guide that was fitted", _NETWORKS)
     distil_precision: float = tuned(0.02, "nats that it aims at where none are asked for", _NETWORKS)
     climb_steps: int = tuned(60, "steps of a variational guide up its bound", "bounds.py --parts gradients")
