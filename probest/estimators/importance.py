@@ -397,7 +397,7 @@ def _aim(
         if gain < method.tuning.least_gain:
             break
     left = meter.left - reserve
-    if inside and left >= method.tuning.distil_left and _learns(plan, best, left):
+    if inside and left >= method.tuning.distil_left and _learns(plan, best, method.tuning.distil_beyond * left):
         best = _better(plan, memory, best, size, reserve, rng, seed)
         if best.fitted.kind == DISTILLED:
             return best
@@ -429,13 +429,13 @@ def _other_that_hits(
     return None
 
 
-def _learns(plan: _Plan, best: _Aim, left: int) -> bool:
-    """Whether a student may be taught, and what was fitted would take too many samples."""
+def _learns(plan: _Plan, best: _Aim, most: float) -> bool:
+    """Whether a student may be taught, and what was fitted would take more samples than ``most``."""
     method, event = plan.method, plan.meter.event
     if DISTILLED not in method.guides or event.weighted or best.fitted.kind == "program":
         return False
     wanted = plan.precision or method.tuning.distil_precision
-    return _samples_for(wanted, best.cost, best.tried.log_w) > method.tuning.distil_beyond * left
+    return _samples_for(wanted, best.cost, best.tried.log_w) > most
 
 
 def _is_sum(plan: _Plan, memory: Memory, best: _Aim, left: int) -> bool:
