@@ -13,9 +13,10 @@
    one (:mod:`probest.estimators.by_kinds`).
 5. *Learn*: all that looks and earlier guides' samples found goes into one memory (:mod:`probest.guides.memory`), to
    which a guide is fitted. Where a fitted law would take too many samples, a small network is taught all answers so
-   far, asks for more where it is unsure, and what it knows is the guide (:mod:`probest.estimators.distilling`); later
-   looks make the moves that it proposes (:mod:`probest.smc.transition`). Each new look is held against the guide: what
-   lies where the guide gave no sample is new. A first look has its own halves to be held against.
+   far, asks for more where it is unsure, and what it knows is the guide (:mod:`probest.estimators.distilling`); at once
+   where severities turn out to be sums over coordinates (:mod:`probest.surrogates.sums`). Later looks make the moves
+   that it proposes (:mod:`probest.smc.transition`). Each new look is held against the guide: what lies where the guide
+   gave no sample is new. A first look has its own halves to be held against.
 6. *Sample afresh*, once so little is new that what may still be unknown (:func:`probest.verdict.with_room`) is below
    the precision, or the budget allows no further look. Weights must have a variance, particles must lie where the
    guide samples, and no higher estimate may stand against it.
