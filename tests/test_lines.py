@@ -12,7 +12,7 @@ from scipy import integrate, special, stats
 from probest.budget import Meter
 from probest.estimators.base import UnmetNeedError
 from probest.estimators.combined import Combined
-from probest.estimators.line_sampling import LineSampling
+from probest.estimators.line_sampling import LineSampling, _in_nats
 from probest.evidence import Floats
 from probest.lines.along import Chi, Normal, Position, between, log_mass
 from probest.lines.boundary import Boundary, fit_boundary, propose
@@ -529,3 +529,11 @@ def test_hidden_corners_are_seldom_missed_with_confidence() -> None:
         found = Combined().run(event, budget=6_000, seed=seed(turn)).conclusion
         wrong += found.converged and abs(found.log_prob - event.log_prob) > 0.3
     assert wrong <= stats.binom.isf(FAILURE, 48, 0.1)
+
+
+def test_an_error_of_p_beyond_itself_is_told_by_its_logarithm() -> None:
+    """Lines of a corner said -23.5 ± 601."""
+    assert _in_nats(0.05) == 0.05
+    assert _in_nats(1.0) == 1.0
+    assert _in_nats(601.4) == pytest.approx(1.0 + math.log(601.4))
+    assert _in_nats(1.0 + 1e-6) == pytest.approx(1.0 + 1e-6)

@@ -445,7 +445,7 @@ class _Campaign:
         whole, rough = 1.0 + shells.share, shells.share if shells.unmeasured else 0.0
         sides = [side / whole for side in (log_prob - lower, upper - log_prob)]
         below, above = (math.hypot(side, 1.96 * shells.error / whole) for side in sides)
-        error = math.hypot(sampled, systematic, shells.error, rough) / whole
+        error = _in_nats(math.hypot(sampled, systematic, shells.error, rough) / whole)
         notes = self._complaints(error, deviation, log_prob, search)
         if float(log_ndtr(-outside)) > log_prob + math.log(self.method.tuning.weighty):
             sentence = (
@@ -515,6 +515,11 @@ def _endless(points: DesignPoints, tuning: LineTuning) -> bool:
     single = int(np.sum(points.starts == 1))
     alone = single >= 5 and single >= 0.7 * int(np.sum(points.starts))
     return len(points.beta) > tuning.most_modes or (alone and (points.around or single >= tuning.alone))
+
+
+def _in_nats(share: float) -> float:
+    """An error of P, as a share of it, as one of log P: the same up to 1, and beyond by its logarithm."""
+    return share if share <= 1.0 else 1.0 + math.log(share)
 
 
 def _deviations(chosen: _Values) -> Floats:
