@@ -122,6 +122,33 @@ def test_what_is_no_sum_is_not_taken_for_one() -> None:
     watched = Watched(bent_event())
     watched.evaluate(2.0 * z @ np.eye(20, DIM), gradient=True)
     assert not student.sums_up(watched.cases())
+    with pytest.raises(ValueError, match="two are needed"):
+        fit_sums(z[:1], z[:1], np.ones(1))
+    for few in (2, 3, 5, 100, 101):
+        assert np.isfinite(fit_sums(z[:few], curves(z[:few])[1], np.ones(few))[1])
+
+
+@pytest.mark.parametrize(("dim", "summed"), [(20, True), (200, True), (200, False)])
+def test_students_know_sums_when_they_see_them(dim: int, summed: bool) -> None:
+    def severity(z: Floats) -> Floats:
+        return curves(z)[0] if summed else np.asarray(np.sum(np.sin(3.0 * z) * z[:, ::-1], axis=1))
+
+    gradient = (lambda z: curves(z)[1]) if summed else numeric_gradient(severity)
+    watched = Watched(ExactEvent("curves", dim, -1.0, severity, gradient))
+    watched.evaluate(np.random.default_rng(7).standard_normal((400, dim)), gradient=True)
+    assert Student().sums_up(watched.cases()) == summed
+    student = Student()
+    known = student.teach(watched.cases(), np.random.default_rng(8), share=0.05)
+    assert known is not None
+    assert (known.sums is not None) == summed
+    if summed:
+        z = np.random.default_rng(9).standard_normal((300, dim))
+        told, _ = student.told(watched.cases()._replace(z=z, severity=severity(z), slope=np.zeros((300, dim))))
+        assert np.std(known.severity(z) - told) < 0.2 * np.std(told)
+        value, slope = known.severity_and_slope(z[:1])
+        ahead = known.severity(z[:1] + 1e-2 * np.eye(dim)[0]) - known.severity(z[:1] - 1e-2 * np.eye(dim)[0])
+        np.testing.assert_allclose(value, known.severity(z[:1]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ahead / 2e-2, slope[:, 0], atol=0.05)
 
 
 def test_a_sum_over_coordinates_with_many_modes_takes_few_calls() -> None:

@@ -29,6 +29,7 @@ from probest.tuning import tuned
 __all__ = ["Distilled", "Sketch", "Student", "StudentTuning"]
 
 _BY = "networks.py"
+_TRIED = 64  # coordinates that show whether a severity is a sum over them
 _FAR = 4.0  # times the reach: severities beyond say nothing more
 
 
@@ -233,7 +234,14 @@ class Student:
     def _sums(self, cases: Cases, weight: Floats) -> Sums | None:
         """Functions of single coordinates, where these are nearly all that there is to the severity."""
         sloped = np.flatnonzero(~np.isnan(cases.slope[:, 0]))
-        found, share = fit_sums(cases.z[sloped], cases.slope[sloped] / self.scale, weight[sloped])
+        if len(sloped) < 2:
+            return None
+        z, slope, counts = cases.z[sloped], cases.slope[sloped] / self.scale, weight[sloped]
+        if z.shape[1] > _TRIED:  # those that vary most tell soon
+            most = np.argsort(-np.var(slope, axis=0), kind="stable")[:_TRIED]
+            if fit_sums(z[:, most], slope[:, most], counts)[1] < self.tuning.sums:
+                return None
+        found, share = fit_sums(z, slope, counts)
         if share < self.tuning.sums:
             return None
         rest = cases.severity / self.scale - found.value(cases.z)

@@ -84,12 +84,14 @@ def fit_sums(z: Floats, slope: Floats, weight: Floats) -> tuple[Sums, float]:
 
     The share is of the gradients' squared deviations from their mean, by ``weight`` ``(n,)``: 1 for a sum, 0 or less
     where other coordinates decide, and 0 where there is next to none to explain, of a plane. The constant is 0:
-    gradients do not show it.
+    gradients do not show it. Raises ValueError for fewer than two gradients.
     """
+    if len(z) < 2:
+        raise ValueError(f"fit_sums: {len(z)} gradients say nothing about a sum, two are needed")
     z, slope = z.astype(np.float64), slope.astype(np.float64)
     mean = weight @ slope / weight.sum()
     slope = slope - mean
-    fold = np.arange(len(z)) // _BLOCK % 2
+    fold = np.arange(len(z)) // min(_BLOCK, len(z) // 2) % 2
     halves = [_equations(z[fold == k], slope[fold == k], weight[fold == k]) for k in (0, 1)]
     whole = float(weight @ np.sum(slope**2, axis=1))
     missed = []
