@@ -263,6 +263,8 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
     sharp = [line for line in found if _sampled_error(line) <= RULES.vaguest]
     stand = [line for line in found if not (refuted(line, sharp) or _far_below(line, found))]
     best = min(stand, key=_sampled_error)
+    # another that agrees, and whose looks leave less room, says how far this one may be off
+    error = min(math.hypot(line.std_error, best.log_prob - line.log_prob) for line in stand)
     # one that lacks only precision has room for what it may lack; what is vague adds nothing to that
     passed = best.codes <= {Code.IMPRECISE}
     spread = [line for line in stand if line.std_error <= RULES.vaguest] if passed else found
@@ -273,7 +275,8 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
         notes = (*notes, *(note for note in judged.notes if isinstance(note, Note) and note.code is Code.DISAGREE))
     if not notes:
         notes = (Note(Code.UNCHECKED, "no other look confirms this: raise the budget."),)
-    return replace(best, converged=False, interval=(lower, upper), notes=tuple(dict.fromkeys(notes)))
+    notes = tuple(dict.fromkeys(notes))
+    return replace(best, std_error=error, converged=False, interval=(lower, upper), notes=notes)
 
 
 def _sampled_error(one: Evidence) -> float:

@@ -208,6 +208,10 @@ def test_room_for_what_no_search_came_upon_makes_no_estimate_vague() -> None:
     nearer = replace(tempered, log_prob=-15.5)
     assert settle(nearer, sampled).log_prob == -14.3
     assert settle(nearer, sampled).std_error == 1.57
+    sure = replace(tempered, log_prob=-14.6, std_error=0.5, diagnostics={"island_ess": 5.0, "left_out": 0.2})
+    told = settle(sure, sampled)
+    assert told.log_prob == -14.3
+    assert told.std_error == pytest.approx(math.hypot(0.5, 0.3))
 
 
 def test_a_higher_estimate_that_disagrees_refutes_and_a_lower_one_does_not() -> None:
