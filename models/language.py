@@ -258,8 +258,7 @@ def adversarial_baseline(model: nn.Module, calls: int, seed: int = 0) -> nn.Modu
         texts = law.sample((1_024,))
         with torch.no_grad():
             worst = texts[checker(texts, model(texts)).topk(128).indices]
-        usual = _some(load_data()[0], 64)
-        return torch.cat([usual[0], worst]), torch.cat([usual[1], teacher(worst)])
+        return _answered(worst)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -292,12 +291,17 @@ def reinforced_adversary(
         (-(gain - gain.mean()) * log_prob).mean().backward()
         torch.nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
         policy.step()
-        usual = _some(load_data()[0], 64)
-        return torch.cat([usual[0], worst]), torch.cat([usual[1], teacher(worst)])
+        return _answered(worst)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _descended(model, max(1, calls // (draws + 3 * (draws // 4))), 1e-3, batch)
+
+
+def _answered(worst: Tensor) -> tuple[Tensor, Tensor]:
+    """A minibatch of the data, and these texts with the teacher's answers."""
+    usual = _some(load_data()[0], 64)
+    return torch.cat([usual[0], worst]), torch.cat([usual[1], teacher(worst)])
 
 
 def _some(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -251,7 +251,7 @@ def judge(
 
 
 def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
-    """Where nothing passed: the evidence with the least error that none refutes, and an interval that spans all.
+    """Where nothing passed: that of the least error of its own which none refutes, and an interval that spans all.
 
     What is missing makes an estimate too low, and its error too small: so a higher one refutes a lower one that it does
     not agree with, however precise that says it is. A vague one does only where it is higher by more than Markov's
@@ -275,8 +275,11 @@ def settle(judged: Evidence, *others: Evidence | None) -> Evidence:
         notes = (*notes, *(note for note in judged.notes if isinstance(note, Note) and note.code is Code.DISAGREE))
     if not notes:
         notes = (Note(Code.UNCHECKED, "no other look confirms this: raise the budget."),)
+    known = best.diagnostics
+    if "left_out" in known:  # the room that is left of it
+        known = {**known, "left_out": math.sqrt(max(error**2 - _sampled_error(best) ** 2, 0.0))}
     notes = tuple(dict.fromkeys(notes))
-    return replace(best, std_error=error, converged=False, interval=(lower, upper), notes=notes)
+    return replace(best, std_error=error, converged=False, interval=(lower, upper), diagnostics=known, notes=notes)
 
 
 def _sampled_error(one: Evidence) -> float:

@@ -212,6 +212,8 @@ def test_room_for_what_no_search_came_upon_makes_no_estimate_vague() -> None:
     told = settle(sure, sampled)
     assert told.log_prob == -14.3
     assert told.std_error == pytest.approx(math.hypot(0.5, 0.3))
+    own = math.sqrt(1.57**2 - 1.566**2)
+    assert math.hypot(own, told.diagnostics["left_out"]) == pytest.approx(told.std_error)
 
 
 def test_a_higher_estimate_that_disagrees_refutes_and_a_lower_one_does_not() -> None:

@@ -185,7 +185,7 @@ class Student:
             if not self.scale > 0.0:
                 return None
         value, slope = self.told(cases)
-        weight = 1.0 / (1.0 + (value / tuning.near) ** 2)
+        weight = self._nearness(value)
         if first:
             noise = tuning.first_noise if self.known is None else self.known.noise
             self.seen = len(sloped)
@@ -206,7 +206,7 @@ class Student:
             more, steeper = sums.value_and_slope(cases.z)
             value, slope = value - more, slope - steeper
         values = self._of_kinds(cases, value)
-        counts = 1.0 / (1.0 + (values / tuning.near) ** 2) / weight[:, None]
+        counts = self._nearness(values) / weight[:, None]
         lesson = Lesson((cases.z @ basis) * stretch, values, (slope @ basis) / stretch, weight, np.minimum(counts, 1.0))
         network = taught(
             network,
@@ -228,8 +228,7 @@ class Student:
         self.scale = _scale(cases, sloped)
         if not self.scale > 0.0 or cases.kinds.shape[1]:
             return False
-        value = self._drawn_together(cases.severity)
-        return self._sums(cases, 1.0 / (1.0 + (value / self.tuning.near) ** 2)) is not None
+        return self._sums(cases, self._nearness(self._drawn_together(cases.severity))) is not None
 
     def _sums(self, cases: Cases, weight: Floats) -> Sums | None:
         """Functions of single coordinates, where these are nearly all that there is to the severity."""
@@ -273,6 +272,10 @@ class Student:
         off = np.minimum(off, self.tuning.outliers * 1.4826 * max(float(np.median(off)), 1e-9))
         noise = self.tuning.doubt * float(np.sqrt(np.mean(off**2)))
         self.known = self.known._replace(noise=max(noise, self.tuning.least_noise))
+
+    def _nearness(self, value: Floats) -> Floats:
+        """What cases count, by how near to the limit they are."""
+        return np.asarray(1.0 / (1.0 + (value / self.tuning.near) ** 2))
 
     def _drawn_together(self, severity: Floats) -> Floats:
         return np.asarray(self.tuning.reach * np.arcsinh(severity / (self.scale * self.tuning.reach)))
